@@ -1,0 +1,187 @@
+"""The checkpoint folder: one self-describing place for a trained model. Written by `training/loop.py`, read by every script.
+
+    config.yaml                  the resolved run; names and relative paths, never an absolute one
+    adapter_config.json          LoRA in peft's own layout
+    adapter_model.safetensors
+    feature_proj.safetensors     the projector
+    provenance.json              fingerprints of backbones, prompt and transform; versions, commit, data hash
+    metrics.json                 the last training and validation figures
+    trainer_state/               optimizer, scheduler, random generators, position in the data
+
+Frozen weights are not in it. A folder is written under a temporary name, flushed to disk and renamed, so one that bears
+its final name is complete.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from config import REPO_ROOT, Config, load_config, nearest_name_hint
+from model.backbone import backbone_fingerprint
+
+if TYPE_CHECKING:
+    from model.model import MMultiModal
+
+CONFIG_FILE = "config.yaml"
+PROJECTOR_FILE = "feature_proj.safetensors"
+PROVENANCE_FILE = "provenance.json"
+METRICS_FILE = "metrics.json"
+REQUIRED_FILES = (CONFIG_FILE, PROJECTOR_FILE, PROVENANCE_FILE, "adapter_config.json", "adapter_model.safetensors")
+
+
+def portable_config(config: Config) -> dict[str, Any]:
+    """The config as a mapping whose paths hold on other machines: relative to the repository, else the bare name."""
+    raw = config.model_dump(mode="json")
+
+    def portable(path: str) -> str:
+        if not Path(path).expanduser().is_absolute():
+            return path
+        absolute = Path(path).expanduser()
+        return absolute.relative_to(REPO_ROOT).as_posix() if absolute.is_relative_to(REPO_ROOT) else absolute.name
+
+    raw["model_root"] = portable(raw["model_root"])
+    for section, keys in {
+        "visual": ["path"],
+        "llm": ["path"],
+        "data": ["image_map", "captions", "feature_cache"],
+        "train": ["output_dir", "init_from"],
+    }.items():
+        for key in keys:
+            if raw[section][key] is not None:
+                raw[section][key] = portable(raw[section][key])
+    for source in raw["data"]["sources"]:
+        for key in ("annotations", "images", "questions"):
+            if source[key] is not None:
+                source[key] = portable(source[key])
+    return raw
+
+
+def fingerprints(model: "MMultiModal") -> dict[str, str]:
+    """What the trained weights depend on, one hash each: both backbones, the prompt and the image transform."""
+    return {
+        "visual": backbone_fingerprint(model.visual_folder),
+        "llm": backbone_fingerprint(model.llm_folder),
+        "prompt": model.chat.fingerprint(),
+        "transform": model.transform.fingerprint(),
+    }
+
+
+def save_checkpoint(
+    model: "MMultiModal",
+    folder: Path,
+    metrics: dict[str, Any],
+    provenance: dict[str, Any],
+    save_trainer_state: Callable[[Path], None],
+) -> None:
+    """Write a checkpoint folder atomically.
+
+    Args:
+        folder: final name; an existing complete folder of that name is replaced.
+        provenance: versions, commit, data hash; fingerprints are added here.
+        save_trainer_state: writes its files into the folder it is given.
+    """
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "trainer_state").mkdir(parents=True)
+    # the embedding is never trained, so peft is told not to look on the hub whether it was resized
+    model.LLM.save_pretrained(temporary, save_embedding_layers=False)
+    adapter_config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter_config["base_model_name_or_path"] = portable_config(model.config)["llm"]["path"]  # peft's is absolute
+    _write_json(temporary / "adapter_config.json", adapter_config)
+    (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in model.feature_proj.state_dict().items()},
+        temporary / PROJECTOR_FILE,
+    )
+    (temporary / CONFIG_FILE).write_text(
+        yaml.safe_dump(portable_config(model.config), allow_unicode=True, sort_keys=False), encoding="utf-8"
+    )
+    _write_json(temporary / PROVENANCE_FILE, {**provenance, "fingerprints": fingerprints(model)})
+    _write_json(temporary / METRICS_FILE, metrics)
+    save_trainer_state(temporary / "trainer_state")
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as stream:
+                os.fsync(stream.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
+
+
+def check_complete(folder: Path) -> Path:
+    """`folder` itself if it holds a whole checkpoint.
+
+    Raises:
+        ValueError: it does not exist or lacks files; names them.
+    """
+    folder = REPO_ROOT / folder
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint folder not found: {folder}. {nearest_name_hint(folder)}".rstrip())
+    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
+    if missing:
+        inside = sorted(child.name for child in folder.glob("checkpoint-*"))
+        hint = f"; did you mean {folder / inside[-1]}?" if inside else ""
+        raise ValueError(f"{folder} is not a complete checkpoint, it lacks {', '.join(missing)}{hint}")
+    return folder
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first; unfinished ones (`.tmp`) are not among them."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def read_config(folder: Path, overrides: list[str] | None = None) -> Config:
+    """The config a checkpoint was trained with, with `key=value` overrides; errors as `check_complete`."""
+    return load_config(check_complete(folder) / CONFIG_FILE, overrides)
+
+
+def restore_weights(model: "MMultiModal", folder: Path) -> None:
+    """Put the projector of a checkpoint into `model` (built on its adapter) and check what it was trained on.
+
+    Raises:
+        ValueError: another backbone, prompt or transform than in training, or tensors that do not fit.
+    """
+    folder = check_complete(folder)
+    expected = orjson.loads((folder / PROVENANCE_FILE).read_bytes())["fingerprints"]
+    actual = fingerprints(model)
+    places = {"visual": ("visual.path", model.visual_folder), "llm": ("llm.path", model.llm_folder)}
+    for part, (key, backbone) in places.items():
+        if actual[part] != expected[part]:
+            raise ValueError(
+                f"{folder} was trained on another '{key}': its backbone has the fingerprint {expected[part]}, "
+                f"{backbone} has {actual[part]}. Set {key}=FOLDER to the model it was trained with"
+            )
+    if actual["prompt"] != expected["prompt"]:
+        raise ValueError(f"{folder} was trained with another prompt: leave prompt.* as in its {CONFIG_FILE}")
+    if actual["transform"] != expected["transform"]:
+        raise ValueError(f"{folder} was trained with other preprocessor settings than {model.visual_folder} has now")
+    _load_exactly(model.feature_proj, load_file(folder / PROJECTOR_FILE), folder / PROJECTOR_FILE)
+    adapter = load_file(folder / "adapter_model.safetensors")
+    own = {name for name, _ in model.LLM.named_parameters() if "lora_" in name}
+    saved = {name.replace(".weight", ".default.weight") for name in adapter}
+    if own != saved:
+        raise ValueError(
+            f"{folder / 'adapter_model.safetensors'} does not fit the language model: "
+            f"missing {sorted(own - saved)[:5]}, left over {sorted(saved - own)[:5]}"
+        )
+
+
+def _load_exactly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], file: Path) -> None:
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if own != saved:
+        raise ValueError(f"{file} does not fit: the model needs {own}, the file holds {saved}")
+    module.load_state_dict(tensors)

@@ -1,0 +1,302 @@
+"""The whole model: frozen SigLIP encoder → projector → Qwen with LoRA.
+
+`train.py`, `predict.py`, `eval_vqa.py`, `test_gui.py` and `export.py` build it with `MMultiModal.from_config` or
+`MMultiModal.from_checkpoint`.
+
+Shapes: B batch, B_img photos, T text and image tokens, N image tokens of a photo, Dv and Dl widths, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging as transformers_logging
+
+from config import Config
+from model.backbone import locate_backbone
+from qwen.chat import ChatFormat
+from qwen.Mqwen import load_language_model
+from qwen.tokenizer import image_token_id, load_tokenizer
+from visual.SigLIP_VIT import load_encoder
+from visual.transform import ImageTransform
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """`device` if given, else CUDA, Apple's MPS or the CPU, whichever is there first."""
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(precision: Literal["auto", "bf16", "fp16", "float32"], device: torch.device) -> str:
+    """`auto` is bf16 where the device computes in it, fp16 on older GPUs, float32 elsewhere.
+
+    Raises:
+        ValueError: bf16 asked of a GPU, or fp16 of a CPU, that cannot.
+    """
+    if device.type == "cuda":
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif device.type == "cpu":
+        best = "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    else:
+        best = "float32"
+    if precision == "bf16" and device.type == "cuda" and best != "bf16":
+        raise ValueError("'train.precision': this GPU has no bf16; use auto, fp16 or float32")
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError("'train.precision': fp16 needs a CUDA GPU; use auto, bf16 or float32")
+    return best if precision == "auto" else precision
+
+
+class MMultiModal(nn.Module):
+    """Encoder, projector and language model with their tokenizer, image transform and prompt format.
+
+    Attributes:
+        encoder: `SigLIPViT`, frozen.
+        feature_proj: Linear(Dv, Dl), GELU, Linear(Dl, Dl); float32 in training.
+        LLM: peft model around `MQwen2ForCausalLM` or `MQwen3ForCausalLM`; LoRA in float32, the rest frozen.
+        config, tokenizer, transform, chat: what the run was configured with.
+        visual_folder, llm_folder: where the backbones were found.
+    """
+
+    def __init__(self, config: Config, encoder: nn.Module, LLM: nn.Module, tokenizer, transform: ImageTransform) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.transform = transform
+        self.encoder = encoder
+        self.LLM = LLM
+        self.feature_proj = nn.Sequential(
+            nn.Linear(encoder.config.hidden_size, LLM.config.hidden_size),
+            nn.GELU(),
+            nn.Linear(LLM.config.hidden_size, LLM.config.hidden_size),
+        )
+        for layer in (self.feature_proj[0], self.feature_proj[2]):
+            nn.init.normal_(layer.weight, mean=0.0, std=config.projector.init_std)
+            nn.init.zeros_(layer.bias)
+        self.num_image_tokens = encoder.num_patches - int(config.visual.drop_first_token)
+        if config.visual.image_tokens not in (None, self.num_image_tokens):
+            raise ValueError(
+                f"'visual.image_tokens' is {config.visual.image_tokens}, but the encoder gives {encoder.num_patches} "
+                f"patches and 'visual.drop_first_token' is {config.visual.drop_first_token}: "
+                f"that makes {self.num_image_tokens}"
+            )
+        if transform.size != (encoder.config.image_size, encoder.config.image_size):
+            raise ValueError(
+                f"'visual.path': preprocessor_config.json makes {transform.size[0]}×{transform.size[1]} pictures, "
+                f"the encoder takes {encoder.config.image_size} px squares"
+            )
+        self.chat = ChatFormat(
+            tokenizer, config.prompt, self.num_image_tokens, think_block=LLM.config.model_type == "qwen3"
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_folder: Path | None = None,
+    ) -> "MMultiModal":
+        """Load both backbones and add the projector and LoRA, newly initialised from `train.seed`.
+
+        Args:
+            device: default as `pick_device`.
+            dtype: of the frozen backbones; default what `train.precision` says.
+            adapter_folder: take LoRA from this checkpoint folder instead of new ones.
+
+        Raises:
+            ValueError: a backbone is missing, incomplete or of an unknown kind, or the config does not fit it.
+        """
+        transformers_logging.disable_progress_bar()
+        device = pick_device(device)
+        dtype = DTYPES[pick_precision(config.train.precision, device)] if dtype is None else dtype
+        visual_folder = locate_backbone(config.visual.path, config.model_root, "visual.path")
+        llm_folder = locate_backbone(config.llm.path, config.model_root, "llm.path")
+        encoder = load_encoder(visual_folder, dtype)
+        tokenizer = load_tokenizer(llm_folder)
+        LLM = load_language_model(llm_folder, dtype, image_token_id(tokenizer), len(tokenizer)).requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):  # the same weights at the start, whatever drew random numbers before
+            torch.manual_seed(config.train.seed)
+            LLM = _with_lora(LLM, config, adapter_folder)
+            model = cls(config, encoder, LLM, tokenizer, ImageTransform.from_folder(visual_folder))
+        model.visual_folder, model.llm_folder = visual_folder, llm_folder
+        return model.to(device)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        overrides: dict[str, Any] | None = None,
+    ) -> "MMultiModal":
+        """Load a checkpoint folder for answering.
+
+        Args:
+            folder: as `model.checkpoint.save_checkpoint` wrote it.
+            dtype: of the whole model; default bf16 on a GPU that has it, else float32.
+            overrides: config values by dotted key, for example `{"llm.path": "/models/Qwen2.5-0.5B"}`.
+
+        Raises:
+            ValueError: not a complete checkpoint, or its backbones are missing or are others than it was trained on.
+        """
+        from model.checkpoint import read_config, restore_weights  # checkpoint.py imports this module
+
+        device = pick_device(device)
+        if dtype is None:
+            dtype = DTYPES[pick_precision("auto", device)] if device.type == "cuda" else torch.float32
+        config = read_config(Path(folder), [f"{key}={value}" for key, value in (overrides or {}).items()])
+        model = cls.from_config(config, device, dtype, adapter_folder=Path(folder))
+        restore_weights(model, Path(folder))
+        return model.to(dtype).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.feature_proj[0].weight.device
+
+    @property
+    def suppressed_ids(self) -> list[int]:
+        """Ids no answer holds: the photo's placeholder, and the spare rows of the embedding, which mean nothing."""
+        rows = self.LLM.get_output_embeddings().weight.shape[0]
+        return [self.chat.image_token_id, *range(len(self.tokenizer), rows)]
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """`(B_img, 3, H, W)` pixels → `(B_img, N, Dv)` encoder features without a graph.
+
+        With `visual.drop_first_token` the first row is left out. SigLIP has no class token: what goes is the top-left
+        patch, kept this way because the report's checkpoints were trained so.
+        """
+        with torch.no_grad():
+            features = self.encoder(image)  # (B_img, patches, Dv)
+        return features[:, int(self.config.visual.drop_first_token) :].detach()
+
+    def project(self, image_features: torch.Tensor) -> torch.Tensor:
+        """`(B_img, N, Dv)` encoder features → `(B_img, N, Dl)` rows the language model reads."""
+        return self.feature_proj(image_features.to(self.feature_proj[0].weight.dtype))
+
+    def forward(
+        self,
+        image: torch.Tensor | None,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        position_ids: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        supervised_only: bool = False,
+        num_items_in_batch: int | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where there are labels.
+
+        Args:
+            image: (B_img, 3, H, W) in reading order of the placeholders; None: no photo, or `image_features` given.
+            input_ids: (B, T), each photo's `<|extra_0|>` standing N times.
+            labels: (B, T), -100 where nothing is asked.
+            attention_mask: (B, T), or (B, 1, T, T) bool for packed sequences.
+            logits_to_keep: compute logits for the last so many positions only; 0 = all.
+            position_ids: (B, T).
+            image_features: (B_img, N, Dv) of `encode_image`, computed earlier.
+            supervised_only: `lm_head` on labelled positions only; `logits` is None then.
+            num_items_in_batch: divide the summed loss by this instead of by the labels of this batch.
+
+        Raises:
+            ValueError: placeholders and photos differ in number, or both kinds of image input are given.
+        """
+        if image is not None and image_features is not None:
+            raise ValueError("give 'image' or 'image_features', not both")
+        if image is not None:
+            image_features = self.encode_image(image)
+        images = None if image_features is None else self.project(image_features)  # (B_img, N, Dl)
+        output = self.LLM(
+            input_ids=input_ids,
+            images=images,
+            labels=labels,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            supervised_only=supervised_only,
+            num_items_in_batch=num_items_in_batch,
+            **({} if supervised_only else {"logits_to_keep": logits_to_keep}),
+            **({} if past_key_values is None else {"past_key_values": past_key_values}),
+            **({} if use_cache is None else {"use_cache": use_cache}),
+        )
+        if images is None and self.training and output.loss is not None:
+            # every process of a distributed run must touch the projector, also when it drew only text
+            nothing = self.project(self.feature_proj[0].weight.new_zeros(1, 1, self.feature_proj[0].in_features))
+            output.loss = output.loss + 0.0 * nothing.sum()
+        return output
+
+    @torch.no_grad()
+    def generate(
+        self, image: torch.Tensor | None, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        """transformers' own `generate` on fused inputs.
+
+        Args:
+            image, input_ids, attention_mask: as in `forward`; batches are padded on the left.
+            kwargs: `max_new_tokens`, `do_sample`, … of transformers' `GenerationMixin.generate`.
+
+        Returns:
+            (B, new tokens) int64, ended by one of `chat.stop_ids` and padded with it.
+        """
+        images = None if image is None else self.project(self.encode_image(image))
+        language_model = self.LLM.get_base_model()
+        embeddings = language_model.embed_with_images(input_ids, images)  # (B, T, Dl)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        stop_ids = sorted(self.chat.stop_ids)
+        return self.LLM.generate(
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask,
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
+            suppress_tokens=self.suppressed_ids,
+            **kwargs,
+        )
+
+    def parameter_summary(self) -> str:
+        """One line: parameters in all, those trained of each part, dtype and device."""
+        counts = {
+            name: sum(p.numel() for p in part.parameters() if p.requires_grad)
+            for name, part in (("encoder", self.encoder), ("projector", self.feature_proj), ("LoRA", self.LLM))
+        }
+        total = sum(parameter.numel() for parameter in self.parameters())
+        trained = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        dtype = str(self.encoder.dtype).removeprefix("torch.")
+        return f"{total:,} parameters, trained: {trained}; frozen weights {dtype} on {self.device}"
+
+
+def _with_lora(LLM: nn.Module, config: Config, adapter_folder: Path | None) -> nn.Module:
+    lora = config.llm.lora
+    if adapter_folder is not None:
+        LLM = PeftModel.from_pretrained(LLM, adapter_folder, is_trainable=True)
+        saved = LLM.peft_config["default"]
+        if (saved.r, saved.lora_alpha, set(saved.target_modules)) != (lora.r, lora.alpha, set(lora.target_modules)):
+            raise ValueError(
+                f"'llm.lora' differs from the adapter in {adapter_folder}: that has r={saved.r}, "
+                f"alpha={saved.lora_alpha}, target_modules={sorted(saved.target_modules)}"
+            )
+        return LLM
+    linear_names = {name.rpartition(".")[2] for name, part in LLM.named_modules() if isinstance(part, nn.Linear)}
+    unknown = sorted(set(lora.target_modules) - linear_names)
+    if unknown:
+        raise ValueError(
+            f"'llm.lora.target_modules': {', '.join(unknown)} not in the language model; "
+            f"its linear layers are {', '.join(sorted(linear_names))}"
+        )
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(LLM, settings)

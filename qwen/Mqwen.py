@@ -1,0 +1,170 @@
+"""Qwen2 and Qwen3 language models that read image features in place of `<|extra_0|>`.
+
+The classes are transformers' own plus one step: where `input_ids` holds the placeholder, the embedding is replaced by
+the next row of the image features (`fuse_image_features`). Built by `model/model.py`.
+
+Shapes: B batch, T text and image tokens, N image tokens of a photo, Dl width, V vocabulary, S supervised positions.
+"""
+
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from transformers import AutoConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from config import require_complete
+from qwen.chat import IGNORE_INDEX
+
+
+def fuse_image_features(
+    embeddings: torch.Tensor, image_features: torch.Tensor, is_image_token: torch.Tensor
+) -> torch.Tensor:
+    """Put image features where the placeholders stand.
+
+    Args:
+        embeddings: (B, T, Dl) of the text.
+        image_features: (B_img, N, Dl), photos in reading order of their placeholders.
+        is_image_token: (B, T) bool.
+
+    Returns:
+        (B, T, Dl), a new tensor.
+
+    Raises:
+        ValueError: the number of placeholders is not B_img * N; gives both numbers.
+    """
+    placeholders = int(is_image_token.sum())
+    num_images, tokens_per_image, width = image_features.shape
+    if placeholders != num_images * tokens_per_image:
+        raise ValueError(
+            f"{placeholders} image placeholders in input_ids but {num_images} photos with {tokens_per_image} tokens "
+            f"each = {num_images * tokens_per_image} image features: every photo's placeholder must stand "
+            f"{tokens_per_image} times"
+        )
+    rows = image_features.reshape(-1, width).to(embeddings.dtype)  # (B_img * N, Dl)
+    return embeddings.masked_scatter(is_image_token.unsqueeze(-1), rows)
+
+
+def supervised_loss(
+    hidden_states: torch.Tensor, labels: torch.Tensor, lm_head: torch.nn.Module, num_items_in_batch: int | None
+) -> torch.Tensor:
+    """Next-token cross-entropy that asks `lm_head` for the S supervised positions only.
+
+    Args:
+        hidden_states: (B, T, Dl) after the last norm.
+        labels: (B, T), -100 where nothing is asked.
+        num_items_in_batch: divisor of the summed loss; None: S, the mean over this batch.
+
+    Returns:
+        float32 scalar; 0 with a graph when nothing is supervised.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE_INDEX  # (B, T-1)
+    logits = lm_head(hidden_states[:, :-1][supervised]).float()  # (S, V)
+    total = functional.cross_entropy(logits, targets[supervised], reduction="sum")
+    return total / (num_items_in_batch if num_items_in_batch is not None else max(int(supervised.sum()), 1))
+
+
+class ImageInputs:
+    """What our classes add to transformers' causal language models: `images`, and a loss without full logits."""
+
+    image_token_id: int  # set by load_language_model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        images: torch.Tensor | None = None,
+        supervised_only: bool = False,
+        num_items_in_batch: int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As the parent class, and:
+
+        Args:
+            attention_mask: (B, T) or a 4D bool mask (B, 1, T, T), True where a position may look (packed training).
+            images: (B_img, N, Dl) projected features for the placeholders in `input_ids`.
+            supervised_only: compute `loss` from the labelled positions alone; `logits` is then None.
+            num_items_in_batch: divisor of the summed loss (supervised tokens of the whole optimiser step).
+
+        Raises:
+            ValueError: placeholders and features differ in number.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_with_images(input_ids, images)
+        if attention_mask is not None and attention_mask.dim() == 4:
+            attention_mask = self._masks_by_layer_type(attention_mask, position_ids)
+        elif attention_mask is None and position_ids is not None and kwargs.get("past_key_values") is None:
+            # without a mask, transformers guesses from restarting positions that sequences were packed
+            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        if not supervised_only:
+            return super().forward(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                labels=labels,
+                **({} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}),
+                **kwargs,
+            )
+        outputs = self.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        )
+        loss = supervised_loss(outputs.last_hidden_state, labels, self.lm_head, num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss)
+
+    def embed_with_images(self, input_ids: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
+        """`(B, T)` ids and `(B_img, N, Dl)` features → `(B, T, Dl)` input embeddings; errors as `forward`."""
+        embeddings = self.get_input_embeddings()(input_ids)
+        if images is None:
+            images = embeddings.new_zeros(0, 1, embeddings.shape[-1])
+        return fuse_image_features(embeddings, images, input_ids == self.image_token_id)
+
+    def _masks_by_layer_type(self, mask: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A 4D mask would switch sliding windows off, so the window is cut into a second one. Distances are counted
+        in positions, since rows of a packed sequence do not stand beside their predecessors."""
+        masks = {"full_attention": mask}
+        if "sliding_attention" in self.config.layer_types:
+            distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]  # (B, 1, T, T)
+            masks["sliding_attention"] = mask & (distance < self.config.sliding_window)
+        return masks
+
+
+class MQwen2ForCausalLM(ImageInputs, Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5."""
+
+
+class MQwen3ForCausalLM(ImageInputs, Qwen3ForCausalLM):
+    """Qwen3, dense."""
+
+
+LANGUAGE_MODELS = {"qwen2": MQwen2ForCausalLM, "qwen3": MQwen3ForCausalLM}
+
+
+def load_language_model(folder: Path, dtype: torch.dtype, image_token_id: int, vocabulary_size: int):
+    """Load a Qwen checkpoint strictly.
+
+    Args:
+        vocabulary_size: number of ids of the tokenizer, `<|extra_0|>` included; the embedding is resized only if it
+            has fewer rows.
+
+    Raises:
+        ValueError: an unsupported architecture, or tensors that are missing, left over or of the wrong shape.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in LANGUAGE_MODELS:
+        known = ", ".join(LANGUAGE_MODELS)
+        raise ValueError(f"'llm.path': {folder} is of type '{config.model_type}'; supported: {known}")
+    language_model, info = LANGUAGE_MODELS[config.model_type].from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+    )
+    require_complete(info, "llm.path", folder)
+    language_model.image_token_id = image_token_id
+    if vocabulary_size > language_model.get_input_embeddings().weight.shape[0]:
+        language_model.resize_token_embeddings(vocabulary_size)
+    return language_model

@@ -1,0 +1,164 @@
+"""Messages to `(input_ids, labels)`: the only file that knows the prompt format.
+
+Training, evaluation, page and command line all call `ChatFormat.render`, so the model is asked the way it was taught.
+The format is ChatML, `<|im_start|>role\\ntext<|im_end|>\\n`; only this file writes control tokens. Text of users is data:
+`<|im_end|>` or `<|extra_0|>` typed in it is tokenised as the plain characters it is made of.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from config import IMAGE_TAG, Prompt
+from qwen.tokenizer import image_token_id
+
+IGNORE_INDEX = -100  # label of positions without supervision, the default of torch's cross-entropy
+
+
+class ImagePart:
+    """The place of one photo among the text parts of a message."""
+
+
+IMAGE = ImagePart()
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `parts` are texts and `IMAGE`; the texts hold no control tokens, whatever characters they show."""
+
+    role: str  # user | assistant
+    parts: tuple[str | ImagePart, ...]
+
+
+class ChatFormat:
+    """Renders messages to token ids and labels.
+
+    Args:
+        tokenizer: from `qwen.tokenizer.load_tokenizer`.
+        prompt: system sentence, question prefix, place of the photo, end token (config section `prompt`).
+        num_image_tokens: N, how many tokens stand for one photo.
+        think_block: put Qwen3's empty think block before each answer, unsupervised, as its template does with
+            `enable_thinking=False`.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, num_image_tokens: int, think_block: bool = False
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.num_image_tokens = num_image_tokens
+        self.think_block = think_block
+        self.image_token_id = image_token_id(tokenizer)
+        self.start_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
+        self.turn_end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.answer_end_id = tokenizer.convert_tokens_to_ids(prompt.end_token)
+        self.stop_ids = {self.turn_end_id, self.answer_end_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")}
+        self.newline_ids = self.encode_text("\n")
+        self.think_ids = tokenizer.encode("<think>\n\n</think>\n\n", add_special_tokens=False) if think_block else []
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of `text` with every special token spelt out in plain characters."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def question(self, text: str, num_images: int) -> Message:
+        """The user message of a record: the first `num_images` tags `<|extra_0|>` in `text` are its photos.
+
+        Raises:
+            ValueError: fewer tags than photos; gives both numbers.
+        """
+        pieces = text.split(IMAGE_TAG, num_images)
+        if len(pieces) - 1 != num_images:
+            raise ValueError(f"{num_images} photos but {len(pieces) - 1} tags {IMAGE_TAG} in the question {text!r}")
+        if self.prompt.image_first and num_images:
+            rest = "".join(piece.removeprefix("\n") if index else piece for index, piece in enumerate(pieces))
+            return self.typed_question(rest, num_images)
+        pieces[0] = self.prompt.question_prefix + pieces[0]
+        parts: list[str | ImagePart] = [pieces[0]]
+        for piece in pieces[1:]:
+            parts += [IMAGE, piece]
+        return Message("user", tuple(parts))
+
+    def typed_question(self, text: str, num_images: int) -> Message:
+        """The user message of somebody who types `text` under `num_images` photos: photos first, all of `text` is text."""
+        if num_images == 0:
+            return Message("user", (self.prompt.question_prefix + text,))
+        return Message("user", (*[IMAGE] * num_images, "\n" + self.prompt.question_prefix + text))
+
+    def answer(self, text: str) -> Message:
+        """The assistant message `text`."""
+        return Message("assistant", (text.strip(),))
+
+    def render(self, messages: list[Message]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a dialogue; when the last message is the user's, the answer is left open.
+
+        Returns:
+            `input_ids` (T,) with each photo's placeholder standing N times, and `labels` (T,): the id where the
+            assistant speaks or ends its turn, -100 elsewhere.
+
+        Raises:
+            ValueError: an empty dialogue, or roles that do not alternate beginning with the user.
+        """
+        for index, message in enumerate(messages):
+            if message.role != ("user", "assistant")[index % 2]:
+                raise ValueError(f"message {index} is the {message.role}'s: user and assistant must take turns")
+        if not messages:
+            raise ValueError("no messages: there must be at least one question")
+        ids: list[int] = []
+        labels: list[int] = []
+
+        def add(new_ids: list[int], supervised: bool = False) -> None:
+            ids.extend(new_ids)
+            labels.extend(new_ids if supervised else [IGNORE_INDEX] * len(new_ids))
+
+        if self.prompt.system:
+            add([self.start_id, *self.encode_text("system\n" + self.prompt.system), self.turn_end_id])
+            add(self.newline_ids)
+        for message in messages:
+            add([self.start_id])
+            if message.role == "user":
+                self._add_user(message, add)
+            else:
+                self._add_assistant(message, add)
+            add(self.newline_ids)
+        if messages[-1].role == "user":
+            add([self.start_id, *self.encode_text("assistant\n"), *self.think_ids])
+        return ids, labels
+
+    def _add_user(self, message: Message, add) -> None:
+        text = "user\n"  # role and text are one string for the tokenizer, as in the template
+        for part in message.parts:
+            if isinstance(part, ImagePart):
+                add(self.encode_text(text) if text else [])
+                add([self.image_token_id] * self.num_image_tokens)
+                text = ""
+            else:
+                text += part
+        add(self.encode_text(text) if text else [])
+        add([self.turn_end_id])
+
+    def _add_assistant(self, message: Message, add) -> None:
+        answer = "".join(part for part in message.parts if isinstance(part, str))
+        role = "assistant\n"
+        if self.think_ids:  # control tokens stand between role and answer, so each is a string of its own
+            add([*self.encode_text(role), *self.think_ids])
+            add(self.encode_text(answer), supervised=True)
+        else:
+            encoding = self.tokenizer(
+                role + answer, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+            )
+            role_length = sum(start < len(role) for start, _ in encoding["offset_mapping"])
+            add(encoding["input_ids"][:role_length])
+            add(encoding["input_ids"][role_length:], supervised=True)
+        add([self.answer_end_id], supervised=True)
+
+    def fingerprint(self) -> str:
+        """Short hash of everything that shapes a prompt: the rendered ids of a fixed dialogue, and N."""
+        dialogue = [
+            self.typed_question("What is this? 这是什么？", 1),
+            self.answer("A café. 一家咖啡馆。"),
+            self.question(f"Why?{IMAGE_TAG}", 1),
+        ]
+        rendered = json.dumps([self.render(dialogue), self.num_image_tokens])
+        return hashlib.sha256(rendered.encode()).hexdigest()[:16]

@@ -1,0 +1,17 @@
+"""A folder with tiny backbones of both language-model generations, shared by the tests of the model."""
+
+import pytest
+
+from tests.tiny import write_qwen, write_records, write_siglip
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbones")
+    write_siglip(folder / "siglip")
+    write_qwen(folder / "qwen")
+    for kind in ("qwen2", "qwen3"):
+        for tied in (True, False):
+            write_qwen(folder / f"{kind}-{'tied' if tied else 'untied'}", kind, tied)
+    write_records(folder)
+    return folder

@@ -1,0 +1,73 @@
+"""Fusion counts both sides; the loss on supervised positions equals the full one; loading is strict."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from qwen.Mqwen import fuse_image_features, load_language_model, supervised_loss
+from qwen.tokenizer import image_token_id, load_tokenizer
+from tests.tiny import write_qwen
+
+
+def test_fusion_puts_rows_in_reading_order():
+    embeddings = torch.zeros(2, 4, 3)
+    is_image = torch.tensor([[False, True, True, False], [True, True, False, False]])
+    features = torch.arange(1.0, 13.0).view(2, 2, 3)  # two photos of two tokens
+    fused = fuse_image_features(embeddings, features, is_image)
+    assert torch.equal(fused[0, 1:3], features[0])
+    assert torch.equal(fused[1, :2], features[1])
+    assert fused[~is_image].abs().sum() == 0
+    assert embeddings.abs().sum() == 0  # the input is left as it was
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+def test_fusion_raises_with_both_numbers(num_images):
+    is_image = torch.tensor([[True, True, True, True]])
+    with pytest.raises(ValueError, match=rf"4 image placeholders .* {num_images * 2} image features"):
+        fuse_image_features(torch.zeros(1, 4, 3), torch.zeros(num_images, 2, 3), is_image)
+
+
+def test_supervised_loss_equals_full_cross_entropy():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2, 7, 8, requires_grad=True), torch.nn.Linear(8, 11, bias=False)
+    labels = torch.tensor([[-100, -100, 3, 4, -100, 5, 6], [-100, 1, -100, -100, -100, -100, -100]])
+    loss = supervised_loss(hidden, labels, head, None)
+    expected = functional.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(supervised_loss(hidden, labels, head, 10), expected * 5 / 10)
+    gradients = [torch.autograd.grad(value, hidden, retain_graph=True)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+    assert supervised_loss(hidden, torch.full_like(labels, -100), head, None) == 0
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_strict_loading_names_the_tensor(tmp_path, kind):
+    folder = write_qwen(tmp_path / "qwen", kind)
+    tokenizer = load_tokenizer(folder)
+    weights = load_file(folder / "model.safetensors")
+    missing = {name: tensor for name, tensor in weights.items() if "layers.1.mlp.up_proj" not in name}
+    save_file(missing, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"'llm.path'.*missing: model.layers.1.mlp.up_proj.weight"):
+        load_language_model(folder, torch.float32, image_token_id(tokenizer), len(tokenizer))
+
+
+def test_unknown_architecture_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="of type 'llama'; supported: qwen2, qwen3"):
+        load_language_model(tmp_path, torch.float32, 1, 2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_placeholder_takes_a_spare_row_and_resizes_only_without_one(tmp_path, tied):
+    for spare_rows, grows in ((8, False), (0, True)):
+        folder = write_qwen(tmp_path / f"{spare_rows}", tied=tied, spare_rows=spare_rows)
+        tokenizer = load_tokenizer(folder)
+        before = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+        model = load_language_model(folder, torch.float32, image_token_id(tokenizer), len(tokenizer))
+        rows = model.get_input_embeddings().weight
+        assert rows.shape[0] == before.shape[0] + int(grows)
+        assert model.lm_head.weight.shape[0] == rows.shape[0]
+        assert torch.equal(rows[: before.shape[0]], before)

@@ -1,0 +1,150 @@
+"""Backbones of a few thousand random weights in the public on-disk layouts, and a data set of a few drawn photos."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+)
+
+from config import Config, parse_config
+
+IMAGE_SIZE = 56  # 4 × 4 patches of 14 px
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_tokenizer(folder: Path) -> int:
+    """A byte-level tokenizer without merges, in Qwen2's layout; returns its size."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def write_qwen(folder: Path, kind: str = "qwen2", tied: bool = True, spare_rows: int = 8, **settings) -> Path:
+    """A Qwen2 or Qwen3 checkpoint with 2 layers of width 32."""
+    size = write_tokenizer(folder)
+    torch.manual_seed(1)
+    common = {
+        "vocab_size": size + spare_rows,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.3,  # far from uniform outputs, so that a wrong token shows
+    } | settings
+    if kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**common))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(head_dim=8, **common))
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_siglip(folder: Path, image_size: int = IMAGE_SIZE) -> Path:
+    """A whole SiglipModel with its text tower, as the public repositories hold it."""
+    torch.manual_seed(2)
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = SiglipConfig(
+        text_config=text | {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1},
+        vision_config=vision | {"image_size": image_size, "patch_size": 14},
+    )
+    model = SiglipModel(config)
+    with torch.no_grad():  # HF starts with tiny weights; a tower that does nothing could not show an error
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    preprocessor = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": image_size, "width": image_size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_convert_rgb": None,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
+    return folder
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (250, 250, 250)}
+
+
+def write_records(folder: Path, photos: int = 6, questions: int = 3) -> None:
+    """Plain coloured photos, `image_map.json` and `captions.json`; the last entry has text only."""
+    image_map, captions = {}, {}
+    for ID in range(photos):
+        name, colour = list(COLOURS.items())[ID % len(COLOURS)]
+        file = folder / "photos" / f"{ID}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60 + ID, 50), colour).save(file)
+        image_map[f"photos/{ID}.png"] = {"ID": ID, "image_file": file.name, "path": str(file)}
+        entries = [
+            {"source": "tiny", "q": "<|extra_0|>\nWhich colour?", "a": [name]},
+            {"source": "tiny", "q": "<|extra_0|>\nWhich number?", "a": [str(ID), f"number {ID}"], "type": "number"},
+            {
+                "source": "tiny",
+                "turns": [
+                    {"q": "<|extra_0|>\nIs it red?", "a": ["yes" if name == "red" else "no"]},
+                    {"q": "Why?", "a": [f"It is {name}."]},
+                ],
+            },
+        ]
+        captions[str(ID)] = entries[:questions]
+    captions["text"] = [{"source": "tiny", "q": "Say hello.", "a": ["hello"]}]
+    (folder / "image_map.json").write_text(json.dumps(image_map), encoding="utf-8")
+    (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+
+
+def tiny_config(folder: Path, **sections) -> Config:
+    """The config of a run in `folder`, where `write_siglip`, `write_qwen` and `write_records` wrote; seconds on a CPU."""
+    raw = {
+        "data": {
+            "image_map": str(folder / "image_map.json"),
+            "captions": str(folder / "captions.json"),
+            "feature_cache": str(folder / "features"),
+            "val_fraction": 0.0,
+        },
+        "visual": {"path": str(folder / "siglip")},
+        "llm": {"path": str(folder / "qwen"), "lora": {"r": 4, "alpha": 8, "dropout": 0.0}},
+        "train": {
+            "output_dir": str(folder / "run"),
+            "precision": "float32",
+            "micro_batch": 2,
+            "workers": 0,
+            "max_steps": 4,
+            "projector_lr": 1e-2,
+            "lora_lr": 1e-2,
+        },
+        "generate": {"max_new_tokens": 16},
+    }
+    for section, values in sections.items():
+        raw[section] = raw.get(section, {}) | values
+    return parse_config(raw, "tiny")

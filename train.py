@@ -1,0 +1,39 @@
+"""Trains projector and LoRA: `python train.py [--config FILE] [--resume auto|DIR] [--dry-run] [key=value …]`.
+
+Reads `data.image_map` and `data.captions` (made by `process_image.py`), writes `train.output_dir/checkpoint-<step>/`,
+`metrics.jsonl` and `tensorboard/`. `--dry-run` loads everything, makes two trial steps and prints what a run will take.
+Several GPUs: `torchrun --nproc-per-node 4 train.py …`.
+"""
+
+from config import load_config, run_script, script_arguments
+
+
+def main() -> None:
+    parser = script_arguments(__doc__)
+    parser.add_argument("--resume", metavar="auto|DIR", help="go on from the newest checkpoint of the run, or from DIR")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print sizes, token statistics, memory and time; no training"
+    )
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+
+    from training.estimate import describe_run
+    from training.loop import Trainer
+
+    trainer = Trainer(config, arguments.resume)
+    if arguments.dry_run:
+        print(describe_run(trainer))
+        return
+    if trainer.accelerator.is_main_process:
+        print(trainer.model.parameter_summary())
+        print(
+            f"{len(trainer.train_set.entries):,} questions in {len(trainer.train_set):,} samples, "
+            f"{trainer.total_steps:,} steps in {trainer.precision}"
+        )
+    folder = trainer.run()
+    if trainer.accelerator.is_main_process:
+        print(f"trained: {folder}\nask it:  python predict.py --checkpoint {folder} --image FILE --question TEXT")
+
+
+if __name__ == "__main__":
+    run_script(main)

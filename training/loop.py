@@ -1,0 +1,313 @@
+"""The training loop: samples in, checkpoints out. Called by `train.py`.
+
+One optimiser step reads `accumulation` micro-batches on each process. Its loss is the sum over all of them divided by
+their supervised tokens, so neither accumulation nor the number of processes changes what is learned.
+"""
+
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import torch
+import transformers
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from config import REPO_ROOT, Config, resolve_path
+from dataset.image_caption_dataset import ImageCaptionDataset, collate
+from model.checkpoint import check_complete, list_checkpoints, restore_weights, save_checkpoint
+from model.model import MMultiModal, pick_device, pick_precision
+from qwen.chat import IGNORE_INDEX
+from training.data import build_datasets, data_hash, epoch_order, micro_batches, read_split
+from training.optimizer import build_optimizer, build_schedule
+from training.run_log import RunLog
+
+
+def supervised_tokens(batch: dict[str, Any]) -> int:
+    """Number of labels the loss of a batch is summed over."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        config: the run.
+        resume: a checkpoint folder to go on from, `"auto"` for the newest of `train.output_dir`, None to start anew.
+
+    Raises:
+        ValueError: wrong data, backbones or checkpoint; an output folder that holds checkpoints when starting anew.
+    """
+
+    def __init__(self, config: Config, resume: str | None = None) -> None:
+        self.config = config
+        device = pick_device()
+        self.precision = pick_precision(config.train.precision, device)
+        self.accelerator = accelerate.Accelerator(
+            cpu=device.type == "cpu", mixed_precision="no" if self.precision == "float32" else self.precision
+        )
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.accelerator.num_processes != launched:
+            raise ValueError(f"{launched} processes were launched but {self.accelerator.num_processes} joined the run")
+        self.output_dir = resolve_path(config.train.output_dir)
+        resumed = self._find_checkpoint(resume)
+        photos, train, val = read_split(config)
+
+        origin = resumed
+        if resumed is None and config.train.init_from is not None:
+            origin = check_complete(Path(config.train.init_from))
+        self.model = MMultiModal.from_config(config, self.accelerator.device, adapter_folder=origin)
+        if origin is not None:
+            restore_weights(self.model, origin)
+        if config.train.gradient_checkpointing:
+            self.model.LLM.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        self.weights = {source.name: source.weight for source in config.data.sources}
+        with self.accelerator.main_process_first():  # the first one writes the feature cache, the others read it
+            self.train_set, self.val_set = build_datasets(config, self.model, photos, train, val)
+        self.provenance = _provenance(config)
+
+        self.steps_per_epoch = math.ceil(len(self._epoch_batches(0)) / self._batches_per_step)
+        self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
+        self.optimizer = build_optimizer(self.model, config.train)
+        self.schedule = build_schedule(self.optimizer, config.train, self.total_steps)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.position = {"step": 0, "epoch": 0, "micro_batches": 0}
+        self.last_figures: dict[str, Any] = {}
+        if resumed is not None:
+            self._load_state(resumed / "trainer_state")
+
+    @property
+    def _batches_per_step(self) -> int:
+        return self.config.train.accumulation * self.accelerator.num_processes
+
+    def run(self) -> Path:
+        """Train to the end and return the last checkpoint folder; on interruption a checkpoint is written first."""
+        main = self.accelerator.is_main_process
+        log = RunLog(self.output_dir, self.position["step"]) if main else None
+        bar = tqdm(total=self.total_steps, initial=self.position["step"], disable=not main, dynamic_ncols=True)
+        saved = -1
+        try:
+            for figures in self.steps():
+                step = self.position["step"]
+                last = step == self.total_steps
+                if self._due(self.config.train.eval_steps, step) or (last and len(self.val_set)):
+                    figures["val_loss"] = self.validate()
+                self.last_figures |= figures
+                if main:
+                    bar.update()
+                    bar.set_postfix(
+                        loss=f"{figures['loss']:.3f}",
+                        lr=f"{figures['projector_lr']:.1e}",
+                        questions_s=f"{figures['questions_per_second']:.1f}",
+                    )
+                    if step % self.config.train.log_steps == 0 or "val_loss" in figures or step == 1:
+                        log.write(step, figures)
+                if step % self.config.train.save_steps == 0 or last:
+                    self.save()
+                    saved = step
+        except (KeyboardInterrupt, ValueError):
+            if 0 < self.position["step"] != saved:
+                self.save()
+                bar.write(f"interrupted: {self.checkpoint_folder()} holds everything up to here, go on with --resume auto")
+            raise
+        finally:
+            bar.close()
+            if main:
+                log.close()
+        if saved == -1 and self.position["step"] < self.total_steps:
+            raise ValueError("no step was made: the training set is smaller than one micro-batch per process")
+        return self.checkpoint_folder()
+
+    def checkpoint_folder(self) -> Path:
+        """Where the checkpoint of the current step belongs."""
+        return self.output_dir / f"checkpoint-{self.position['step']}"
+
+    def _epoch_batches(self, epoch: int) -> list[list[int]]:
+        order = epoch_order(self.train_set, self.weights, self.config.train.seed, epoch)
+        return micro_batches(order, self.config.train.micro_batch, self.accelerator.num_processes)
+
+    def _loader(self, dataset: ImageCaptionDataset, batches: list[list[int]]) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=partial(collate, pad_id=min(self.model.chat.stop_ids)),
+            num_workers=self.config.train.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # without one, each epoch would move the global generator
+        )
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """Make optimiser steps until the run is over, yielding the figures of each."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        while self.position["step"] < self.total_steps:
+            self.train_set.set_epoch(self.position["epoch"])
+            remaining = self._epoch_batches(self.position["epoch"])[self.position["micro_batches"] :]
+            loader = iter(self._loader(self.train_set, remaining[rank::processes]))
+            for start in range(0, len(remaining), self._batches_per_step):
+                began = time.perf_counter()
+                indices = remaining[start : start + self._batches_per_step]
+                batches = [self._checked(next(loader)) for _ in indices[rank::processes]]
+                data_wait = time.perf_counter() - began
+                figures = self._step(batches)
+                self.position["step"] += 1
+                self.position["micro_batches"] += len(indices)
+                seconds = time.perf_counter() - began
+                questions = sum(len(self.train_set.groups[index]) for batch in indices for index in batch)
+                yield figures | {
+                    "epoch": self.position["epoch"] + self.position["micro_batches"] / len(self._epoch_batches(0)),
+                    "questions_per_second": questions / seconds,
+                    "seconds": seconds,
+                    "data_wait": data_wait / seconds,
+                }
+                if self.position["step"] >= self.total_steps:
+                    return
+            self.position["epoch"] += 1
+            self.position["micro_batches"] = 0
+
+    def _checked(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if "error" in batch:
+            raise ValueError(f"{batch['error']} (python process_image.py with data.check_images=open finds all such)")
+        return batch
+
+    def forward(self, batch: dict[str, Any], num_items_in_batch: int | None) -> torch.Tensor:
+        """The loss of a collated batch, through whatever wraps the model."""
+        on_device = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        output = self.wrapped(
+            on_device.pop("pixel_values", None),
+            **on_device,
+            supervised_only=True,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return output.loss
+
+    def _step(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
+        self.wrapped.train()
+        self.model.encoder.eval()
+        counts = torch.tensor([sum(map(supervised_tokens, batches)), sum(b["input_ids"].numel() for b in batches)])
+        supervised, tokens = self.accelerator.reduce(counts.to(self.accelerator.device)).tolist()
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                # gradients are averaged over processes, the loss is meant to be summed
+                loss = self.forward(batch, max(supervised, 1)) * self.accelerator.num_processes
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        loss_value = self.accelerator.reduce(total, reduction="mean").item()
+        if not math.isfinite(loss_value):
+            raise ValueError(
+                f"the loss became {loss_value} at step {self.position['step'] + 1}: lower train.projector_lr and "
+                "train.lora_lr, or set train.precision=float32"
+            )
+        gradient_norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.train.max_grad_norm)
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return {
+            "loss": loss_value,
+            "grad_norm": float(gradient_norm),
+            "projector_lr": rates["projector"],
+            "lora_lr": rates["lora"],
+            "supervised_tokens": supervised,
+            "tokens": tokens,
+        }
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss per supervised token on the first `eval_samples` samples of the validation set."""
+        self.wrapped.eval()
+        count = min(len(self.val_set), self.config.train.eval_samples)
+        batches = micro_batches(list(range(count)), self.config.train.micro_batch, 1)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in self._loader(self.val_set, batches[rank::processes]):
+            loss = self.forward(self._checked(batch), 1)
+            sums += torch.tensor([loss.item(), supervised_tokens(batch)], dtype=torch.float64)
+        loss_sum, tokens = self.accelerator.reduce(sums.float().to(self.accelerator.device)).tolist()
+        return loss_sum / max(tokens, 1)
+
+    @staticmethod
+    def _due(every: int | None, step: int) -> bool:
+        return every is not None and step % every == 0
+
+    def save(self) -> None:
+        """Write `checkpoint-<step>` and drop the oldest ones beyond `save_total_limit`."""
+        generators = {"cpu": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state()
+        all_generators = gather_object([generators])
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+
+            def save_state(folder: Path) -> None:
+                state = {
+                    "position": self.position,
+                    "processes": self.accelerator.num_processes,
+                    "optimizer": self.optimizer.state_dict(),
+                    "schedule": self.schedule.state_dict(),
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                    "generators": all_generators,
+                }
+                torch.save(state, folder / "state.pt")
+
+            folder = self.checkpoint_folder()
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(self.model, folder, self.position | self.last_figures, self.provenance, save_state)
+            for old in list_checkpoints(self.output_dir)[: -self.config.train.save_total_limit]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _find_checkpoint(self, resume: str | None) -> Path | None:
+        existing = list_checkpoints(self.output_dir)
+        if resume is None:
+            if existing:
+                raise ValueError(
+                    f"'train.output_dir': {self.output_dir} already holds {existing[-1].name}: go on from it with "
+                    "--resume auto, or set another train.output_dir"
+                )
+            return None
+        if resume == "auto":
+            return check_complete(existing[-1]) if existing else None
+        return check_complete(Path(resume))
+
+    def _load_state(self, folder: Path) -> None:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        if state["processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"{folder.parent.name} was written by {state['processes']} processes, this run has "
+                f"{self.accelerator.num_processes}: resume with as many, or start from its weights with train.init_from"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        generators = state["generators"][self.accelerator.process_index]
+        torch.set_rng_state(generators["cpu"])
+        if "cuda" in generators and self.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(generators["cuda"])
+        self.position = state["position"]
+
+
+def _provenance(config: Config) -> dict[str, Any]:
+    """What made a checkpoint: library versions, the code's commit, a hash of the data."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=REPO_ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    libraries = {"torch": torch, "transformers": transformers, "peft": peft, "accelerate": accelerate}
+    return {
+        "versions": {"python": platform.python_version()} | {name: lib.__version__ for name, lib in libraries.items()},
+        "commit": commit or None,
+        "data": data_hash(config),
+    }

@@ -1,0 +1,43 @@
+"""Optimiser groups and learning-rate schedule. Called by `loop.py`."""
+
+import math
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from config import Train
+from model.model import MMultiModal
+
+
+def build_optimizer(model: MMultiModal, train: Train) -> torch.optim.AdamW:
+    """AdamW with a learning rate each for projector and LoRA; biases are not decayed.
+
+    Raises:
+        AssertionError: something outside projector and LoRA would be trained.
+    """
+    trained = {"projector": model.feature_proj, "lora": model.LLM}
+    rates = {"projector": train.projector_lr, "lora": train.lora_lr}
+    groups = []
+    for name, part in trained.items():
+        parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
+        for decayed in (True, False):
+            members = [parameter for parameter in parameters if (parameter.ndim > 1) == decayed]
+            if members:
+                decay = train.weight_decay if decayed else 0.0
+                groups.append({"params": members, "lr": rates[name], "weight_decay": decay, "name": name})
+    count = sum(len(group["params"]) for group in groups)
+    assert count == sum(parameter.requires_grad for parameter in model.parameters()), "a frozen part is trainable"
+    return torch.optim.AdamW(groups, betas=train.betas, fused=model.device.type == "cuda")
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, train: Train, total_steps: int) -> LambdaLR:
+    """Linear warm-up over `warmup_ratio` of the steps, then a cosine down to `min_lr_ratio` of the peak."""
+    warmup = round(train.warmup_ratio * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(total_steps - warmup, 1)
+        return train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    return LambdaLR(optimizer, factor)
