@@ -189,6 +189,15 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
         raise ValueError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from None
 
 
+def parse_overrides(overrides: list[str]) -> dict[str, str]:
+    """`["key=value", …]` as a mapping, for `MMultiModal.from_checkpoint`; ValueError for one without `=`."""
+    pairs = [override.partition("=") for override in overrides]
+    for key, equals, value in pairs:
+        if not key or not equals:
+            raise ValueError(f"override '{key}{equals}{value}' is not of the form key=value")
+    return {key: value for key, _, value in pairs}
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:

@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print sizes, token statistics, memory and time; no training"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
 
     from training.estimate import describe_run

@@ -80,7 +80,8 @@ class ImageCaptionDataset(Dataset):
         """`pixel_values` (3, H, W) ((K, 3, H, W) for several photos, absent without) or `image_features` likewise,
         `input_ids` (T,), `labels` (T,), and for packed questions `position_ids` (T,) and `branch` (T,).
 
-        A photo that cannot be read, or a dialogue too long, gives `{"error": sentence}`: the process that trains raises it, not a worker.
+        A photo that cannot be read, or a dialogue too long, gives `{"error": sentence}`, for the training process to
+        raise; out of a worker it would come wrapped in a traceback.
         """
         group = self.groups[index]
         entry = self.entries[group[0]]

@@ -97,8 +97,9 @@ class Answerer:
         photos_shared = ids[:shared].count(image_id) // N
         images = None
         if pictures[photos_shared:]:
-            images = torch.cat([self._features(p, name) for p, name in zip(pictures, names, strict=True)][photos_shared:])
-            images = self.model.project(images)  # (photos to read, N, Dl)
+            unread = zip(pictures[photos_shared:], names[photos_shared:], strict=True)
+            features = torch.cat([self._features(picture, name) for picture, name in unread])
+            images = self.model.project(features)  # (photos to read, N, Dl)
         language_model = self.model.LLM.get_base_model()
         new_ids = torch.tensor([ids[shared:]], device=self.model.device)
         embeddings = language_model.embed_with_images(new_ids, images)  # (1, T_new, Dl)

@@ -1,4 +1,6 @@
-"""The checkpoint folder: one self-describing place for a trained model. Written by `training/loop.py`, read by every script.
+"""The checkpoint folder: one self-describing place for a trained model.
+
+Written by `training/loop.py`, read by every script.
 
     config.yaml                  the resolved run; names and relative paths, never an absolute one
     adapter_config.json          LoRA in peft's own layout

@@ -44,7 +44,11 @@ def pick_precision(precision: Literal["auto", "bf16", "fp16", "float32"], device
     if device.type == "cuda":
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif device.type == "cpu":
-        best = "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+        best = (
+            "bf16"
+            if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            else "float32"
+        )
     else:
         best = "float32"
     if precision == "bf16" and device.type == "cuda" and best != "bf16":
@@ -65,7 +69,9 @@ class MMultiModal(nn.Module):
         visual_folder, llm_folder: where the backbones were found.
     """
 
-    def __init__(self, config: Config, encoder: nn.Module, LLM: nn.Module, tokenizer, transform: ImageTransform) -> None:
+    def __init__(
+        self, config: Config, encoder: nn.Module, LLM: nn.Module, tokenizer, transform: ImageTransform
+    ) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer

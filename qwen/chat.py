@@ -1,8 +1,8 @@
 """Messages to `(input_ids, labels)`: the only file that knows the prompt format.
 
 Training, evaluation, page and command line all call `ChatFormat.render`, so the model is asked the way it was taught.
-The format is ChatML, `<|im_start|>role\\ntext<|im_end|>\\n`; only this file writes control tokens. Text of users is data:
-`<|im_end|>` or `<|extra_0|>` typed in it is tokenised as the plain characters it is made of.
+The format is ChatML, `<|im_start|>role\\ntext<|im_end|>\\n`; only this file writes control tokens. Text of users is
+data: `<|im_end|>` or `<|extra_0|>` typed in it is tokenised as the plain characters it is made of.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ class ChatFormat:
         return Message("user", tuple(parts))
 
     def typed_question(self, text: str, num_images: int) -> Message:
-        """The user message of somebody who types `text` under `num_images` photos: photos first, all of `text` is text."""
+        """The user message of somebody who types `text` below `num_images` photos; all of `text` is text."""
         if num_images == 0:
             return Message("user", (self.prompt.question_prefix + text,))
         return Message("user", (*[IMAGE] * num_images, "\n" + self.prompt.question_prefix + text))

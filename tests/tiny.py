@@ -94,11 +94,18 @@ def write_siglip(folder: Path, image_size: int = IMAGE_SIZE) -> Path:
     return folder
 
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (250, 250, 250)}
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 40),
+    "blue": (40, 60, 230),
+    "white": (250, 250, 250),
+    "black": (0, 0, 0),
+    "yellow": (230, 220, 40),
+}
 
 
 def write_records(folder: Path, photos: int = 6, questions: int = 3) -> None:
-    """Plain coloured photos, `image_map.json` and `captions.json`; the last entry has text only."""
+    """Up to six plain photos, each of another colour, and their record files; the last entry has text only."""
     image_map, captions = {}, {}
     for ID in range(photos):
         name, colour = list(COLOURS.items())[ID % len(COLOURS)]
@@ -108,7 +115,7 @@ def write_records(folder: Path, photos: int = 6, questions: int = 3) -> None:
         image_map[f"photos/{ID}.png"] = {"ID": ID, "image_file": file.name, "path": str(file)}
         entries = [
             {"source": "tiny", "q": "<|extra_0|>\nWhich colour?", "a": [name]},
-            {"source": "tiny", "q": "<|extra_0|>\nWhich number?", "a": [str(ID), f"number {ID}"], "type": "number"},
+            {"source": "tiny", "q": "<|extra_0|>\nWhich number?", "a": [str(ID)], "type": "number"},
             {
                 "source": "tiny",
                 "turns": [
@@ -124,7 +131,7 @@ def write_records(folder: Path, photos: int = 6, questions: int = 3) -> None:
 
 
 def tiny_config(folder: Path, **sections) -> Config:
-    """The config of a run in `folder`, where `write_siglip`, `write_qwen` and `write_records` wrote; seconds on a CPU."""
+    """The config of a run in `folder`, where the functions above wrote; takes seconds on a CPU."""
     raw = {
         "data": {
             "image_map": str(folder / "image_map.json"),

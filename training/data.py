@@ -1,4 +1,4 @@
-"""From the config to the training and validation sets, and the order in which samples are drawn. Called by `loop.py`."""
+"""From the config to training and validation sets, and the order in which samples are drawn. Called by `loop.py`."""
 
 import hashlib
 import random

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: `train.py --dry-run`. Two real steps are made and measured, nothing is kept."""
+"""What a run will take, before it starts: `train.py --dry-run`. Two real steps are measured, nothing is kept."""
 
 import random
 import sys
@@ -6,7 +6,6 @@ from itertools import islice
 from statistics import mean
 
 import torch
-from transformers import AutoConfig
 
 from qwen.chat import IGNORE_INDEX
 from training.loop import Trainer
@@ -32,7 +31,7 @@ def describe_run(trainer: Trainer) -> str:
         f"tokens per sample: mean {mean(lengths):.0f}, longest {max(lengths)} (of {len(chosen)} looked at); "
         f"supervised {sum(supervised) / sum(lengths):.1%}",
         f"questions per sample: {mean(questions):.1f}; packing leaves {sum(lengths) / sum(separate):.0%} of the tokens",
-        f"measured with {config.train.micro_batch} × {config.train.accumulation} samples a step in {trainer.precision}: "
+        f"measured, {config.train.micro_batch} × {config.train.accumulation} samples a step in {trainer.precision}: "
         f"{seconds:.2f} s a step, peak memory {memory / 2**30:.1f} GiB",
         f"the whole run: about {hours * 60:.0f} minutes" if hours < 2 else f"the whole run: about {hours:.1f} hours",
     ]
@@ -40,7 +39,7 @@ def describe_run(trainer: Trainer) -> str:
 
 
 def _trial_steps(trainer: Trainer) -> tuple[float, int]:
-    """Seconds of the second of two steps (of the only one, if there is one), and peak memory in bytes (of the GPU, else of this process)."""
+    """Seconds of a step once warm, and peak memory in bytes (of the GPU, else of this process)."""
     cuda = trainer.accelerator.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()

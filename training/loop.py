@@ -84,6 +84,7 @@ class Trainer:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.position = {"step": 0, "epoch": 0, "micro_batches": 0}
         self.last_figures: dict[str, Any] = {}
+        torch.manual_seed(config.train.seed + self.accelerator.process_index)  # dropout, another on each process
         if resumed is not None:
             self._load_state(resumed / "trainer_state")
 
@@ -119,7 +120,7 @@ class Trainer:
         except (KeyboardInterrupt, ValueError):
             if 0 < self.position["step"] != saved:
                 self.save()
-                bar.write(f"interrupted: {self.checkpoint_folder()} holds everything up to here, go on with --resume auto")
+                bar.write(f"interrupted: {self.checkpoint_folder()} holds all so far, go on with --resume auto")
             raise
         finally:
             bar.close()

@@ -1,4 +1,4 @@
-"""The record of a run: `metrics.jsonl`, one JSON object a line, and the same figures for TensorBoard. Called by `loop.py`."""
+"""The record of a run: `metrics.jsonl`, one JSON object a line, and the same for TensorBoard. Called by `loop.py`."""
 
 from pathlib import Path
 from typing import Any

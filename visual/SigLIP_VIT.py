@@ -1,4 +1,4 @@
-"""The image encoder: SigLIP's vision tower returning its last hidden state as a plain tensor. Built by `model/model.py`.
+"""The image encoder: SigLIP's vision tower, its last hidden state as a plain tensor. Built by `model/model.py`.
 
 Shapes: B photos, H = W pixels, N = (H / patch)**2 patches, Dv width.
 """

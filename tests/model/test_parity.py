@@ -36,8 +36,9 @@ def reference(model, kind):
     settings = {"vision_config": vision_config, "text_config": language_model.config, "projector_hidden_act": "gelu"}
     settings |= {"image_token_index": model.chat.image_token_id, "image_token_id": model.chat.image_token_id}
     if kind == "vip":
-        config = VipLlavaConfig(**settings, vision_feature_layers=-1, projector_layernorm_eps=vision_config.layer_norm_eps)
-        config.vision_feature_layers = -1
+        config = VipLlavaConfig(
+            **settings, vision_feature_layers=-1, projector_layernorm_eps=vision_config.layer_norm_eps
+        )
         other = VipLlavaForConditionalGeneration(config)
         other.model.multi_modal_projector.projector_layernorm.load_state_dict(model.encoder.post_layernorm.state_dict())
     else:

@@ -107,7 +107,7 @@ def test_image_first_and_prefix(tokenizer):
 
 def test_report_end_token(tokenizer):
     chat = ChatFormat(tokenizer, Prompt(end_token="<|endoftext|>"), N)
-    ids, labels = chat.render([chat.question("a", 0), chat.answer("b")])
+    _, labels = chat.render([chat.question("a", 0), chat.answer("b")])
     assert [label for label in labels if label != IGNORE_INDEX][-1] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
 
@@ -127,7 +127,11 @@ def test_roles_take_turns(chat):
 
 
 def test_fingerprint_tells_prompts_apart(tokenizer, chat):
-    changes = [Prompt(system="Other."), Prompt(system="Be brief.", question_prefix="Q"), Prompt(end_token="<|endoftext|>")]
+    changes = [
+        Prompt(system="Other."),
+        Prompt(system="Be brief.", question_prefix="Q"),
+        Prompt(end_token="<|endoftext|>"),
+    ]
     prints = {ChatFormat(tokenizer, prompt, N).fingerprint() for prompt in changes} | {chat.fingerprint()}
     assert len(prints) == 4
     assert ChatFormat(tokenizer, Prompt(system="Be brief."), N).fingerprint() == chat.fingerprint()

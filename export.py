@@ -1,0 +1,27 @@
+"""Writes a checkpoint as one stock transformers model: `python export.py --checkpoint DIR --output DIR [key=value …]`.
+
+LoRA is merged, and the folder loads with `VipLlavaForConditionalGeneration.from_pretrained`, without any code of ours.
+It gets its name only after it was loaded back and gave the same logits and the same greedy answer.
+"""
+
+import torch
+
+from config import parse_overrides, resolve_path, run_script, script_arguments
+from model.export import export_checkpoint
+from model.model import MMultiModal
+
+
+def main() -> None:
+    parser = script_arguments(__doc__, default_config=None)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder of a trained model")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the exported model")
+    arguments = parser.parse_intermixed_args()
+    overrides = parse_overrides(arguments.overrides)
+    model = MMultiModal.from_checkpoint(arguments.checkpoint, device="cpu", dtype=torch.float32, overrides=overrides)
+    output = resolve_path(arguments.output)
+    difference = export_checkpoint(model, output)
+    print(f"{output}: same greedy answer, logits differ by at most {difference:.1e}")
+
+
+if __name__ == "__main__":
+    run_script(main)

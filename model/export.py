@@ -1,0 +1,168 @@
+"""Writes a model as one stock transformers folder that needs no code of ours. Called by `export.py`.
+
+The class is `VipLlavaForConditionalGeneration`: its projector begins with a layer norm, which takes SigLIP's post layer
+norm, and it drops the first patch as we do. Before the folder gets its name it is loaded back and compared.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from safetensors.torch import save_file
+from transformers import VipLlavaForConditionalGeneration
+
+from config import IMAGE_TAG, require_complete
+from model.model import MMultiModal
+
+# float32 on both sides, the same merged weights, sums in another order
+TOLERANCE = 1e-4
+
+
+def export_checkpoint(model: MMultiModal, output: Path) -> float:
+    """Write `model` (float32, on the CPU) to the folder `output`; its LoRA is merged and gone afterwards.
+
+    Returns:
+        Largest difference of a logit between ours and the exported model.
+
+    Raises:
+        ValueError: `output` exists, the model keeps all patches, or the exported model answers differently.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists already: name a new folder with --output")
+    if not model.config.visual.drop_first_token:
+        raise ValueError(
+            "'visual.drop_first_token' is false, but the stock class always drops the first patch: cannot be exported"
+        )
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    pixels, input_ids = trial_input(model)
+    with torch.no_grad():
+        our_logits = model(pixels, input_ids).logits
+    our_tokens = model.generate(pixels, input_ids, max_new_tokens=20, do_sample=False)
+    model.LLM = model.LLM.merge_and_unload()
+    write_folder(model, temporary)
+    their_logits, their_tokens = exported_outputs(temporary, pixels, input_ids, model.suppressed_ids)
+    if not torch.equal(our_tokens, their_tokens):
+        raise ValueError(f"exported greedy tokens {their_tokens.tolist()}, ours {our_tokens.tolist()}: see {temporary}")
+    difference = float((our_logits - their_logits).abs().max())
+    if difference > TOLERANCE:
+        raise ValueError(
+            f"the exported model's logits differ by {difference:.1e} (allowed {TOLERANCE}): see {temporary}"
+        )
+    os.replace(temporary, output)
+    return difference
+
+
+def write_folder(model: MMultiModal, folder: Path) -> None:
+    """Weights under the names the hub uses, config, processor and tokenizer."""
+    tensors = {f"vision_tower.vision_model.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
+    tensors |= {f"language_model.{name}": tensor for name, tensor in model.LLM.state_dict().items()}
+    if model.LLM.config.tie_word_embeddings:
+        tensors.pop("language_model.lm_head.weight", None)
+    projector = "multi_modal_projector."
+    for name, layer in (("linear_1", model.feature_proj[0]), ("linear_2", model.feature_proj[2])):
+        tensors |= {f"{projector}{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+    for key, tensor in model.encoder.post_layernorm.state_dict().items():
+        tensors[f"{projector}projector_layernorm.{key}"] = tensor
+    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def write(name: str, content: dict[str, Any]) -> None:
+        (folder / name).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))
+
+    stop_ids = sorted(model.chat.stop_ids)
+    text = model.LLM.config.to_dict() | {"architectures": [type(model.LLM).__mro__[2].__name__]}
+    write(
+        "config.json",
+        {
+            "architectures": ["VipLlavaForConditionalGeneration"],
+            "model_type": "vipllava",
+            "image_token_index": model.chat.image_token_id,
+            "image_token_id": model.chat.image_token_id,
+            "projector_hidden_act": "gelu",
+            "projector_layernorm_eps": model.encoder.config.layer_norm_eps,
+            "vision_feature_layers": -1,
+            "image_seq_length": model.num_image_tokens,
+            "tie_word_embeddings": model.LLM.config.tie_word_embeddings,
+            "dtype": "float32",
+            "torch_dtype": "float32",
+            "text_config": text,
+            "vision_config": model.encoder.config.to_dict(),
+        },
+    )
+    write("generation_config.json", {"eos_token_id": stop_ids, "pad_token_id": stop_ids[0], "do_sample": False})
+    shutil.copy(model.visual_folder / "preprocessor_config.json", folder)
+    model.tokenizer.chat_template = chat_template(model)
+    model.tokenizer.save_pretrained(folder)
+    write(
+        "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "patch_size": model.encoder.config.patch_size,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 0,
+            "image_token": IMAGE_TAG,
+        },
+    )
+
+
+def chat_template(model: MMultiModal) -> str:
+    """A Jinja template that renders what `qwen/chat.py` renders: the photo, a newline, the question."""
+    prompt = model.config.prompt
+    system = f"<|im_start|>system\n{prompt.system}<|im_end|>\n" if prompt.system else ""
+    think = "<think>\n\n</think>\n\n" if model.chat.think_block else ""
+    return (
+        f"{{{{- {system!r} }}}}"
+        "{%- for message in messages %}{%- if message.role == 'user' %}{{- '<|im_start|>user\\n' }}"
+        "{%- if message.content is string %}"
+        f"{{{{- {prompt.question_prefix!r} + message.content }}}}"
+        "{%- else %}{%- set photos = message.content | selectattr('type', 'equalto', 'image') | list %}"
+        f"{{{{- {IMAGE_TAG!r} * photos | length }}}}"
+        "{%- if photos %}{{- '\\n' }}{%- endif %}"
+        f"{{{{- {prompt.question_prefix!r} }}}}"
+        "{%- for part in message.content if part.type == 'text' %}{{- part.text }}{%- endfor %}{%- endif %}"
+        "{{- '<|im_end|>\\n' }}"
+        "{%- elif message.role == 'assistant' %}"
+        f"{{{{- {'<|im_start|>assistant' + chr(10) + think!r} }}}}"
+        "{%- if message.content is string %}{{- message.content }}{%- else %}"
+        "{%- for part in message.content if part.type == 'text' %}{{- part.text }}{%- endfor %}{%- endif %}"
+        f"{{{{- {prompt.end_token + chr(10)!r} }}}}"
+        "{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}"
+        f"{{{{- {'<|im_start|>assistant' + chr(10) + think!r} }}}}"
+        "{%- endif %}"
+    )
+
+
+def trial_input(model: MMultiModal) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random picture (1, 3, H, W) and a question about it (1, T)."""
+    size = model.encoder.config.image_size
+    pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ids, _ = model.chat.render([model.chat.typed_question("What is in the picture?", 1)])
+    return pixels, torch.tensor([ids])
+
+
+@torch.no_grad()
+def exported_outputs(folder: Path, pixels: torch.Tensor, input_ids: torch.Tensor, suppressed_ids: list[int]):
+    """Logits (1, T, V) and greedy tokens (1, new) of the folder, loaded with transformers alone.
+
+    Raises:
+        ValueError: tensors missing or left over.
+    """
+    exported, info = VipLlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    require_complete(info, "--output", folder)
+    tokens = exported.generate(
+        pixel_values=pixels,
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        suppress_tokens=suppressed_ids,
+        max_new_tokens=20,
+        do_sample=False,
+    )
+    return exported(pixel_values=pixels, input_ids=input_ids).logits, tokens[:, input_ids.shape[1] :]

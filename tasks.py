@@ -1,0 +1,106 @@
+"""The project's commands, on every system: `python tasks.py help`. `make NAME` calls the same.
+
+Each makes `.venv` and installs what it needs first; once that is done, nothing is downloaded again.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+DEMO_RUN = "checkpoints/demo"
+
+
+def install(requirements: str) -> None:
+    """Make `.venv` and install a requirements file, unless exactly this was done before."""
+    files = [ROOT / "requirements.txt", ROOT / requirements]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    stamp = VENV / f"installed-{requirements}"
+    if stamp.is_file() and stamp.read_text() == digest:
+        return
+    if sys.version_info < (3, 11):  # noqa: UP036 - whoever runs this has whatever Python they have
+        raise SystemExit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
+    if not PYTHON.exists():
+        venv.create(VENV, with_pip=True)
+    print(f"installing {requirements} into .venv (once)", flush=True)
+    # torch goes first and by itself: at a pinned version a prepared wheel is taken, whatever the others ask for
+    torch = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", torch)
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", requirements)
+    stamp.write_text(digest)
+
+
+def run(*command: str | Path) -> None:
+    """Run a command in the repository; its failure ends ours with the same status."""
+    status = subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode
+    if status:
+        raise SystemExit(status)
+
+
+def demo() -> None:
+    """draw a small world, train on it, score it and answer a question (about 8 minutes on two cores)"""
+    install("requirements.txt")
+    shutil.rmtree(ROOT / DEMO_RUN, ignore_errors=True)
+    run(PYTHON, "-m", "demo.make_data")
+    run(PYTHON, "process_image.py", "--config", "configs/demo.yaml")
+    run(PYTHON, "train.py", "--config", "configs/demo.yaml")
+    run(PYTHON, "-m", "demo.finish")
+
+
+def test() -> None:
+    """all tests that take seconds"""
+    install("requirements-dev.txt")
+    run(PYTHON, "-m", "pytest", "-m", "not nightly")
+
+
+def nightly() -> None:
+    """all tests, those that take minutes too"""
+    install("requirements-dev.txt")
+    run(PYTHON, "-m", "pytest")
+
+
+def check() -> None:
+    """formatting and lint (the import rule and the config keys are tests: make test)"""
+    install("requirements-dev.txt")
+    run(PYTHON, "-m", "ruff", "check", ".")
+    run(PYTHON, "-m", "ruff", "format", "--check", ".")
+
+
+def gui() -> None:
+    """the page, with the demo's newest checkpoint"""
+    install("requirements.txt")
+    checkpoints = sorted((ROOT / DEMO_RUN).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    if not checkpoints:
+        raise SystemExit("error: no demo checkpoint yet: run `make demo` (python tasks.py demo) first")
+    run(PYTHON, "test_gui.py", "--checkpoint", checkpoints[-1])
+
+
+def bench() -> None:
+    """a training step beside transformers' LLaVA, and answering with and without the kept photo"""
+    install("requirements.txt")
+    run(PYTHON, "-m", "benchmarks.train_step")
+
+
+TASKS = {task.__name__: task for task in (demo, test, check, nightly, gui, bench)}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "help"
+    if name in TASKS:
+        TASKS[name]()
+        return
+    print("python tasks.py NAME, or make NAME:\n")
+    for task in TASKS.values():
+        print(f"  {task.__name__:8} {task.__doc__}")
+    if name != "help":
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Save → load gives the same model; a folder that is not whole, or meant for another backbone, is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from model.backbone import locate_backbone
+from model.checkpoint import list_checkpoints, portable_config, save_checkpoint
+from model.model import MMultiModal
+from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen
+
+
+@pytest.fixture(scope="module")
+def model(backbones):
+    model = MMultiModal.from_config(tiny_config(backbones)).eval()
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.2)
+    return model
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    save_checkpoint(model, tmp_path / "checkpoint-1", {"loss": 1.0}, {"commit": None}, lambda state: None)
+    return tmp_path / "checkpoint-1"
+
+
+def load(folder, backbones, **overrides):
+    return MMultiModal.from_checkpoint(folder, overrides={"model_root": backbones} | overrides)
+
+
+@torch.no_grad()
+def test_same_logits_after_loading(model, folder, backbones):
+    loaded = load(folder, backbones)
+    assert not loaded.training
+    pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    ids = torch.tensor([model.chat.render([model.chat.typed_question("What?", 1)])[0]])
+    assert torch.equal(loaded(pixels, ids).logits, model(pixels, ids).logits)
+
+
+def test_adapter_loads_with_peft_alone(model, folder, backbones):
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbones / "qwen"), folder)
+    own = {name: tensor for name, tensor in model.LLM.named_parameters() if "lora_" in name}
+    theirs = dict(adapter.named_parameters())
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in own.items())
+
+
+def test_paths_in_a_checkpoint_are_portable(backbones):
+    config = tiny_config(backbones)
+    raw = json.dumps(portable_config(config))
+    assert str(backbones) not in raw
+    assert portable_config(config)["visual"]["path"] == "siglip"
+
+
+@pytest.mark.parametrize("name", ["feature_proj.safetensors", "config.yaml", "adapter_model.safetensors"])
+def test_incomplete_folder(folder, backbones, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"not a complete checkpoint, it lacks {name}"):
+        load(folder, backbones)
+
+
+def test_wrong_folder_names_the_right_one(folder, backbones):
+    with pytest.raises(ValueError, match=r"did you mean .*checkpoint-1\?"):
+        load(folder.parent, backbones)
+    with pytest.raises(ValueError, match=r"checkpoint folder not found: .*Did you mean .*checkpoint-1\?"):
+        load(folder.with_name("checkpoint-2"), backbones)
+
+
+def test_other_backbone_is_refused(folder, backbones, tmp_path):
+    torch.manual_seed(9)
+    other = write_qwen(tmp_path / "other", initializer_range=0.1)
+    with pytest.raises(ValueError, match=r"was trained on another 'llm.path'.*Set llm.path=FOLDER"):
+        load(folder, backbones, **{"llm.path": other})
+
+
+def test_missing_backbone_says_which_key(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"'visual.path': no folder .*Set it with visual.path=FOLDER"):
+        MMultiModal.from_checkpoint(folder, overrides={"model_root": tmp_path / "empty"})
+
+
+def test_changed_prompt_is_refused(folder, backbones):
+    with pytest.raises(ValueError, match=r"trained with another prompt: leave prompt\.\* as"):
+        load(folder, backbones, **{"prompt.system": "Other."})
+
+
+def test_projector_of_another_size_is_refused(folder, backbones):
+    tensors = load_file(folder / "feature_proj.safetensors")
+    save_file({name: tensor[:4].contiguous() for name, tensor in tensors.items()}, folder / "feature_proj.safetensors")
+    with pytest.raises(ValueError, match=r"feature_proj\.safetensors does not fit"):
+        load(folder, backbones)
+
+
+def test_adapter_that_lacks_a_layer_is_refused(folder, backbones):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.1" not in name}
+    save_file(kept, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="adapter_model"):
+        load(folder, backbones)
+
+
+def test_unfinished_folder_is_no_checkpoint(tmp_path):
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-11.tmp", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+
+
+def test_a_crash_while_saving_keeps_the_old_checkpoint(model, folder, backbones):
+    before = (folder / "feature_proj.safetensors").read_bytes()
+
+    def crash(state):
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        save_checkpoint(model, folder, {}, {}, crash)
+    assert (folder / "feature_proj.safetensors").read_bytes() == before
+    load(folder, backbones)
+
+
+def test_damaged_and_empty_backbones(backbones, tmp_path):
+    copy = shutil.copytree(backbones / "qwen", tmp_path / "qwen")
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"'llm.path': .*model\.safetensors is damaged or cut short"):
+        locate_backbone(str(copy), "models", "llm.path")
+    weights.unlink()
+    with pytest.raises(ValueError, match="the weights are missing"):
+        locate_backbone(str(copy), "models", "llm.path")
+    with pytest.raises(ValueError, match=r"'llm.path': no folder .*qwn.*Did you mean .*qwen\?"):
+        locate_backbone(str(tmp_path / "qwn"), "models", "llm.path")
+
+
+def test_hub_without_network_names_three_ways(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ValueError, match=r"set HF_ENDPOINT .* or copy the model to .* or name its folder with llm.path"
+    ):
+        locate_backbone("nobody/no-such-model", "models", "llm.path")

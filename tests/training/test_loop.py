@@ -1,0 +1,235 @@
+"""What a run changes, keeps, saves and takes up again."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from config import REPO_ROOT
+from model.answer import Answerer
+from model.checkpoint import list_checkpoints
+from model.model import MMultiModal
+from training.data import epoch_order, micro_batches
+from training.estimate import describe_run
+from training.loop import Trainer
+from training.optimizer import build_optimizer, build_schedule
+
+
+def trained_weights(folder):
+    return load_file(folder / "feature_proj.safetensors") | load_file(folder / "adapter_model.safetensors")
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def test_frozen_stays_frozen_and_the_rest_moves(configure):
+    trainer = Trainer(configure(max_steps=2))
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.run()
+    for name, parameter in trainer.model.named_parameters():
+        trained = name.startswith("feature_proj") or "lora_" in name
+        assert parameter.requires_grad == trained, name
+        assert torch.equal(parameter, before[name]) != trained, name
+
+
+def test_resume_equals_uninterrupted(configure, tmp_path):
+    dropout = {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}  # so that the random generator's state matters
+    settings = {"log_steps": 1, "save_steps": 3, "save_total_limit": 9, "max_steps": 8}
+    whole = Trainer(configure(llm=dropout, output_dir=str(tmp_path / "whole"), **settings)).run()
+    Trainer(configure(llm=dropout, output_dir=str(tmp_path / "parts"), **settings)).run()
+    for step in (6, 8):  # what an interruption after step 3 (and some logged steps more) leaves behind
+        shutil.rmtree(tmp_path / "parts" / f"checkpoint-{step}")
+    (tmp_path / "parts" / "checkpoint-7.tmp").mkdir()
+    torch.rand(5)
+    resumed = Trainer(configure(llm=dropout, output_dir=str(tmp_path / "parts"), **settings), resume="auto")
+    assert resumed.position["step"] == 3
+    parts = resumed.run()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "parts")) == 8
+    expected, actual = trained_weights(whole), trained_weights(parts)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_accumulation_equals_one_big_batch(configure, tmp_path):
+    folders = []
+    for micro_batch, accumulation in ((4, 1), (1, 4)):
+        config = configure(
+            output_dir=str(tmp_path / str(micro_batch)), micro_batch=micro_batch, accumulation=accumulation, max_steps=3
+        )
+        folders.append(Trainer(config).run())
+    first, second = map(trained_weights, folders)
+    for name in first:  # float32 sums in another order, carried through three AdamW steps
+        torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_packing_changes_neither_loss_nor_count(configure, tmp_path):
+    results = []
+    for pack in (True, False):
+        config = configure(output_dir=str(tmp_path / str(pack)), pack_questions=pack, micro_batch=32, max_steps=1)
+        trainer = Trainer(config)
+        folder = trainer.run()
+        results.append((losses(folder.parent)[1], trainer.last_figures["supervised_tokens"]))
+    assert results[0][1] == results[1][1]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+
+
+def test_cached_features_train_the_same(configure, tmp_path):
+    folders = []
+    for cache in (False, True):
+        config = configure(
+            output_dir=str(tmp_path / str(cache)), max_steps=2, log_steps=1, data={"cache_features": cache}
+        )
+        folders.append(Trainer(config).run().parent)
+    plain, cached = map(losses, folders)
+    for step in plain:  # the cache holds bf16
+        assert cached[step] == pytest.approx(plain[step], rel=2e-2)
+
+
+def test_learns_by_heart_and_answers(configure):
+    config = configure(max_steps=400, micro_batch=7, log_steps=50)
+    trainer = Trainer(config)
+    folder = trainer.run()
+    assert trainer.last_figures["loss"] < 0.05
+    answerer = Answerer(MMultiModal.from_checkpoint(folder, overrides={"model_root": config.model_root}))
+    photos = trainer.train_set.photos
+    asked = [answerer.answer(photos[ID].path, "Which colour?") for ID in range(4)]
+    assert asked == ["red", "green", "blue", "white"]
+
+
+def test_checkpoint_folder_is_self_describing(configure):
+    folder = Trainer(configure(max_steps=1)).run()
+    text = (folder / "config.yaml").read_text() + (folder / "adapter_config.json").read_text()
+    assert "/tmp" not in text
+    assert str(REPO_ROOT) not in text
+    assert yaml.safe_load(text.split("\n{")[0])["llm"]["path"] == "qwen"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "config.yaml", "feature_proj.safetensors", "metrics.json",
+        "provenance.json", "trainer_state",
+    ]  # fmt: skip
+    assert not list(folder.parent.glob("*.tmp"))
+
+
+def test_old_checkpoints_go_and_a_second_run_does_not_overwrite(configure):
+    config = configure(max_steps=6, save_steps=1, save_total_limit=2)
+    folder = Trainer(config).run()
+    assert [path.name for path in list_checkpoints(folder.parent)] == ["checkpoint-5", "checkpoint-6"]
+    with pytest.raises(ValueError, match="already holds checkpoint-6: go on from it with --resume auto"):
+        Trainer(config)
+
+
+def test_init_from_starts_with_the_weights_of_a_checkpoint(configure, tmp_path):
+    first = Trainer(configure(max_steps=2)).run()
+    second = Trainer(configure(output_dir=str(tmp_path / "second"), init_from=str(first), max_steps=2))
+    assert second.position["step"] == 0
+    expected = load_file(first / "feature_proj.safetensors")
+    assert all(torch.equal(second.model.feature_proj.state_dict()[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="'llm.lora' differs from the adapter"):
+        Trainer(configure(output_dir=str(tmp_path / "third"), init_from=str(first), llm={"lora": {"r": 2, "alpha": 8}}))
+
+
+def test_a_broken_photo_ends_the_run_with_its_name_and_a_checkpoint(configure, tmp_path, workshop):
+    image_map = json.loads((workshop / "image_map.json").read_text())
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((workshop / "photos" / "3.png").read_bytes()[:60])
+    image_map["photos/3.png"]["path"] = str(broken)
+    (tmp_path / "image_map.json").write_text(json.dumps(image_map))
+    config = configure(max_steps=50, micro_batch=1, workers=1, data={"image_map": str(tmp_path / "image_map.json")})
+    trainer = Trainer(config)
+    with pytest.raises(ValueError, match=r"broken\.png") as caught:
+        trainer.run()
+    assert "\n" not in str(caught.value)
+    if trainer.position["step"]:
+        assert list_checkpoints(trainer.output_dir)[-1].name == f"checkpoint-{trainer.position['step']}"
+
+
+def test_missing_record_files_say_what_to_run(configure, tmp_path):
+    with pytest.raises(ValueError, match=r"'data.captions'.*not found: make it with python process_image.py"):
+        Trainer(configure(data={"captions": str(tmp_path / "captions.json")}))
+
+
+def test_groups_and_schedule(configure):
+    trainer = Trainer(configure(weight_decay=0.1, warmup_ratio=0.5, max_steps=10, projector_lr=1e-3, lora_lr=1e-4))
+    optimizer = build_optimizer(trainer.model, trainer.config.train)
+    described = {(group["name"], group["weight_decay"]): len(group["params"]) for group in optimizer.param_groups}
+    assert described == {("projector", 0.1): 2, ("projector", 0.0): 2, ("lora", 0.1): 28}
+    schedule = build_schedule(optimizer, trainer.config.train, 10)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
+    assert rates[5] == pytest.approx(1e-3)
+    assert rates[6:] == sorted(rates[6:], reverse=True)
+    assert rates[-1] < 1.2e-4
+
+
+def test_order_visits_every_sample_once_and_weights_repeat(configure):
+    dataset = Trainer(configure()).train_set
+    order = epoch_order(dataset, {}, seed=0, epoch=0)
+    assert sorted(order) == list(range(len(dataset)))
+    assert order != epoch_order(dataset, {}, seed=0, epoch=1)
+    assert order == epoch_order(dataset, {}, seed=0, epoch=0)
+    weighted = epoch_order(dataset, {"tiny": 1.5}, seed=0, epoch=0)
+    assert len(weighted) == len(dataset) + round(len(dataset) / 2)
+    assert [len(batch) for batch in micro_batches(list(range(7)), 2, 1)] == [2, 2, 2, 1]
+    assert [len(batch) for batch in micro_batches(list(range(7)), 2, 3)] == [2, 2, 2]
+
+
+def test_dry_run_describes_and_keeps_nothing(configure):
+    trainer = Trainer(configure())
+    text = describe_run(trainer)
+    assert "projector 1,856" in text
+    assert "questions per sample" in text
+    assert "s a step" in text
+    assert not trainer.output_dir.exists()
+
+
+TWO_PROCESSES = """
+import sys
+from config import Config
+from training.loop import Trainer
+Trainer(Config.model_validate_json(open(sys.argv[1]).read())).run()
+"""
+
+
+def test_two_processes_equal_one(configure, tmp_path):
+    """gloo, two processes; one draws only text in some steps."""
+    script = tmp_path / "run.py"
+    script.write_text(TWO_PROCESSES)
+    folders = []
+    for processes in (1, 2):
+        output = tmp_path / f"run-{processes}"
+        config = configure(
+            output_dir=str(output),
+            micro_batch=1,
+            accumulation=2 // processes,
+            max_steps=3,
+            log_steps=1,
+            max_questions=2,
+        )
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        result = subprocess.run(
+            [*command, str(script), str(tmp_path / "config.json")],
+            cwd=REPO_ROOT,
+            env={"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        folders.append(output)
+    one, two = (trained_weights(folder / "checkpoint-3") for folder in folders)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5, msg=name)
+    first, second = map(losses, folders)
+    for step in first:
+        assert second[step] == pytest.approx(first[step], rel=1e-4)
