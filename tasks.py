@@ -82,7 +82,7 @@ def gui() -> None:
 
 
 def bench() -> None:
-    """a training step beside transformers' LLaVA, and answering with and without the kept photo"""
+    """a training step of ours beside one of transformers' LLaVA class with peft, time and memory"""
     install("requirements.txt")
     run(PYTHON, "-m", "benchmarks.train_step")
 

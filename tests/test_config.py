@@ -8,7 +8,7 @@ GOOD = {"visual": {"path": "v"}, "llm": {"path": "l"}}
 
 
 def message(raw):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"my\.yaml: ") as caught:
         parse_config(raw, "my.yaml")
     return str(caught.value)
 
