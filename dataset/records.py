@@ -1,0 +1,181 @@
+"""The two files of a prepared data set, `image_map.json` and `captions.json`: written, read and checked here only.
+
+`process_image.py` writes them; training and evaluation read them. `write_records` tells their form.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import orjson
+
+from config import IMAGE_TAG, REPO_ROOT
+from dataset.json_files import read_json
+
+TEXT_KEY = "text"  # the key in captions.json under which the rows without a photo stand
+UNNAMED_SOURCE = "unnamed"  # of entries in the report's form, which name no source
+
+ImageMap = dict[str, dict[str, Any]]
+Captions = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    ID: int
+    key: str
+    image_file: str
+    path: Path  # absolute
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    question: str
+    answers: tuple[str, ...]  # at least one; any of them is right
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row: a question or a dialogue on `images`; `()` is text only. The first question holds a tag per photo."""
+
+    images: tuple[int, ...]
+    source: str
+    type: str
+    turns: tuple[Turn, ...]
+
+
+def write_records(image_map: ImageMap, captions: Captions, image_map_path: Path, captions_path: Path) -> None:
+    """Write both files, UTF-8 and indented; each appears complete or not at all.
+
+    Args:
+        image_map: `{key: {"ID": int, "image_file": str, "path": str}}`, path absolute or from the repository root.
+        captions: `{"ID" or "text": [entry, …]}`; an entry is `{"source", "q", "a": [str, …]}` or, for a dialogue,
+            `{"source", "turns": [{"q", "a"}, …]}`; `"type"` is optional, several photos are `"images": [ID, …]`.
+
+    Raises:
+        ValueError: both paths are the same.
+    """
+    if os.path.abspath(image_map_path) == os.path.abspath(captions_path):
+        raise ValueError(f"'data.image_map' and 'data.captions' are both {captions_path}: give them different names")
+    write_json_files({image_map_path: image_map, captions_path: captions})
+
+
+def write_json_files(contents: dict[Path, Any]) -> None:
+    """Write each value as JSON to its path: all are on the disk under temporary names before the first is renamed."""
+    temporary = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in contents}
+    try:
+        for path, value in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary[path], "wb") as file:
+                file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            os.replace(temporary[path], path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def read_records(image_map: Path, captions: Path) -> tuple[dict[int, Photo], list[Entry]]:
+    """Read and check both files.
+
+    Also takes the report's form of captions, where a value is one `{"q", "a"}`, and a single text for `"a"`. Whether
+    the photos exist is not asked: `process_image.py` has looked, and `visual.transform.load_image` will.
+
+    Returns:
+        photos by ID, and the entries in the order of the file.
+
+    Raises:
+        ValueError: a file is missing, is not JSON or breaks the form; names file, ID or key, and what to do.
+    """
+    photos = _read_photos(Path(image_map))
+    file = Path(captions)
+    content = read_json(file)
+    if not isinstance(content, dict):
+        _fail(file, "the file", f"is a {type(content).__name__}, not an object with photo IDs as keys")
+    entries = []
+    for key, value in content.items():
+        if key != TEXT_KEY and not (key.isdecimal() and int(key) in photos):
+            _fail(file, f"ID '{key}'", f"is not in {image_map}")
+        for number, item in enumerate(value if isinstance(value, list) else [value]):
+            entries.append(_entry(file, key, number, item, photos))
+    return photos, entries
+
+
+def _read_photos(file: Path) -> dict[int, Photo]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        _fail(file, "the file", f"is a {type(content).__name__}, not an object with image keys")
+    root = str(REPO_ROOT)
+    photos: dict[int, Photo] = {}
+    for key, value in content.items():
+        match value:
+            case {"ID": int(ID), "image_file": str(image_file), "path": str(path)} if not isinstance(ID, bool):
+                if ID in photos:
+                    _fail(file, f"ID {ID}", f"is given to both '{photos[ID].key}' and '{key}'")
+                # resolve_path builds three Paths, which is half the time of reading 300,000 photos
+                photos[ID] = Photo(ID, key, image_file, Path(os.path.join(root, os.path.expanduser(path))))
+            case _:
+                _fail(file, f"'{key}'", 'does not hold a whole number "ID" and texts "image_file" and "path"')
+    missing = next((ID for ID in range(len(photos)) if ID not in photos), None)
+    if missing is not None:
+        _fail(file, f"ID {missing}", f"is missing: {len(photos)} photos must have the IDs 0 to {len(photos) - 1}")
+    return photos
+
+
+def _entry(file: Path, key: str, number: int, item: Any, photos: dict[int, Photo]) -> Entry:
+    where = f"ID {key}, entry {number}" if key != TEXT_KEY else f"'{TEXT_KEY}', entry {number}"
+    if not isinstance(item, dict):
+        _fail(file, where, f"is a {type(item).__name__}, not an object")
+    images: tuple[int, ...] = ()
+    if key != TEXT_KEY:
+        IDs = item.get("images", [int(key)])
+        if not isinstance(IDs, list) or IDs[:1] != [int(key)]:
+            _fail(file, where, f'"images" must be a list of IDs that begins with {key}')
+        unknown = [ID for ID in IDs if not isinstance(ID, int) or ID not in photos]
+        if unknown:
+            _fail(file, where, f"names the photo {unknown[0]!r}, which is not in the image map")
+        images = tuple(IDs)
+    source, turns = item.get("source", UNNAMED_SOURCE), item.get("turns", [item])
+    kind = item.get("type", source)
+    if not isinstance(source, str) or not isinstance(kind, str):
+        _fail(file, where, '"source" and "type" must be texts')
+    if not isinstance(turns, list) or not turns:
+        _fail(file, where, '"turns" must be a list of at least one {"q", "a"}')
+    entry = Entry(images, source, kind, tuple(_turn(file, where, turn) for turn in turns))
+    tags = entry.turns[0].question.count(IMAGE_TAG)
+    if tags < len(images):
+        _fail(file, where, f"has {len(images)} photos but {tags} tags {IMAGE_TAG} in its first question")
+    return entry
+
+
+def _turn(file: Path, where: str, turn: Any) -> Turn:
+    match turn:
+        case {"q": str(question), "a": str(answer)} if question.strip() and answer.strip():
+            return Turn(question, (answer,))
+        case {"q": str(question), "a": [*answers]} if question.strip() and answers:
+            if all(isinstance(answer, str) and answer.strip() for answer in answers):
+                return Turn(question, tuple(answers))
+    _fail(file, where, 'must have a question "q" and an answer or answers "a", texts that are not blank')
+
+
+def _fail(file: Path, where: str, problem: str) -> NoReturn:
+    raise ValueError(f"{file}: {where} {problem}; correct it or run process_image.py again")
+
+
+def split_entries(
+    photos: dict[int, Photo], entries: list[Entry], val_fraction: float
+) -> tuple[list[Entry], list[Entry]]:
+    """Split into (train, val) by a hash of the first photo's key, or of the first question where there is no photo.
+
+    All questions on a photo stay on one side, and adding data moves nothing. `val_fraction` is in [0, 1); the share is
+    met on average, so a small set may get no validation part.
+    """
+    train, val = [], []
+    for entry in entries:
+        name = photos[entry.images[0]].key if entry.images else entry.turns[0].question
+        digest = hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest()
+        (val if int.from_bytes(digest, "big") < val_fraction * 2**64 else train).append(entry)
+    return train, val

@@ -1,0 +1,258 @@
+"""The script from raw annotation files to the two JSON files: counts, drops, exit status, same bytes every time."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+
+import process_image
+from config import REPO_ROOT
+from dataset.records import read_records
+
+TAG = "<|extra_0|>"
+
+
+def llava(image, question, answer):
+    speech = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": image, "image": image, "conversations": speech}
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+class World:
+    """Six photos in two folders, three annotation files and their config; Chinese and spaces in the paths."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.output = folder / "输出 data"
+        self.photos = folder / "照片 one", folder / "train2017"
+        for index, photos in enumerate(self.photos):
+            photos.mkdir()
+            for number in range(3):
+                Image.new("RGB", (30, 20), (90 * index, 60 * number, 50)).save(photos / f"{number}.jpg")
+        self.annotations = {
+            "ali": write_json(
+                folder / "ali.json", [{"image_id": f"{n}.jpg", "caption": [f"第{n}张", "一张照片"]} for n in range(3)]
+            ),
+            "reasoning": write_json(
+                folder / "reasoning.json", [llava(f"{n}.jpg", f"why {n}?", f"r{n}") for n in (0, 1, 0)]
+            ),
+            "detail": write_json(folder / "detail.json", [llava(f"{n}.jpg", f"what {n}?", f"d{n}") for n in (2, 0)]),
+        }
+        self.data = {
+            "sources": [
+                self.source("ali", "ai_challenger", self.photos[0]),
+                self.source("reasoning", "llava", self.photos[1]),
+                self.source("detail", "llava", self.photos[1]),
+            ],
+            "image_map": str(self.output / "image_map.json"),
+            "captions": str(self.output / "captions.json"),
+        }
+        self.config = folder / "config.yaml"
+        self.write_config()
+
+    def source(self, name, kind, images):
+        return {"name": name, "format": kind, "annotations": str(self.annotations[name]), "images": str(images)}
+
+    def write_config(self):
+        config = {"data": self.data, "visual": {"path": "none"}, "llm": {"path": "none"}}
+        self.config.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+
+    def run(self, *arguments):
+        process_image.main(["--config", str(self.config), *arguments])
+
+    def read(self):
+        return read_records(self.output / "image_map.json", self.output / "captions.json")
+
+    def written(self):
+        return {path.name: path.read_bytes() for path in self.output.iterdir()} if self.output.exists() else {}
+
+    def table(self, capsys):
+        """{source: [rows read, rows kept, new photos, questions, tags added]} from the printed table."""
+        lines = capsys.readouterr().out.splitlines()
+        return {
+            line.split()[0]: [int(number) for number in line.split()[1:6]]
+            for line in lines[1 : len(self.data["sources"]) + 2]
+        }
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+def test_names_of_the_report():
+    assert {"process_ali", "process_coco", "read_json"} <= set(dir(process_image))
+
+
+def test_two_formats_become_one_data_set(world, capsys):
+    world.run()
+    assert world.table(capsys) == {
+        "ali": [3, 3, 3, 3, 0],
+        "reasoning": [3, 3, 2, 3, 0],
+        "detail": [2, 2, 1, 2, 0],
+        "total": [8, 8, 6, 8, 0],
+    }
+    photos, entries = world.read()
+    assert [photo.key for photo in photos.values()] == [
+        *(f"照片 one/{number}.jpg" for number in range(3)),
+        *(f"train2017/{number}.jpg" for number in range(3)),
+    ]
+    assert all(photo.path.is_file() for photo in photos.values())
+    answers = {(photos[entry.images[0]].key, entry.source, *entry.turns[0].answers) for entry in entries}
+    assert answers == {
+        *((f"照片 one/{number}.jpg", "ali", f"第{number}张", "一张照片") for number in range(3)),
+        ("train2017/0.jpg", "reasoning", "r0"),
+        ("train2017/1.jpg", "reasoning", "r1"),
+        ("train2017/2.jpg", "detail", "d2"),
+        ("train2017/0.jpg", "detail", "d0"),
+    }
+    on_photo_3 = [(entry.turns[0].question, entry.turns[0].answers) for entry in entries if entry.images == (3,)]
+    assert on_photo_3 == [
+        (f"{TAG}\nwhy 0?", ("r0",)),
+        (f"{TAG}\nwhy 0?", ("r0",)),
+        (f"{TAG}\nwhat 0?", ("d0",)),
+    ]
+
+
+def test_twice_gives_the_same_bytes(world):
+    world.run()
+    first = world.written()
+    world.run()
+    assert set(first) == {"image_map.json", "captions.json", "process_report.json"}
+    assert world.written() == first
+    world.run("data.seed=1")
+    assert world.written()["captions.json"] != first["captions.json"]
+
+
+def test_check_writes_nothing(world, capsys):
+    world.run("--check")
+    assert world.written() == {}
+    assert world.table(capsys)["total"] == [8, 8, 6, 8, 0]
+
+
+def break_photos(world):
+    (world.photos[0] / "1.jpg").unlink()
+    (world.photos[1] / "0.jpg").write_bytes(b"")
+    cut = world.photos[1] / "1.jpg"
+    cut.write_bytes(cut.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("none", [3, 3, 2]), ("exists", [2, 1, 1]), ("open", [2, 0, 1])])
+def test_bad_photos(world, capsys, mode, kept):
+    break_photos(world)
+    if 0 in kept:
+        with pytest.raises(ValueError, match="no row is left of reasoning, see the reasons above; nothing was written"):
+            world.run(f"data.check_images={mode}")
+        assert world.written() == {}
+    else:
+        world.run(f"data.check_images={mode}")
+        assert sorted(world.read()[0]) == list(range(len(world.read()[0])))
+    output = capsys.readouterr().out
+    assert [int(line.split()[2]) for line in output.splitlines()[1:4]] == kept
+    assert ("ali: dropped 1 rows, photo not found; for example\n    row 2: " in output) == (mode != "none")
+    assert ("reasoning: dropped 2 rows, photo file is empty; for example\n    row 1: " in output) == (mode != "none")
+    assert ("1.jpg: damaged or cut off" in output) == (mode == "open")
+
+
+def test_report_file(world):
+    break_photos(world)
+    world.run()
+    reports = json.loads((world.output / "process_report.json").read_text(encoding="utf-8"))
+    assert [report["source"] for report in reports] == ["ali", "reasoning", "detail"]
+    assert reports[1]["dropped"]["photo file is empty"]["count"] == 2
+    for report in reports:
+        assert report["rows"] == report["kept"] + sum(reason["count"] for reason in report["dropped"].values())
+
+
+def test_a_failed_run_leaves_the_old_files(world):
+    world.run()
+    before = world.written()
+    write_json(world.annotations["detail"], [])
+    with pytest.raises(ValueError, match="no row is left of detail"):
+        world.run()
+    assert world.written() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sources": []}, r"'data\.sources' is empty: name at least one source"),
+        ({"annotations": "alii.json"}, r"'data\.sources\.0\.annotations': file not found: .*Did you mean .*ali\.json"),
+        ({"images": "照片 two"}, r"'data\.sources\.0\.images': folder not found: .*Did you mean .*照片 one"),
+        ({"captions": "image_map.json"}, r"'data\.image_map' and 'data\.captions' are both .*image_map\.json"),
+    ],
+)
+def test_wrong_config(world, change, message):
+    [(key, value)] = change.items()
+    if key in ("annotations", "images"):
+        world.data["sources"][0][key] = str(world.folder / value)
+    else:
+        world.data[key] = value if key == "sources" else str(world.output / value)
+    world.write_config()
+    with pytest.raises(ValueError, match=message):
+        world.run()
+
+
+def run_script(*arguments):
+    command = [sys.executable, str(REPO_ROOT / "process_image.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False)
+
+
+def test_as_a_command(world):
+    done = run_script("--config", world.config, "data.check_images=exists")
+    assert done.returncode == 0, done.stderr
+    assert "written: " in done.stdout
+    assert len(world.read()[1]) == 8
+
+
+def test_wrong_json_ends_with_one_sentence(world):
+    world.annotations["detail"].write_text('[\n{"image": "0.jpg",,}]', encoding="utf-8")
+    done = run_script("--config", world.config)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {world.annotations['detail']}: not valid JSON at line 2, column 19")
+    assert world.written() == {}
+
+
+def test_real_photos(samples_folder, tmp_path, capsys):
+    coco = samples_folder / "coco"
+    ali = samples_folder / "ai_challenger"
+    files = {
+        "ali": (
+            "ai_challenger",
+            ali / "caption_train_annotations_20170902.json",
+            ali / "caption_train_images_20170902",
+        ),
+        "reasoning": ("llava", coco / "complex_reasoning_77k.json", coco / "train2017"),
+        "detail": ("llava", coco / "detail_23k.json", coco / "train2017"),
+    }
+    config = {
+        "data": {
+            "sources": [
+                {"name": name, "format": kind, "annotations": str(annotations), "images": str(images)}
+                for name, (kind, annotations, images) in files.items()
+            ],
+            "image_map": str(tmp_path / "image_map.json"),
+            "captions": str(tmp_path / "captions.json"),
+            "check_images": "open",
+        },
+        "visual": {"path": "none"},
+        "llm": {"path": "none"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    process_image.main(["--config", str(tmp_path / "config.yaml")])
+    rows = {name: len(json.loads(annotations.read_bytes())) for name, (_, annotations, _) in files.items()}
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[1:5]]
+    assert [(line[0], line[1], line[2]) for line in table[:3]] == [(n, str(rows[n]), str(rows[n])) for n in files]
+    photos, entries = read_records(tmp_path / "image_map.json", tmp_path / "captions.json")
+    assert table[3][1:5] == [str(len(entries)), str(len(entries)), "68", str(len(entries))]
+    assert len(photos) == 68
+    assert len(entries) == sum(rows.values())

@@ -1,0 +1,282 @@
+"""Every kind of picture becomes the right RGB, every broken one a clear sentence, pixels equal the HF processor's."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from visual.transform import ImageTransform, load_image
+
+SIGLIP = {
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_processor_type": "SiglipImageProcessor",
+    "image_std": [0.5, 0.5, 0.5],
+    "processor_class": "SiglipProcessor",
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+    "size": {"height": 384, "width": 384},
+}  # google/siglip-so400m-patch14-384
+CLIP = {
+    "crop_size": 336,
+    "do_center_crop": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "size": 336,
+}  # openai/clip-vit-large-patch14-336
+
+
+def folder_of(tmp_path, settings):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return tmp_path
+
+
+def picture(height=37, width=61, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file
+
+
+def colours(image):
+    """(H, W, 3) as nested lists."""
+    assert image.mode == "RGB"
+    return np.asarray(image).tolist()
+
+
+class TestLoadImage:
+    def test_path_stream_and_picture_give_the_same(self, tmp_path):
+        path = tmp_path / "照片 1.png"
+        picture().save(path)
+        expected = colours(picture())
+        for file in (path, str(path), io.BytesIO(path.read_bytes()), Image.open(path)):
+            assert colours(load_image(file)) == expected
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+    def test_exif_orientation(self, kind, orientation):
+        upright = Image.new("RGB", (32, 16), "white")
+        upright.paste("red", (0, 0, 8, 8))  # top left
+        undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Transpose that makes what the camera stored
+        stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = load_image(saved(stored, kind, exif=exif))
+        assert image.size == (32, 16)
+        assert image.getpixel((3, 3))[1] < 100
+        assert all(image.getpixel(corner)[1] > 150 for corner in [(28, 3), (3, 12), (28, 12)])
+
+    @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+    @pytest.mark.parametrize("block", [b"MM\0*\0\0\0\x08\xff\xff\xff\xff", b"no TIFF header", b"MM\0*\0\0"])
+    def test_damaged_exif_loses_no_photo(self, block):
+        assert load_image(saved(picture(), "JPEG", exif=b"Exif\0\0" + block)).size == (61, 37)
+
+    def test_damaged_tag_beside_orientation_keeps_the_orientation(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        exif[0x010F] = "Maker of the camera"
+        block = exif.tobytes().replace(b"\x01\x0f", b"\x01\x00", 1)  # the image width is now a text
+        assert load_image(saved(picture(37, 61), "JPEG", exif=block)).size == (37, 61)
+
+    def test_gray(self):
+        assert colours(load_image(saved(Image.new("L", (1, 1), 77), "PNG"))) == [[[77, 77, 77]]]
+
+    def test_black_and_white(self):
+        assert colours(load_image(saved(Image.new("1", (1, 1), 1), "PNG"))) == [[[255, 255, 255]]]
+
+    def test_alpha_on_white(self):
+        image = Image.new("RGBA", (3, 1), (10, 20, 30, 255))
+        image.putpixel((1, 0), (10, 20, 30, 0))
+        image.putpixel((2, 0), (0, 0, 0, 128))
+        assert colours(load_image(saved(image, "PNG"))) == [[[10, 20, 30], [255, 255, 255], [127, 127, 127]]]
+
+    def test_gray_with_alpha(self):
+        image = Image.new("LA", (2, 1), (9, 255))
+        image.putpixel((1, 0), (9, 0))
+        assert colours(load_image(saved(image, "PNG"))) == [[[9, 9, 9], [255, 255, 255]]]
+
+    @pytest.mark.parametrize("kind", ["PNG", "GIF"])
+    def test_palette_with_transparency(self, kind):
+        image = Image.new("P", (2, 1), 0)
+        image.putpalette([200, 0, 0, 0, 200, 0])
+        image.putpixel((1, 0), 1)
+        assert colours(load_image(saved(image, kind)))[0] == [[200, 0, 0], [0, 200, 0]]
+        assert colours(load_image(saved(image, kind, transparency=1)))[0] == [[200, 0, 0], [255, 255, 255]]
+
+    def test_transparent_colour_of_rgb(self):
+        image = Image.new("RGB", (2, 1), (1, 2, 3))
+        image.putpixel((1, 0), (4, 5, 6))
+        file = saved(image, "PNG", transparency=(4, 5, 6))
+        assert colours(load_image(file)) == [[[1, 2, 3], [255, 255, 255]]]
+
+    @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+    def test_cmyk(self, kind):
+        image = load_image(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), kind))
+        assert np.abs(np.asarray(image).astype(int) - [255, 0, 0]).max() <= 3
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+    def test_sixteen_bit_is_scaled(self, kind):
+        values = np.array([[0, 257, 32768, 51400, 65535]], dtype=np.uint16)
+        [row] = colours(load_image(saved(Image.fromarray(values), kind)))
+        assert [pixel[0] for pixel in row] == [0, 1, 128, 200, 255]
+        assert all(pixel == [pixel[0]] * 3 for pixel in row)
+
+    def test_sixteen_bit_in_32_bit_pixels(self):
+        image = Image.fromarray(np.array([[0, 65535]], dtype=np.int32))
+        assert colours(load_image(image)) == [[[0, 0, 0], [255, 255, 255]]]
+
+    @pytest.mark.parametrize("array", [np.array([[0.5]], np.float32), np.array([[70000]], np.int32)])
+    def test_unclear_range_is_refused(self, array):
+        with pytest.raises(ValueError, match="have no plain RGB form"):
+            load_image(saved(Image.fromarray(array), "TIFF"))
+
+    def test_first_frame_of_an_animation(self):
+        frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime")]
+        file = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+        assert load_image(file).getpixel((0, 0)) == (255, 0, 0)
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(ValueError, match=r"photo not found: .*none\.jpg"):
+            load_image(tmp_path / "none.jpg")
+
+    def test_empty(self, tmp_path):
+        (tmp_path / "a.jpg").touch()
+        with pytest.raises(ValueError, match=r"a\.jpg: the file is empty"):
+            load_image(tmp_path / "a.jpg")
+
+    def test_not_an_image(self, tmp_path):
+        (tmp_path / "a.jpg").write_text("<html>404</html>", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"a\.jpg: not an image in a format that Pillow reads"):
+            load_image(tmp_path / "a.jpg")
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+    def test_truncated(self, tmp_path, kind):
+        path = tmp_path / f"cut.{kind.lower()}"
+        picture(200, 200).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(ValueError, match=rf"cut\.{kind.lower()}: (damaged or cut off|cannot be read|not an image)"):
+            load_image(path)
+
+    def test_decompression_bomb(self, tmp_path, monkeypatch):
+        picture(100, 100).save(tmp_path / "bomb.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+        with pytest.raises(ValueError, match=r"bomb\.png: too many pixels, make the photo smaller"):
+            load_image(tmp_path / "bomb.png")
+
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    @settings(max_examples=150)
+    @given(
+        st.sampled_from(["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO"]),
+        st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), min_size=1, max_size=5),
+        st.integers(0, 3000),
+    )
+    def test_damage_is_a_value_error_or_harmless(self, kind, damage, length):
+        content = bytearray(saved(picture(20, 20), kind).getvalue())
+        for place, value in damage:
+            content[place % len(content)] = value
+        with contextlib.suppress(ValueError):
+            assert load_image(io.BytesIO(content[: length or None])).mode == "RGB"
+
+
+class TestImageTransform:
+    @pytest.mark.parametrize("size", [(37, 61), (61, 37), (384, 384), (1, 1), (700, 300)])
+    @pytest.mark.parametrize(
+        ("config", "processor"),
+        [(SIGLIP, SiglipImageProcessorPil), (CLIP, CLIPImageProcessorPil)],
+        ids=["siglip", "clip"],
+    )
+    def test_equals_the_checkpoints_processor(self, tmp_path, config, processor, size):
+        transform = ImageTransform.from_folder(folder_of(tmp_path, config))
+        pixels = transform(picture(*size))
+        expected = processor.from_pretrained(tmp_path)(picture(*size), return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(pixels, expected)
+        assert pixels.dtype == torch.float32
+        assert pixels.shape == (3, *transform.size)
+        assert transform.size == ((384, 384) if config is SIGLIP else (336, 336))
+
+    def test_values_are_those_of_the_model_card(self, tmp_path):
+        transform = ImageTransform.from_folder(folder_of(tmp_path, SIGLIP))
+        pixels = transform(Image.new("RGB", (5, 9), (255, 0, 51)))  # (x / 255 - 0.5) / 0.5
+        assert torch.allclose(pixels.mean(dim=(1, 2)), torch.tensor([1.0, -1.0, -0.6]), atol=1e-6)
+
+    def test_unequal_height_and_width(self, tmp_path):
+        config = SIGLIP | {"size": {"height": 28, "width": 56}}
+        transform = ImageTransform.from_folder(folder_of(tmp_path, config))
+        assert transform.size == (28, 56)
+        assert transform(picture()).shape == (3, 28, 56)
+
+    def test_refuses_what_did_not_pass_load_image(self, tmp_path):
+        transform = ImageTransform.from_folder(folder_of(tmp_path, SIGLIP))
+        with pytest.raises(ValueError, match="the picture is L, not RGB: pass it through load_image first"):
+            transform(picture().convert("L"))
+
+    def test_fingerprint_tells_settings_apart(self, tmp_path):
+        changes = [
+            {},
+            {"resample": 2},
+            {"size": {"height": 224, "width": 224}},
+            {"image_mean": [0.4, 0.5, 0.5]},
+            {"image_std": [0.5, 0.5, 0.4]},
+            {"rescale_factor": 0.5},
+            {"do_normalize": False},
+        ]
+        prints = [ImageTransform.from_folder(folder_of(tmp_path, SIGLIP | change)).fingerprint() for change in changes]
+        assert len(set(prints)) == len(changes)
+        unseen = SIGLIP | {"processor_class": "Other", "image_processor_type": "SiglipImageProcessorFast"}
+        assert ImageTransform.from_folder(folder_of(tmp_path, unseen)).fingerprint() == prints[0]
+
+    def test_fingerprint_is_the_same_in_every_release(self, tmp_path):
+        assert ImageTransform.from_folder(folder_of(tmp_path, SIGLIP)).fingerprint() == "49f988a5a711d280"
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(
+            ValueError, match=r"preprocessor_config\.json not found: copy it from the vision checkpoint"
+        ):
+            ImageTransform.from_folder(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ([], "expected an object, found list"),
+            (
+                SIGLIP | {"image_processor_type": "Siglip2ImageProcessor"},
+                "image processor 'Siglip2ImageProcessor' is not",
+            ),
+            (SIGLIP | {"do_resize": False}, "gives photos no fixed height and width"),
+            (SIGLIP | {"size": {"shortest_edge": 384}}, "gives photos no fixed height and width"),
+        ],
+    )
+    def test_wrong_file(self, tmp_path, config, message):
+        with pytest.raises(ValueError, match=rf"preprocessor_config\.json: {message}"):
+            ImageTransform.from_folder(folder_of(tmp_path, config))
+
+    def test_broken_file(self, tmp_path):
+        (tmp_path / "preprocessor_config.json").write_text('{"size": ', encoding="utf-8")
+        with pytest.raises(ValueError, match=r"preprocessor_config\.json: not valid JSON"):
+            ImageTransform.from_folder(tmp_path)
+
+
+def test_real_photos(samples_folder, tmp_path):
+    transform = ImageTransform.from_folder(folder_of(tmp_path, SIGLIP))
+    for path in sorted((samples_folder / "coco" / "train2017").iterdir())[:5]:
+        pixels = transform(load_image(path))
+        assert pixels.shape == (3, 384, 384)
+        assert pixels.std() > 0.1
