@@ -4,6 +4,7 @@ Each makes `.venv` and installs what it needs first; once that is done, nothing 
 """
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -50,7 +51,36 @@ def demo() -> None:
     run(PYTHON, "-m", "demo.make_data")
     run(PYTHON, "process_image.py", "--config", "configs/demo.yaml")
     run(PYTHON, "train.py", "--config", "configs/demo.yaml")
-    run(PYTHON, "-m", "demo.finish")
+    checkpoint = newest_checkpoint()
+    gallery = ROOT / DEMO_RUN / "gallery.png"
+    run(PYTHON, "eval_vqa.py", "--checkpoint", checkpoint, "--gallery", gallery)
+    photo = sorted((ROOT / "data/demo").glob("*/photos/*"))[-1]
+    question = "What is in the picture?"
+    print(f"\n{photo.relative_to(ROOT)}\n  {question}", end="\n  ", flush=True)
+    run(PYTHON, "predict.py", "--checkpoint", checkpoint, "--image", photo, "--question", question)
+    print(f"\neight held-out photos with question, truth and answer: {gallery.relative_to(ROOT)}")
+    print("ask your own questions in the browser: make gui (or python tasks.py gui)")
+    check_scores(checkpoint / "eval_val.json")
+
+
+def newest_checkpoint() -> Path:
+    """The demo's last checkpoint folder."""
+    folders = [path for path in (ROOT / DEMO_RUN).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    if not folders:
+        raise SystemExit("error: no demo checkpoint yet: run `make demo` (python tasks.py demo) first")
+    return max(folders, key=lambda path: int(path.name.split("-")[1]))
+
+
+def check_scores(report: Path) -> None:
+    """End with an error where the demo learned less than it should: something is broken then."""
+    scores = json.loads(report.read_text(encoding="utf-8"))
+    low = {kind: score["accuracy"] for kind, score in scores["trained"]["by_type"].items() if score["accuracy"] < 0.8}
+    overall, blind = scores["trained"]["overall"]["accuracy"], scores["blind"]["overall"]["accuracy"]
+    if overall < 0.9 or blind > 0.4 or low:
+        raise SystemExit(
+            f"error: expected 0.90 overall, 0.80 in each type, at most 0.40 blind; got {overall:.3f}, "
+            f"{low or 'all types well'}, {blind:.3f}"
+        )
 
 
 def test() -> None:
@@ -75,10 +105,7 @@ def check() -> None:
 def gui() -> None:
     """the page, with the demo's newest checkpoint"""
     install("requirements.txt")
-    checkpoints = sorted((ROOT / DEMO_RUN).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-    if not checkpoints:
-        raise SystemExit("error: no demo checkpoint yet: run `make demo` (python tasks.py demo) first")
-    run(PYTHON, "test_gui.py", "--checkpoint", checkpoints[-1])
+    run(PYTHON, "test_gui.py", "--checkpoint", newest_checkpoint())
 
 
 def bench() -> None:

@@ -5,7 +5,7 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +33,7 @@ class Photo:
 class Turn:
     question: str
     answers: tuple[str, ...]  # at least one; any of them is right
+    type: str = ""  # kind of question, for the scores; "" is the entry's
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ def write_records(image_map: ImageMap, captions: Captions, image_map_path: Path,
     Args:
         image_map: `{key: {"ID": int, "image_file": str, "path": str}}`, path absolute or from the repository root.
         captions: `{"ID" or "text": [entry, …]}`; an entry is `{"source", "q", "a": [str, …]}` or, for a dialogue,
-            `{"source", "turns": [{"q", "a"}, …]}`; `"type"` is optional, several photos are `"images": [ID, …]`.
+            `{"source", "turns": [{"q", "a"}, …]}`; `"type"` of entry or turn is optional, several photos are
+            `"images": [ID, …]`.
 
     Raises:
         ValueError: both paths are the same.
@@ -144,7 +146,13 @@ def _entry(file: Path, key: str, number: int, item: Any, photos: dict[int, Photo
         _fail(file, where, '"source" and "type" must be texts')
     if not isinstance(turns, list) or not turns:
         _fail(file, where, '"turns" must be a list of at least one {"q", "a"}')
-    entry = Entry(images, source, kind, tuple(_turn(file, where, turn) for turn in turns))
+    read_turns = [_turn(file, where, turn) for turn in turns]
+    if "turns" in item:
+        kinds = [turn.get("type", "") for turn in turns]
+        if not all(isinstance(turn_kind, str) for turn_kind in kinds):
+            _fail(file, where, '"type" of a turn must be a text')
+        read_turns = [replace(turn, type=turn_kind) for turn, turn_kind in zip(read_turns, kinds, strict=True)]
+    entry = Entry(images, source, kind, tuple(read_turns))
     tags = entry.turns[0].question.count(IMAGE_TAG)
     if tags < len(images):
         _fail(file, where, f"has {len(images)} photos but {tags} tags {IMAGE_TAG} in its first question")

@@ -62,6 +62,16 @@ def test_report_form(tmp_path):
     assert entries == [Entry((1,), "unnamed", "unnamed", (Turn(f"{TAG}Why?", ("So.",)),))]
 
 
+def test_type_of_a_turn(tmp_path):
+    turns = [{"q": f"{TAG}How many?", "a": "2", "type": "count"}, {"q": "Why?", "a": "So."}]
+    _, [entry] = read_records(*write(tmp_path, PHOTOS, {"1": [{"source": "s", "turns": turns}]}))
+    assert [turn.type for turn in entry.turns] == ["count", ""]
+    assert entry.type == "s"
+    turns[1]["type"] = 3
+    with pytest.raises(ValueError, match='"type" of a turn must be a text'):
+        read_records(*write(tmp_path, PHOTOS, {"1": [{"source": "s", "turns": turns}]}))
+
+
 def test_photo_without_captions_and_later_tag_are_fine(tmp_path):
     _, [entry] = read_records(*write(tmp_path, PHOTOS, {"1": [question(q=f"{TAG} What does {TAG} mean?")]}))
     assert entry.turns[0].question == f"{TAG} What does {TAG} mean?"
