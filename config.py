@@ -7,6 +7,8 @@ wrong and the nearest valid name; nothing is guessed. Whether a file exists is a
 
 import argparse
 import difflib
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -309,6 +311,10 @@ def script_arguments(description: str, default_config: str | None = "config.yaml
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `ValueError` becomes one sentence on stderr and exit status 1, Ctrl-C status 130."""
+    # what libraries will do in their next major version is no news for users: requirements.txt pins this one
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for stream in (sys.stdout, sys.stderr):  # a console that lacks a character must not end a run
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except ValueError as error:

@@ -4,21 +4,27 @@ LoRA is merged, and the folder loads with `VipLlavaForConditionalGeneration.from
 It gets its name only after it was loaded back and gave the same logits and the same greedy answer.
 """
 
+from pathlib import Path
+
 import torch
 
-from config import parse_overrides, resolve_path, run_script, script_arguments
+from config import parse_overrides, run_script, script_arguments
 from model.export import export_checkpoint
 from model.model import MMultiModal
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__, default_config=None)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder of a trained model")
-    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the exported model")
-    arguments = parser.parse_intermixed_args()
-    overrides = parse_overrides(arguments.overrides)
-    model = MMultiModal.from_checkpoint(arguments.checkpoint, device="cpu", dtype=torch.float32, overrides=overrides)
-    output = resolve_path(arguments.output)
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder of a trained model"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder for the exported model")
+    args = parser.parse_intermixed_args(arguments)
+    overrides = parse_overrides(args.overrides)
+    model = MMultiModal.from_checkpoint(
+        args.checkpoint.absolute(), device="cpu", dtype=torch.float32, overrides=overrides
+    )
+    output = args.output.absolute()
     difference = export_checkpoint(model, output)
     print(f"{output}: same greedy answer, logits differ by at most {difference:.1e}")
 

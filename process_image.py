@@ -10,12 +10,11 @@ Prints what was kept, what was dropped and why, and writes the same to `process_
 import dataclasses
 import gc
 import os
-import sys
 from multiprocessing.pool import ThreadPool
 
 from tqdm import tqdm
 
-from config import Data, existing_path, load_config, resolve_path, script_arguments
+from config import Data, existing_path, load_config, resolve_path, run_script, script_arguments
 from dataset.json_files import read_json
 from dataset.raw import READERS, Check, Report, merge_captions, process_ali, process_coco
 from dataset.records import Captions, ImageMap, write_json_files, write_records
@@ -133,9 +132,4 @@ def report_text(reports: list[Report]) -> str:
 
 if __name__ == "__main__":
     gc.disable()  # millions of small objects without cycles: looking through them would take a third of the time
-    # a console that lacks a character of an annotation must not end the run
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

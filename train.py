@@ -5,23 +5,26 @@ Reads `data.image_map` and `data.captions` (made by `process_image.py`), writes 
 Several GPUs: `torchrun --nproc-per-node 4 train.py …`.
 """
 
+from pathlib import Path
+
 from config import load_config, run_script, script_arguments
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__)
     parser.add_argument("--resume", metavar="auto|DIR", help="go on from the newest checkpoint of the run, or from DIR")
     parser.add_argument(
         "--dry-run", action="store_true", help="print sizes, token statistics, memory and time; no training"
     )
-    arguments = parser.parse_intermixed_args()
-    config = load_config(arguments.config, arguments.overrides)
+    args = parser.parse_intermixed_args(arguments)
+    config = load_config(args.config, args.overrides)
 
     from training.estimate import describe_run
     from training.loop import Trainer
 
-    trainer = Trainer(config, arguments.resume)
-    if arguments.dry_run:
+    resume = args.resume if args.resume in (None, "auto") else str(Path(args.resume).absolute())
+    trainer = Trainer(config, resume)
+    if args.dry_run:
         print(describe_run(trainer))
         return
     if trainer.accelerator.is_main_process:

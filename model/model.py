@@ -153,14 +153,16 @@ class MMultiModal(nn.Module):
         Raises:
             ValueError: not a complete checkpoint, or its backbones are missing or are others than it was trained on.
         """
-        from model.checkpoint import read_config, restore_weights  # checkpoint.py imports this module
+        from model.checkpoint import check_complete, read_config, restore_weights  # checkpoint.py imports this module
+
+        folder = check_complete(Path(folder))
 
         device = pick_device(device)
         if dtype is None:
             dtype = DTYPES[pick_precision("auto", device)] if device.type == "cuda" else torch.float32
-        config = read_config(Path(folder), [f"{key}={value}" for key, value in (overrides or {}).items()])
-        model = cls.from_config(config, device, dtype, adapter_folder=Path(folder))
-        restore_weights(model, Path(folder))
+        config = read_config(folder, [f"{key}={value}" for key, value in (overrides or {}).items()])
+        model = cls.from_config(config, device, dtype, adapter_folder=folder)
+        restore_weights(model, folder)
         return model.to(dtype).eval()
 
     @property

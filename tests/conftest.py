@@ -7,11 +7,23 @@ import pytest
 import torch
 
 from config import REPO_ROOT
+from tests.tiny import tiny_config, write_qwen, write_records, write_siglip
+from training.loop import Trainer
 
 torch.set_num_threads(1)  # models of a few thousand weights only lose time in handing work to threads
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint folder of random tiny backbones; they lie beside the run: `model_root=` its grandparent's parent."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_siglip(folder / "siglip")
+    write_qwen(folder / "qwen")
+    write_records(folder)
+    return Trainer(tiny_config(folder, data={"val_fraction": 0.4}, train={"max_steps": 2})).run()
 
 
 @pytest.fixture(scope="session")

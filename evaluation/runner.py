@@ -1,0 +1,142 @@
+"""Asks a model the questions of a data set and scores its answers; called by `eval_vqa.py`, training and the demo.
+
+The prompt is that of training (`entry_messages`). All questions of one photo are asked in a row, because the
+Answerer keeps the keys and values of the last photo.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from config import IMAGE_TAG
+from dataset.image_caption_dataset import entry_messages
+from dataset.records import Entry, Photo
+from evaluation import metrics
+from model.answer import Answerer
+from visual.transform import load_image
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question of the data set with what the model said. `images` are the IDs of the photos it was shown."""
+
+    images: tuple[int, ...]
+    type: str
+    question: str
+    references: tuple[str, ...]
+    answer: str
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over `questions` questions: accuracy and token F1 in 0..1, BLEU-4 and chrF in 0..100."""
+
+    questions: int
+    accuracy: float
+    token_f1: float
+    bleu4: float
+    chrf: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One pass over the questions. `dataclasses.asdict` of it is what the JSON report holds."""
+
+    blind: bool
+    photos: int
+    seconds: float
+    overall: Score
+    by_type: dict[str, Score]
+    answers: list[Answer]
+
+
+def evaluate(
+    answerer: Answerer,
+    entries: list[Entry],
+    photos: dict[int, Photo],
+    *,
+    blind: bool = False,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
+) -> Result:
+    """Ask every turn of every entry, with the true earlier turns as context, and score the answers.
+
+    Args:
+        entries: from `dataset.records.read_records`, usually one split of it.
+        photos: photo ID → photo.
+        blind: show each question another entry's photo instead of its own, to see what is guessed without looking.
+            Text-only questions stay as they are.
+        progress: wraps the list of photo groups, for example `tqdm`.
+
+    Raises:
+        ValueError: nothing to ask, a photo that cannot be read, or a blind pass without a second photo.
+    """
+    if not entries:
+        raise ValueError("nothing to evaluate: the split has no questions. Raise data.val_fraction or pass --split all")
+    all_IDs = sorted({ID for entry in entries for ID in entry.images})
+    groups: dict[tuple[int, ...], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.images, []).append(entry)
+
+    answers = []
+    start = time.perf_counter()
+    for own, group in progress(list(groups.items())):
+        IDs = _other_photos(own, all_IDs) if blind else own
+        images = [load_image(photos[ID].path) for ID in IDs]
+        for entry in group:
+            answers += [_ask(answerer, entry, number, images, IDs) for number in range(len(entry.turns))]
+    return Result(
+        blind=blind,
+        photos=len(all_IDs),
+        seconds=time.perf_counter() - start,
+        overall=score(answers),
+        by_type={
+            type_: score([answer for answer in answers if answer.type == type_])
+            for type_ in sorted({answer.type for answer in answers})
+        },
+        answers=answers,
+    )
+
+
+def score(answers: list[Answer]) -> Score:
+    """Sum up a non-empty list of answers."""
+    texts = [answer.answer for answer in answers]
+    references = [answer.references for answer in answers]
+    return Score(
+        questions=len(answers),
+        accuracy=sum(answer.accuracy for answer in answers) / len(answers),
+        token_f1=sum(map(metrics.token_f1, texts, references)) / len(answers),
+        bleu4=metrics.corpus_bleu(texts, references),
+        chrf=metrics.corpus_chrf(texts, references),
+    )
+
+
+def _ask(answerer: Answerer, entry: Entry, number: int, images: list[Image.Image], IDs: tuple[int, ...]) -> Answer:
+    earlier = [turn.answers[0] for turn in entry.turns[:number]]
+    text = "".join(answerer.stream_messages(images, entry_messages(entry, answerer.model.chat, earlier)))
+    turn = entry.turns[number]
+    references = turn.answers
+    return Answer(
+        images=IDs,
+        type=turn.type or entry.type,
+        question=turn.question.replace(IMAGE_TAG, "", len(entry.images) if number == 0 else 0).strip(),
+        references=references,
+        answer=text,
+        accuracy=metrics.accuracy(text, references),
+    )
+
+
+def _other_photos(own: tuple[int, ...], IDs: list[int]) -> tuple[int, ...]:
+    """For each own photo the ID half the sorted list further on that is none of the own: the same in every run."""
+    others = []
+    for ID in own:
+        middle = IDs.index(ID) + len(IDs) // 2
+        candidates = [IDs[(middle + step) % len(IDs)] for step in range(len(IDs))]
+        other = next((candidate for candidate in candidates if candidate not in own), None)
+        if other is None:
+            raise ValueError(f"a blind pass swaps photos, but the split has no other than {list(own)}: pass --no-blind")
+        others.append(other)
+    return tuple(others)

@@ -1,0 +1,122 @@
+"""Takes the pictures of the page for the READMEs: starts it, asks about a photo in Chromium, saves what is seen.
+
+    python -m evaluation.screenshots --checkpoint DIR --photo FILE --output docs/
+
+writes `docs/page.png` (1280 px wide) and `docs/page_phone.png` (390 px). Needs `playwright` and a Chromium or Chrome.
+"""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from config import REPO_ROOT, script_arguments
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+SIZES = {"page.png": (1280, 800), "page_phone.png": (390, 844)}
+QUESTIONS = ["What is in this picture?", "这幅图像中有什么？"]
+BROWSERS = ["chromium", "chromium-browser", "google-chrome", "chrome"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
+START_SECONDS, ANSWER_SECONDS = 300, 300
+
+
+@contextmanager
+def running_page(checkpoint: Path, overrides: list[str]):
+    """Run `test_gui.py` in a process of its own; yields its address.
+
+    Raises:
+        ValueError: it ended before it could be reached; its message is repeated.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = [
+        sys.executable,
+        str(REPO_ROOT / "test_gui.py"),
+        "--checkpoint",
+        checkpoint,
+        *overrides,
+        f"gui.port={port}",
+    ]
+    process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        else:
+            process.kill()
+            raise ValueError(f"the page did not start: {process.communicate()[1].strip()}")
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def running_browser():
+    """A headless Chromium or Chrome of this machine.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from playwright.sync_api import sync_playwright  # a development tool: nobody else needs it
+
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        raise ValueError(f"no browser found: install one of {', '.join(BROWSERS)}")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def take_screenshots(browser: "Browser", address: str, photo: Path, questions: list[str], output: Path) -> list[Path]:
+    """Ask `questions` about `photo` at each size and save the pictures in `output`; returns their paths."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name, (width, height) in SIZES.items():
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.set_default_timeout(ANSWER_SECONDS * 1000)
+        page.goto(address)
+        page.set_input_files("#photo input[type=file]", str(photo))
+        page.wait_for_selector("#photo img")
+        for number, question in enumerate(questions, start=1):
+            page.fill("#question textarea", question)
+            page.click("#ask")
+            page.locator("#chat .message.bot").nth(number - 1).wait_for()
+            page.wait_for_selector("#ask:enabled")
+        page.evaluate("document.activeElement.blur()")
+        page.wait_for_timeout(500)  # the buttons fade in
+        page.screenshot(path=output / name, full_page=True)
+        page.close()
+    return [output / name for name in SIZES]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = script_arguments(__doc__, default_config=None)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint folder")
+    parser.add_argument("--photo", required=True, type=Path, help="photo to ask about")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the pictures")
+    parser.add_argument("--question", action="append", help="may be given several times")
+    args = parser.parse_intermixed_args(arguments)
+    if not args.photo.is_file():
+        raise ValueError(f"photo not found: {args.photo}")
+    with running_browser() as browser, running_page(args.checkpoint, args.overrides) as address:
+        for file in take_screenshots(browser, address, args.photo, args.question or QUESTIONS, args.output):
+            print(file)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

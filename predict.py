@@ -1,0 +1,110 @@
+"""Answers a question about a photo, or a file of questions, with a checkpoint.
+
+    python predict.py --checkpoint DIR --image photo.jpg --question "What is in this picture?"
+    python predict.py --checkpoint DIR --question "你好" generate.max_new_tokens=50
+    python predict.py --checkpoint DIR --input questions.jsonl --output answers.jsonl
+
+A row of the input is {"image": FILE, "question": TEXT, …}; relative photo paths count from the folder of that file,
+"image" may be missing. The row comes back with "answer", or with "error" where it could not be answered; other keys are
+kept. The exit status is 1 if any row failed. Questions on the same photo are quickest in a row.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from config import parse_overrides, run_script, script_arguments
+from model.answer import Answerer
+from model.model import MMultiModal
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = script_arguments(__doc__, default_config=None)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint folder")
+    parser.add_argument("--image", type=Path, help="photo; without one the question is about text only")
+    parser.add_argument("--question", help="the answer is printed while it is made")
+    parser.add_argument("--input", type=Path, metavar="FILE.jsonl", help="one question per line")
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="where the answered rows go")
+    args = parser.parse_intermixed_args(arguments)
+    if (args.question is None) == (args.input is None):
+        raise ValueError("give either --question TEXT (with --image FILE) or --input FILE.jsonl --output FILE.jsonl")
+    if args.question is not None and args.output is not None:
+        raise ValueError("--output belongs to --input; the answer to --question is printed")
+    if args.input is not None:
+        _check_files(args.input, args.output, args.image)
+
+    overrides = parse_overrides(args.overrides)
+    answerer = Answerer(MMultiModal.from_checkpoint(args.checkpoint.absolute(), overrides=overrides))
+    if args.question is not None:
+        for piece in answerer.stream(args.image, [{"role": "user", "content": args.question}]):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        answered, failed = answer_file(answerer, args.input, args.output)
+        print(f"{answered} rows answered, {failed} with an error: {args.output}")
+        if failed:
+            raise ValueError(
+                f'{failed} of {answered + failed} rows could not be answered, see "error" in {args.output}'
+            )
+
+
+def _check_files(source: Path, target: Path | None, image: Path | None) -> None:
+    if target is None or image is not None:
+        raise ValueError("--input needs --output FILE.jsonl and no --image: the rows name their photos")
+    if not source.is_file():
+        raise ValueError(f"input file not found: {source}")
+    if target.resolve() == source.resolve():
+        raise ValueError(f"--output would overwrite the input {source}: give another name")
+    if not target.resolve().parent.is_dir():
+        raise ValueError(f"the folder of --output does not exist: {target.resolve().parent}")
+
+
+def answer_file(answerer: Answerer, source: Path, target: Path) -> tuple[int, int]:
+    """Answer the rows of `source` in order, writing each line as soon as it is done.
+
+    Returns:
+        The number of rows answered and of rows with an error.
+    """
+    counts = {"answer": 0, "error": 0}
+    lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # Windows editors put a mark in front
+    # a lone half of a surrogate pair is legal in JSON but not in UTF-8: it becomes "?"
+    with target.open("w", encoding="utf-8", errors="replace") as output:
+        for number, line in enumerate(tqdm(lines, desc="rows", unit="row", dynamic_ncols=True), start=1):
+            if not line.strip():
+                continue
+            row: dict[str, Any] = {"line": number}
+            try:
+                row = _parse(line)
+                row["answer"] = _answer_row(answerer, row, source.parent)
+            except (OSError, ValueError) as error:
+                row["error"] = str(error)
+            counts["error" if "error" in row else "answer"] += 1
+            print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
+    return counts["answer"], counts["error"]
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON in UTF-8: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f'expected {{"image": …, "question": …}}, found {type(row).__name__}')
+    return {key: value for key, value in row.items() if key not in ("answer", "error")}
+
+
+def _answer_row(answerer: Answerer, row: dict[str, Any], folder: Path) -> str:
+    image, question = row.get("image"), row.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f'"question" must be a text, found {question!r}')
+    if image is not None and not (isinstance(image, str) and image):
+        raise ValueError(f'"image" must be a file name, found {image!r}')
+    return answerer.answer(None if image is None else folder / image, question)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # the console of a Chinese Windows knows GBK only
+    run_script(main)

@@ -1,0 +1,170 @@
+"""Grouping, blind pass, scores by type, reports and script, with an answerer that reads colours off the photo."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import eval_vqa
+from config import parse_config
+from dataset.records import Entry, Photo, Turn
+from evaluation.report import draw_gallery, table, write_json
+from evaluation.runner import evaluate
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "黑色": (0, 0, 0)}
+
+
+class ColourAnswerer:
+    """Names the colour of the photo it is shown and remembers (question, colours, number of earlier messages)."""
+
+    def __init__(self):
+        self.calls = []
+        chat = SimpleNamespace(question=lambda text, num_images: (text, num_images), answer=lambda text: text)
+        self.model = SimpleNamespace(chat=chat)
+
+    def stream_messages(self, photos, messages):
+        colours = [photo.getpixel((0, 0)) for photo in photos]
+        self.calls.append((messages[-1][0], colours, len(messages) - 1))
+        if not photos:
+            yield "hello"
+        else:
+            yield next(name for name, colour in COLOURS.items() if colour == colours[0])
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for ID, (name, colour) in enumerate(COLOURS.items()):
+        Image.new("RGB", (40, 30 + ID), colour).save(tmp_path / f"{name}.png")
+    return {ID: Photo(ID, name, f"{name}.png", tmp_path / f"{name}.png") for ID, name in enumerate(COLOURS)}
+
+
+@pytest.fixture
+def entries():
+    colours = [
+        Entry((ID,), "demo", "colour", (Turn("<|extra_0|>\nColour?", (name,)),)) for ID, name in enumerate(COLOURS)
+    ]
+    dialogue = (Turn("<|extra_0|>Red?", ("red",)), Turn("Sure?", ("yes",)))
+    text = Entry((), "demo", "text", (Turn("Say hello", ("hello",)),))
+    return [*colours, text, Entry((0,), "demo", "dialogue", dialogue)]
+
+
+def test_scores_by_type_and_in_all(photos, entries):
+    result = evaluate(ColourAnswerer(), entries, photos)
+    assert {name: score.accuracy for name, score in result.by_type.items()} == {"colour": 1, "text": 1, "dialogue": 0.5}
+    assert result.overall.questions == 7
+    assert result.overall.accuracy == pytest.approx(6 / 7)
+    assert result.photos == 4
+    assert [answer.question for answer in result.answers if answer.type == "dialogue"] == ["Red?", "Sure?"]
+
+
+def test_questions_of_one_photo_come_in_a_row(photos, entries):
+    answerer = ColourAnswerer()
+    evaluate(answerer, entries, photos)
+    shown = [colours for _, colours, _ in answerer.calls]
+    changes = sum(before != after for before, after in itertools.pairwise(shown))
+    assert changes == 4  # four photos and one text
+    assert [(question, earlier) for question, _, earlier in answerer.calls][:3] == [
+        ("<|extra_0|>\nColour?", 0),
+        ("<|extra_0|>Red?", 0),
+        ("Sure?", 2),  # after the first question and its true answer
+    ]
+
+
+def test_blind_shows_another_photo_every_time_and_the_same_in_every_run(photos, entries):
+    first, second = ColourAnswerer(), ColourAnswerer()
+    result = evaluate(first, entries, photos, blind=True)
+    evaluate(second, entries, photos, blind=True)
+    assert first.calls == second.calls
+    own = ColourAnswerer()
+    evaluate(own, entries, photos)
+    for (question, colours, _), (own_question, own_colours, _) in zip(first.calls, own.calls, strict=True):
+        assert question == own_question
+        assert len(colours) == len(own_colours)
+        assert not set(colours) & set(own_colours)
+    assert result.by_type["colour"].accuracy == 0
+    assert result.by_type["colour"].questions == 4
+    assert all(0 not in answer.images for answer in result.answers if answer.type == "dialogue")
+
+
+def test_blind_keeps_several_photos_apart_from_their_own(photos):
+    entry = Entry((0, 2), "demo", "pair", (Turn("<|extra_0|><|extra_0|>Same?", ("no",)),))
+    others = [Entry((ID,), "demo", "one", (Turn("<|extra_0|>?", ("x",)),)) for ID in (1, 3)]
+    result = evaluate(ColourAnswerer(), [entry, *others], photos, blind=True)
+    assert set(result.answers[0].images) <= {1, 3}
+
+
+def test_what_cannot_be_evaluated_is_said(photos, entries):
+    with pytest.raises(ValueError, match="no questions"):
+        evaluate(ColourAnswerer(), [], photos)
+    with pytest.raises(ValueError, match="--no-blind"):
+        evaluate(ColourAnswerer(), entries[:1], photos, blind=True)
+    photos[0].path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"red\.png"):
+        evaluate(ColourAnswerer(), entries, photos)
+
+
+def test_table_is_aligned_and_json_holds_all(photos, entries, tmp_path):
+    chinese = Entry((3,), "demo", "颜色", (Turn("<|extra_0|>什么颜色？", ("黑色",)),))
+    trained = evaluate(ColourAnswerer(), [*entries, chinese], photos)
+    blind = evaluate(ColourAnswerer(), [*entries, chinese], photos, blind=True)
+    lines = table(trained, blind).splitlines()
+    assert lines[0].split() == ["type", "questions", "accuracy", "blind", "token", "F1", "BLEU-4", "chrF"]
+    assert lines[-1].split()[:4] == ["all", "8", "0.875", "0.125"]
+    colour = next(line for line in lines if line.startswith("colour"))
+    row = next(line for line in lines if line.startswith("颜色"))
+    assert len(row) == len(colour) - 2 == len(lines[0]) - 2  # two characters twice as wide
+
+    write_json(tmp_path / "new" / "eval.json", trained, blind, split="val")
+    report = json.loads((tmp_path / "new" / "eval.json").read_text(encoding="utf-8"))
+    assert report["split"] == "val"
+    assert report["trained"]["by_type"]["颜色"]["accuracy"] == 1
+    assert ["黑色"] in [answer["references"] for answer in report["blind"]["answers"]]
+    assert "blind" not in table(trained, None)
+
+
+def test_gallery_marks_right_green_and_wrong_red(photos, entries, tmp_path):
+    wrong = [Entry((1,), "demo", "colour", (Turn("<|extra_0|>Colour? " + "long " * 60, ("purple",)),))]
+    result = evaluate(ColourAnswerer(), entries[:1] + wrong, photos)
+    draw_gallery(tmp_path / "gallery.png", result, photos)
+    with Image.open(tmp_path / "gallery.png") as gallery:
+        assert gallery.size == (4 * 336 + 16, 2 * 486 + 16)
+        colours = {colour for _, colour in gallery.convert("RGB").getcolors(1 << 20)}
+    assert {(21, 128, 61), (185, 28, 28), (255, 0, 0), (0, 255, 0)} <= colours
+
+
+def test_gallery_without_a_chinese_font_leaves_chinese_out(photos, entries, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.report._CJK_FONTS", {})
+    result = evaluate(ColourAnswerer(), entries, photos)
+    draw_gallery(tmp_path / "gallery.png", result, photos)
+    with Image.open(tmp_path / "gallery.png") as gallery:
+        colours = {colour for _, colour in gallery.convert("RGB").getcolors(1 << 20)}
+    assert (0, 0, 255) in colours
+    assert (0, 0, 0) not in colours
+
+
+def test_script_scores_a_split_and_writes_the_files(photos, entries, tmp_path, monkeypatch, capsys):
+    image_map = {
+        photo.key: {"ID": ID, "image_file": photo.image_file, "path": str(photo.path)} for ID, photo in photos.items()
+    }
+    captions = {str(ID): [{"source": "demo", "q": "<|extra_0|>?", "a": [name]}] for ID, name in enumerate(COLOURS)}
+    for name, content in {"image_map": image_map, "captions": captions}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+    def load(cls, folder, overrides):
+        data = {key.removeprefix("data."): value for key, value in overrides.items()}
+        return SimpleNamespace(
+            config=parse_config({"data": data, "visual": {"path": "v"}, "llm": {"path": "l"}}, "test")
+        )
+
+    monkeypatch.setattr(eval_vqa.MMultiModal, "from_checkpoint", classmethod(load))
+    monkeypatch.setattr(eval_vqa, "Answerer", lambda model: ColourAnswerer())
+    files = [f"data.image_map={tmp_path / 'image_map.json'}", f"data.captions={tmp_path / 'captions.json'}"]
+    checkpoint = ["--checkpoint", str(tmp_path / "checkpoint-1")]
+    eval_vqa.main([*checkpoint, "--split", "all", "--limit", "3", "--gallery", str(tmp_path / "g.png"), *files])
+    assert json.loads((tmp_path / "checkpoint-1" / "eval_all.json").read_text())["trained"]["overall"]["questions"] == 3
+    assert (tmp_path / "g.png").is_file()
+    assert "accuracy" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="val_fraction"):
+        eval_vqa.main([*checkpoint, *files, "data.val_fraction=0"])

@@ -1,0 +1,138 @@
+"""The command line: one question, a file of questions, and what it says about bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import predict
+from visual.transform import load_image
+
+
+class FakeAnswerer:
+    def __init__(self, model):
+        self.model = model
+
+    def stream(self, image, messages):
+        size = "no photo" if image is None else load_image(image).size
+        yield from [messages[-1]["content"], " ", str(size)]
+
+    def answer(self, image, question):
+        return "".join(self.stream(image, [{"role": "user", "content": question}]))
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """What `from_checkpoint` was called with."""
+    calls = []
+
+    def load(cls, folder, overrides):
+        calls.append((folder, overrides))
+        return SimpleNamespace()
+
+    monkeypatch.setattr(predict.MMultiModal, "from_checkpoint", classmethod(load))
+    monkeypatch.setattr(predict, "Answerer", FakeAnswerer)
+    return calls
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "红 photo.png")
+    (tmp_path / "empty.jpg").touch()
+    return tmp_path
+
+
+def test_one_question_is_streamed(loaded, folder, capsys):
+    photo = str(folder / "红 photo.png")
+    predict.main(
+        ["--checkpoint", "here", "--image", photo, "--question", "什么？", "generate.max_new_tokens=5", "llm.path=a=b"]
+    )
+    assert capsys.readouterr().out == "什么？ (30, 20)\n"
+    assert loaded == [(Path("here").absolute(), {"generate.max_new_tokens": "5", "llm.path": "a=b"})]
+
+
+def test_a_question_without_photo(loaded, capsys):
+    predict.main(["--checkpoint", "here", "--question", "hello"])
+    assert capsys.readouterr().out == "hello no photo\n"
+
+
+def test_file_keeps_order_and_keys_and_goes_on_after_bad_rows(loaded, folder, capsys):
+    rows = [
+        '{"image": "红 photo.png", "question": "one", "id": 7, "answer": "old", "error": "old"}',
+        "",
+        '{"question": "two", "image": null}',
+        '{"image": "missing.png", "question": "three"}',
+        '{"image": "empty.jpg", "question": "four"}',
+        "{not json",
+        "[1]",
+        '{"question": "  "}',
+        '{"question": "six", "image": 5}',
+        '{"question": "seven \\ud83d"}',
+    ]
+    (folder / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(ValueError, match="7 of 10 rows"):
+        predict.main(["--checkpoint", "c", "--input", str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl")])
+    answers = [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert answers[0] == {"image": "红 photo.png", "question": "one", "id": 7, "answer": "one (30, 20)"}
+    assert answers[1] == {"image": None, "question": "two", "answer": "two no photo"}
+    for number, part in {
+        2: "missing.png",
+        3: "empty",
+        4: "JSON",
+        5: "list",
+        6: "question",
+        7: "image",
+        9: "UTF-8",
+    }.items():
+        assert part in answers[number]["error"], answers[number]
+        assert "answer" not in answers[number]
+    assert answers[4]["line"] == 6
+    assert answers[8]["answer"] == "seven ? no photo"
+    assert "3 rows answered, 7 with an error" in capsys.readouterr().out
+
+
+def test_each_row_is_on_disk_before_the_next_is_asked(folder):
+    (folder / "in.jsonl").write_text('{"question": "one"}\n{"question": "two"}\n')
+    lines_before = []
+
+    class Watching(FakeAnswerer):
+        def answer(self, image, question):
+            lines_before.append(len((folder / "out.jsonl").read_text().splitlines()))
+            return question
+
+    assert predict.answer_file(Watching(None), folder / "in.jsonl", folder / "out.jsonl") == (2, 0)
+    assert lines_before == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --question"),
+        (["--question", "a", "--input", "b"], "either --question"),
+        (["--question", "a", "--output", "b"], "--output belongs"),
+        (["--input", "in.jsonl"], "needs --output"),
+        (["--input", "missing.jsonl", "--output", "b"], "input file not found"),
+        (["--input", "in.jsonl", "--output", "in.jsonl"], "overwrite"),
+        (["--input", "in.jsonl", "--output", "no/where.jsonl"], "folder of --output"),
+    ],
+)
+def test_bad_arguments_are_said_before_the_model_is_loaded(loaded, folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    (folder / "in.jsonl").write_text('{"question": "a"}\n')
+    with pytest.raises(ValueError, match=message):
+        predict.main(["--checkpoint", "c", *arguments])
+    assert loaded == []
+
+
+def test_script_ends_with_one_line_and_status_1(tmp_path):
+    script = [sys.executable, str(Path(predict.__file__)), "--checkpoint", str(tmp_path / "none"), "--question", "a"]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert "none" in done.stderr

@@ -1,0 +1,131 @@
+"""The scripts on one tiny run, in processes of their own, and the prompt that all of them must share."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from config import REPO_ROOT
+from dataset.image_caption_dataset import ImageCaptionDataset, entry_messages
+from dataset.records import read_records
+from model.answer import Answerer
+from model.model import MMultiModal
+from tests.tiny import tiny_config
+
+
+def script(*arguments):
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_checkpoint):
+    return tiny_checkpoint.parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint, workshop):
+    return MMultiModal.from_checkpoint(tiny_checkpoint, overrides={"model_root": workshop})
+
+
+def test_prompt_is_identical_in_training_evaluation_page_and_command_line(model, workshop, monkeypatch):
+    photos, entries = read_records(workshop / "image_map.json", workshop / "captions.json")
+    entry = next(entry for entry in entries if entry.images and len(entry.turns) == 1)
+    dataset = ImageCaptionDataset(photos, [entry], model.chat, lambda photo: torch.zeros(1))
+    trained_ids, trained_labels = dataset[0]["input_ids"].tolist(), dataset[0]["labels"].tolist()
+    prompt_length = next(index for index, label in enumerate(trained_labels) if label != -100)
+
+    asked = []
+    prefill = Answerer._prefill
+    monkeypatch.setattr(Answerer, "_prefill", lambda self, photos, ids: asked.append(ids) or prefill(self, photos, ids))
+    answerer = Answerer(model)
+
+    def prompt_of(stream):
+        list(stream)
+        return asked[-1]
+
+    evaluation = prompt_of(answerer.stream_messages([photos[0].path], entry_messages(entry, model.chat, [])))
+    typed = entry.turns[0].question.removeprefix("<|extra_0|>\n")
+    page_and_command_line = prompt_of(answerer.stream(photos[0].path, [{"role": "user", "content": typed}]))
+    assert evaluation == page_and_command_line == trained_ids[:prompt_length]
+
+
+def test_predict(tiny_checkpoint, workshop, tmp_path):
+    options = ["--checkpoint", tiny_checkpoint, f"model_root={workshop}", "generate.max_new_tokens=5"]
+    photo = workshop / "photos" / "0.png"
+    done = script("predict.py", *options, "--image", photo, "--question", "a<|im_end|><|extra_0|>?")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    (tmp_path / "cut.jpg").write_bytes(photo.read_bytes()[:50])
+    rows = [{"image": str(photo), "question": "?", "id": 7}, {"image": "cut.jpg", "question": "?"}, {"question": "Hi"}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = script("predict.py", *options, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert done.returncode == 1
+    answered = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [sorted(row) for row in answered] == [
+        ["answer", "id", "image", "question"],
+        ["error", "image", "question"],
+        ["answer", "question"],
+    ]
+    assert "cut.jpg" in answered[1]["error"]
+
+
+def test_eval_vqa(tiny_checkpoint, workshop, tmp_path):
+    done = script(
+        "eval_vqa.py", "--checkpoint", tiny_checkpoint, "--output", tmp_path / "e.json", "--gallery",
+        tmp_path / "g.png", f"model_root={workshop}", f"data.image_map={workshop}/image_map.json",
+        f"data.captions={workshop}/captions.json", "generate.max_new_tokens=5",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["trained"]["overall"]["questions"] == report["blind"]["overall"]["questions"] > 0
+    assert (tmp_path / "g.png").is_file()
+
+
+def test_export(tiny_checkpoint, workshop, tmp_path):
+    done = script("export.py", "--checkpoint", tiny_checkpoint, "--output", tmp_path / "out", f"model_root={workshop}")
+    assert done.returncode == 0, done.stderr
+    assert "same greedy answer" in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_train_from_a_folder_with_spaces_and_chinese(workshop, tmp_path):
+    folder = tmp_path / "我的 data"
+    shutil.copytree(workshop, folder, ignore=shutil.ignore_patterns("run"))
+    text = (folder / "image_map.json").read_text(encoding="utf-8").replace(str(workshop), str(folder))
+    (folder / "image_map.json").write_text(text, encoding="utf-8")
+    config = tiny_config(folder, train={"max_steps": 2, "output_dir": str(folder / "run")})
+    (folder / "run.yaml").write_text(config.model_dump_json(), encoding="utf-8")  # JSON is YAML too
+    dry = script("train.py", "--config", folder / "run.yaml", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "the whole run" in dry.stdout
+    assert not (folder / "run").exists()
+    done = script("train.py", "train.max_steps=1", "--config", folder / "run.yaml", "train.log_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / "checkpoint-1" / "config.yaml").is_file()
+    again = script("train.py", "--config", folder / "run.yaml")
+    assert again.returncode == 1
+    assert again.stderr.startswith("error: 'train.output_dir'")
+    assert again.stderr.count("\n") == 1
+    resumed = script("train.py", "--config", folder / "run.yaml", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (folder / "run" / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("name", ["process_image", "train", "predict", "eval_vqa", "export", "test_gui"])
+def test_help_and_a_wrong_key(name, tiny_checkpoint, tmp_path, capsys):
+    main = importlib.import_module(name).main
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "key=value" in capsys.readouterr().out
+    options = [] if name in ("process_image", "train") else ["--checkpoint", str(tiny_checkpoint)]
+    options += {"predict": ["--question", "?"], "export": ["--output", str(tmp_path / "out")]}.get(name, [])
+    with pytest.raises(ValueError, match=r"unknown key 'llm\.pth', did you mean 'llm\.path'\?") as caught:
+        main([*options, "llm.pth=x"])
+    assert "\n" not in str(caught.value)
