@@ -1,9 +1,9 @@
 """One optimiser step of ours beside transformers' `LlavaForConditionalGeneration` with peft: time, memory, ratio.
 
-    python -m benchmarks.train_step [--shape demo|half-b] [--questions 5] [--photos 2] [--pairs 5] [--output FILE.json]
+    python -m benchmarks.train_step --shape demo|half-b --questions 5 --photos 2 --pairs 5 [--output FILE.json]
 
-Both sides get the same weights, photos, questions, LoRA and precision, each in a process of its own, and take turns step
-by step, so that a noisy machine hits both. Their first losses must agree before any time counts.
+Both sides get the same weights, photos, questions, LoRA and precision, each in a process of its own, and take turns
+step by step, so that a noisy machine hits both. Their first losses must agree before any time counts.
 """
 
 import argparse
