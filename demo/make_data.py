@@ -1,0 +1,81 @@
+"""Writes the demo's photos and raw annotations in the two source formats, as a person would download them.
+
+    python -m demo.make_data --output data/demo --photos 1400 --seed 0
+
+gives two sources, each with its own photos:
+
+    llava/annotations.json          llava/photos/*.jpg          LLaVA style, several English questions on each photo
+    ai_challenger/annotations.json  ai_challenger/photos/*.jpg  AI Challenger style, five Chinese captions of each
+
+`process_image.py` reads them next. Every row also carries `"type"`, the kind of question, for the scores by type.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from config import REPO_ROOT
+from demo.world import Scene, captions, draw, questions, random_scene
+
+CAPTION_SHARE = 0.3  # of the photos: with captions; the others have questions
+
+
+def make_data(output: Path, photos: int, seed: int, per_type: int = 2) -> tuple[int, int]:
+    """Write photos and annotations under `output`; returns how many rows the two sources have.
+
+    The same arguments give the same files, byte for byte.
+    """
+    rng = np.random.default_rng(seed)
+    captioned = round(photos * CAPTION_SHARE)
+    caption_rows, question_rows = [], []
+    for number in range(photos):
+        scene = random_scene(rng)
+        if number < captioned:
+            name = hashlib.sha1(f"{seed}-{number}".encode()).hexdigest() + ".jpg"  # AI Challenger names look like this
+            _save(scene, output / "ai_challenger" / "photos" / name, rng)
+            caption_rows.append({"url": "", "image_id": name, "caption": captions(scene), "type": "caption"})
+        else:
+            name = f"{number:012d}.jpg"
+            _save(scene, output / "llava" / "photos" / name, rng)
+            question_rows += [
+                {
+                    "id": name.removesuffix(".jpg"),
+                    "image": name,
+                    "conversations": [
+                        {"from": "human", "value": f"<image>\n{question}"},
+                        {"from": "gpt", "value": answer},
+                    ],
+                    "type": kind,
+                }
+                for kind, question, answer in questions(scene, rng, per_type)
+            ]
+    _write(output / "ai_challenger" / "annotations.json", caption_rows)
+    _write(output / "llava" / "annotations.json", question_rows)
+    return len(caption_rows), len(question_rows)
+
+
+def _save(scene: Scene, file: Path, rng: np.random.Generator) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draw(scene, rng).save(file, quality=92)
+
+
+def _write(file: Path, rows: list[dict]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=REPO_ROOT / "data" / "demo", help="folder (default data/demo)")
+    parser.add_argument("--photos", type=int, default=1400, help="number of photos in all (default 1400)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes, pictures and questions (default 0)")
+    arguments = parser.parse_args()
+    caption_rows, question_rows = make_data(arguments.output, arguments.photos, arguments.seed)
+    print(f"{arguments.photos} photos, {caption_rows} caption rows, {question_rows} questions in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

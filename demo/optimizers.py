@@ -1,0 +1,35 @@
+"""Muon for the matrices of the transformer layers and AdamW for everything else, as both pretraining runs use them.
+
+Muon (https://kellerjordan.github.io/posts/muon) needs about half the steps of AdamW for models as small as these.
+"""
+
+import torch
+from torch import nn
+
+
+def make_optimizers(model: nn.Module, layers: nn.Module, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices in `layers`, AdamW for the rest of `model`; both with learning rate `peak`."""
+    matrices = [weight for weight in layers.parameters() if weight.ndim == 2]
+    taken = {id(weight) for weight in matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in taken]
+    return [
+        torch.optim.Muon(
+            [{"params": matrices, "peak": peak}], lr=peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW([{"params": others, "peak": peak / 2}], lr=peak / 2, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+    """Set the learning rate to `share` of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak"]
+
+
+def take_step(optimizers: list[torch.optim.Optimizer], model: nn.Module) -> None:
+    """One step on the gradients that are there, clipped to norm 1, and clear them."""
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,59 @@
+"""Makes the demo's two backbones from the drawn world alone, in the on-disk layout of the public ones.
+
+    python -m demo.pretrain encoder     # demo/backbones/siglip
+    python -m demo.pretrain language    # demo/backbones/qwen
+
+Not part of `make demo`: the results are in the repository. Scores on fresh scenes go to `demo/backbones/scores.json`.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import SiglipImageProcessorPil
+
+from demo import encoder, language, words
+from qwen.tokenizer import load_tokenizer
+
+ENCODER_STEPS, LANGUAGE_STEPS = 3000, 1600
+BACKBONES = Path(__file__).parent / "backbones"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backbone", choices=["encoder", "language"])
+    parser.add_argument("--steps", type=int, help="training steps (default: what the shipped ones took)")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: two runs fit two cores)")
+    parser.add_argument("--output", type=Path, default=BACKBONES, help="folder (default demo/backbones)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    start = time.process_time()
+    if arguments.backbone == "encoder":
+        folder, steps = arguments.output / "siglip", arguments.steps or ENCODER_STEPS
+        folder.mkdir(parents=True, exist_ok=True)
+        scores = encoder.pretrain(folder, steps, arguments.seed, print_now)
+        SiglipImageProcessorPil(size={"height": 384, "width": 384}).save_pretrained(folder)
+    else:
+        folder, steps = arguments.output / "qwen", arguments.steps or LANGUAGE_STEPS
+        folder.mkdir(parents=True, exist_ok=True)
+        words.save_tokenizer(words.train_tokenizer(), folder)
+        scores = language.pretrain(load_tokenizer(folder), folder, steps, arguments.seed, print_now)
+    command = f"python -m demo.pretrain {arguments.backbone} --steps {steps} --seed {arguments.seed}"
+    record = {"command": command, "processor_minutes": round((time.process_time() - start) / 60, 1), "scores": scores}
+    file = arguments.output / "scores.json"
+    records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    records[arguments.backbone] = record
+    file.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print_now(json.dumps(record, indent=2, ensure_ascii=False))
+
+
+def print_now(message: str) -> None:
+    """Print at once, also into a log file."""
+    print(message, flush=True)
+
+
+if __name__ == "__main__":
+    main()
