@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 History = list[dict[str, str]]  # {"role": "user" | "assistant", "content": text} in turn
 
 EXAMPLES = [
-    "What is in this picture?",
+    "What is in the picture?",
     "How many objects are there?",
     "Describe the picture.",
     "这幅图像中有什么？",

@@ -1,6 +1,6 @@
 """Writes the demo's photos and raw annotations in the two source formats, as a person would download them.
 
-    python -m demo.make_data --output data/demo --photos 1400 --seed 0
+    python -m demo.make_data --output data/demo --photos 1200 --seed 0
 
 gives two sources, each with its own photos:
 
@@ -20,7 +20,7 @@ import numpy as np
 from config import REPO_ROOT
 from demo.world import Scene, captions, draw, questions, random_scene
 
-CAPTION_SHARE = 0.3  # of the photos: with captions; the others have questions
+CAPTION_SHARE = 0.2  # of the photos: with captions; the others have questions
 
 
 def make_data(output: Path, photos: int, seed: int, per_type: int = 2) -> tuple[int, int]:
@@ -70,7 +70,7 @@ def _write(file: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=REPO_ROOT / "data" / "demo", help="folder (default data/demo)")
-    parser.add_argument("--photos", type=int, default=1400, help="number of photos in all (default 1400)")
+    parser.add_argument("--photos", type=int, default=1200, help="number of photos in all (default 1200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, pictures and questions (default 0)")
     arguments = parser.parse_args()
     caption_rows, question_rows = make_data(arguments.output, arguments.photos, arguments.seed)

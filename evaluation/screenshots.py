@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import REPO_ROOT, script_arguments
+from config import REPO_ROOT, run_script, script_arguments
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 SIZES = {"page.png": (1280, 800), "page_phone.png": (390, 844)}
-QUESTIONS = ["What is in this picture?", "这幅图像中有什么？"]
+QUESTIONS = ["What is in the picture?", "这幅图像中有什么？"]
 BROWSERS = ["chromium", "chromium-browser", "google-chrome", "chrome"]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
 START_SECONDS, ANSWER_SECONDS = 300, 300
@@ -116,7 +116,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)
