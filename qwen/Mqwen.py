@@ -96,7 +96,7 @@ class ImageInputs:
         if inputs_embeds is None:
             inputs_embeds = self.embed_with_images(input_ids, images)
         if attention_mask is not None and attention_mask.dim() == 4:
-            attention_mask = self._masks_by_layer_type(attention_mask, position_ids)
+            attention_mask = self._masks_by_layer_type(attention_mask, position_ids, inputs_embeds.dtype)
         elif attention_mask is None and position_ids is not None and kwargs.get("past_key_values") is None:
             # without a mask, transformers guesses from restarting positions that sequences were packed
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
@@ -125,14 +125,17 @@ class ImageInputs:
             images = embeddings.new_zeros(0, 1, embeddings.shape[-1])
         return fuse_image_features(embeddings, images, input_ids == self.image_token_id)
 
-    def _masks_by_layer_type(self, mask: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _masks_by_layer_type(
+        self, mask: torch.Tensor, position_ids: torch.Tensor, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
         """A 4D mask would switch sliding windows off, so the window is cut into a second one. Distances are counted
         in positions, since rows of a packed sequence do not stand beside their predecessors."""
         masks = {"full_attention": mask}
         if "sliding_attention" in self.config.layer_types:
             distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]  # (B, 1, T, T)
             masks["sliding_attention"] = mask & (distance < self.config.sliding_window)
-        return masks
+        # 0 and -inf to be added to the scores: a bool mask would be turned into that in every layer, twice
+        return {name: torch.zeros_like(m, dtype=dtype).masked_fill(~m, -torch.inf) for name, m in masks.items()}
 
 
 class MQwen2ForCausalLM(ImageInputs, Qwen2ForCausalLM):
