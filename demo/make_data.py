@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from config import REPO_ROOT
-from demo.world import Scene, captions, draw, questions, random_scene
+from demo.world import CAPTION_QUESTIONS, Scene, captions, draw, questions, random_scene
 
 CAPTION_SHARE = 0.2  # of the photos: with captions; the others have questions
 
@@ -40,21 +40,30 @@ def make_data(output: Path, photos: int, seed: int, per_type: int = 2) -> tuple[
         else:
             name = f"{number:012d}.jpg"
             _save(scene, output / "llava" / "photos" / name, rng)
-            question_rows += [
-                {
-                    "id": name.removesuffix(".jpg"),
-                    "image": name,
-                    "conversations": [
-                        {"from": "human", "value": f"<image>\n{question}"},
-                        {"from": "gpt", "value": answer},
-                    ],
-                    "type": kind,
-                }
-                for kind, question, answer in questions(scene, rng, per_type)
-            ]
+            asked = questions(scene, rng, per_type)
+            question_rows += [_row(name, kind, [(question, answer)]) for kind, question, answer in asked]
+            question_rows.append(_row(name, "dialogue", _dialogue(scene, asked, rng)))
     _write(output / "ai_challenger" / "annotations.json", caption_rows)
     _write(output / "llava" / "annotations.json", question_rows)
     return len(caption_rows), len(question_rows)
+
+
+def _dialogue(scene: Scene, asked: list[tuple[str, str, str]], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Three questions on one photo, in half of the dialogues one of them Chinese: what people do on the page."""
+    turns = [asked[index][1:] for index in rng.permutation(len(asked))[:3]]
+    if rng.random() < 0.5:
+        question = CAPTION_QUESTIONS[int(rng.integers(len(CAPTION_QUESTIONS)))]
+        turns[int(rng.integers(3))] = (question, captions(scene)[0])
+    return turns
+
+
+def _row(name: str, kind: str, turns: list[tuple[str, str]]) -> dict:
+    """A row in LLaVA's form; the photo stands before the first question."""
+    messages = []
+    for question, answer in turns:
+        tag = "" if messages else "<image>\n"
+        messages += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
+    return {"id": name.removesuffix(".jpg"), "image": name, "conversations": messages, "type": kind}
 
 
 def _save(scene: Scene, file: Path, rng: np.random.Generator) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 
 from config import REPO_ROOT
 from tests.tiny import tiny_config, write_qwen, write_records, write_siglip
@@ -14,6 +15,14 @@ torch.set_num_threads(1)  # models of a few thousand weights only lose time in h
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("no deadline")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate allows one precision per process; its own tests forget it the same way."""
+    yield
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
 
 
 @pytest.fixture(scope="session")

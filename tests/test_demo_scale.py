@@ -28,14 +28,13 @@ def test_eight_demo_photos_are_learned_by_heart(tmp_path):
         "train.workers=0",
         "train.micro_batch=8",
         "train.accumulation=1",
-        "train.max_steps=60",
+        "train.max_steps=80",
         "train.log_steps=10",
     ]
     process_image(["--config", "configs/demo.yaml", *overrides])
     captions = json.loads((tmp_path / "captions.json").read_text(encoding="utf-8"))
-    for entries in captions.values():
-        for entry in entries:
-            entry["a"] = entry["a"][:1]  # one of five captions cannot be foreseen
+    for ID, entries in captions.items():  # one of five captions cannot be foreseen; dialogues would take longer
+        captions[ID] = [entry | {"a": entry["a"][:1]} for entry in entries if "a" in entry]
     (tmp_path / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
     trainer = Trainer(load_config("configs/demo.yaml", overrides))
     assert trainer.model.num_image_tokens == 728
