@@ -38,6 +38,7 @@ class Answerer:
         self.settings = model.config.generate if generate is None else generate
         self._cached_ids: list[int] = []
         self._cached_photos: list[str] = []
+        self._cached_scaling = 1.0
         self._cache = DynamicCache()
         self._feature_of: dict[str, torch.Tensor] = {}
 
@@ -88,7 +89,10 @@ class Answerer:
         """Bring the cache to the end of `ids`; returns the logits (V,) after the last of them."""
         pictures = [load_image(photo) for photo in photos]
         names = [hashlib.sha256(repr(p.size).encode() + p.tobytes()).hexdigest() for p in pictures]
-        shared = self._shared_length(ids, names)
+        language_model = self.model.LLM.get_base_model()
+        scaling = language_model.position_scaling(len(ids))
+        shared = self._shared_length(ids, names) if scaling == self._cached_scaling else 0
+        self._cached_scaling = scaling
         if shared < len(self._cached_ids):
             self._cache.crop(shared - len(self._cached_ids))
         self._cached_ids, self._cached_photos = self._cached_ids[:shared], names
@@ -100,7 +104,6 @@ class Answerer:
             unread = zip(pictures[photos_shared:], names[photos_shared:], strict=True)
             features = torch.cat([self._features(picture, name) for picture, name in unread])
             images = self.model.project(features)  # (photos to read, N, Dl)
-        language_model = self.model.LLM.get_base_model()
         new_ids = torch.tensor([ids[shared:]], device=self.model.device)
         embeddings = language_model.embed_with_images(new_ids, images)  # (1, T_new, Dl)
         return self._step(embeddings, ids[shared:])

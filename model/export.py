@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import torch
 from safetensors.torch import save_file
-from transformers import VipLlavaForConditionalGeneration
+from transformers import PreTrainedModel, VipLlavaForConditionalGeneration
 
 from config import IMAGE_TAG, require_complete
 from model.model import MMultiModal
@@ -75,7 +75,7 @@ def write_folder(model: MMultiModal, folder: Path) -> None:
         (folder / name).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))
 
     stop_ids = sorted(model.chat.stop_ids)
-    text = model.LLM.config.to_dict() | {"architectures": [type(model.LLM).__mro__[2].__name__]}
+    text = text_config(model.LLM)
     write(
         "config.json",
         {
@@ -110,20 +110,34 @@ def write_folder(model: MMultiModal, folder: Path) -> None:
     )
 
 
+def text_config(language_model: PreTrainedModel) -> dict[str, Any]:
+    """The language model's config for its stock class. Qwen v1 becomes a Qwen2 that reads `seq_length` tokens: up to
+    there the two agree."""
+    config = language_model.config.to_dict()
+    if config["model_type"] == "qwen":
+        config |= {"model_type": "qwen2", "max_position_embeddings": config["seq_length"]}
+        for key in ("seq_length", "use_dynamic_ntk", "use_logn_attn"):
+            del config[key]
+    stock = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config["model_type"]]
+    return config | {"architectures": [stock]}
+
+
 def chat_template(model: MMultiModal) -> str:
     """A Jinja template that renders what `qwen/chat.py` renders: the photo, a newline, the question."""
     prompt = model.config.prompt
-    system = f"<|im_start|>system\n{prompt.system}<|im_end|>\n" if prompt.system else ""
-    think = "<think>\n\n</think>\n\n" if model.chat.think_block else ""
+    system_block = prompt.system or model.chat.first_generation
+    system = f"<|im_start|>system\n{prompt.system}<|im_end|>\n" if system_block else ""
+    think = model.chat.think
+    before, after = ("", prompt.question_prefix) if prompt.image_first else (prompt.question_prefix, "")
     return (
         f"{{{{- {system!r} }}}}"
         "{%- for message in messages %}{%- if message.role == 'user' %}{{- '<|im_start|>user\\n' }}"
         "{%- if message.content is string %}"
         f"{{{{- {prompt.question_prefix!r} + message.content }}}}"
         "{%- else %}{%- set photos = message.content | selectattr('type', 'equalto', 'image') | list %}"
-        f"{{{{- {IMAGE_TAG!r} * photos | length }}}}"
+        f"{{{{- {before!r} + {IMAGE_TAG!r} * photos | length }}}}"
         "{%- if photos %}{{- '\\n' }}{%- endif %}"
-        f"{{{{- {prompt.question_prefix!r} }}}}"
+        f"{{{{- {after!r} }}}}"
         "{%- for part in message.content if part.type == 'text' %}{{- part.text }}{%- endfor %}{%- endif %}"
         "{{- '<|im_end|>\\n' }}"
         "{%- elif message.role == 'assistant' %}"

@@ -6,14 +6,17 @@ the next row of the image features (`fuse_image_features`). Built by `model/mode
 Shapes: B batch, T text and image tokens, N image tokens of a photo, Dl width, V vocabulary, S supervised positions.
 """
 
+import json
 from pathlib import Path
 
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import AutoConfig, DynamicCache, GenerationConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from config import require_complete
+from qwen import qwen1
+from qwen.attention import ATTENTION
 from qwen.chat import IGNORE_INDEX
 
 
@@ -69,6 +72,11 @@ class ImageInputs:
     """What our classes add to transformers' causal language models: `images`, and a loss without full logits."""
 
     image_token_id: int  # set by load_language_model
+
+    def position_scaling(self, length: int) -> float:
+        """How positions are stretched for a prompt of `length` tokens. Keys computed under one value cannot be mixed
+        with those of another, so the answering engine reuses none when it changes."""
+        return 1.0
 
     def forward(
         self,
@@ -146,7 +154,70 @@ class MQwen3ForCausalLM(ImageInputs, Qwen3ForCausalLM):
     """Qwen3, dense."""
 
 
-LANGUAGE_MODELS = {"qwen2": MQwen2ForCausalLM, "qwen3": MQwen3ForCausalLM}
+class MQwen1ForCausalLM(ImageInputs, Qwen2ForCausalLM):
+    """Qwen v1. In eval mode it treats sequences longer than `seq_length` as its own code does (`qwen/qwen1.py`)."""
+
+    config_class = qwen1.Qwen1Config
+
+    def __init__(self, config: qwen1.Qwen1Config) -> None:
+        super().__init__(config)
+        self.model.rotary_emb = qwen1.Qwen1RotaryEmbedding(config)
+
+    def position_scaling(self, length: int) -> float:
+        """As the parent's; keys of a longer prompt are rotated with another base."""
+        return qwen1.ntk_alpha(length, self.config)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As `ImageInputs.forward`.
+
+        Raises:
+            ValueError: also for packed sequences longer than `seq_length` in eval mode, where each question would need
+                positions of its own, and for sequences longer than the original code can read.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        start = 0 if past_key_values is None else past_key_values.get_seq_length()
+        packed = attention_mask is not None and attention_mask.dim() == 4
+        end = int(position_ids.max()) + 1 if packed else start + tokens.shape[1]
+        alphas = [1.0]
+        if not self.training and end > self.config.seq_length:
+            if packed:
+                raise ValueError(
+                    f"packed questions of {end} tokens: beyond {self.config.seq_length} Qwen v1 places tokens by the "
+                    f"length of the whole prompt; lower data.max_length to {self.config.seq_length}"
+                )
+            positions = torch.arange(start, end, device=tokens.device)[None] if position_ids is None else position_ids
+            kwargs["query_scale"] = qwen1.logn_scale(positions, self.config)
+            if start > 0:
+                alphas = past_key_values.ntk_alpha  # keys in the cache keep the base they were rotated with
+            else:
+                lengths = [end] if attention_mask is None else attention_mask.sum(-1).tolist()
+                alphas = [self.position_scaling(length) for length in lengths]
+        if past_key_values is not None:
+            past_key_values.ntk_alpha = alphas
+        self.model.rotary_emb.ntk_alpha = alphas
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+LANGUAGE_MODELS = {"qwen": MQwen1ForCausalLM, "qwen2": MQwen2ForCausalLM, "qwen3": MQwen3ForCausalLM}
 
 
 def load_language_model(folder: Path, dtype: torch.dtype, image_token_id: int, vocabulary_size: int):
@@ -159,15 +230,28 @@ def load_language_model(folder: Path, dtype: torch.dtype, image_token_id: int, v
     Raises:
         ValueError: an unsupported architecture, or tensors that are missing, left over or of the wrong shape.
     """
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type not in LANGUAGE_MODELS:
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type not in LANGUAGE_MODELS:
         known = ", ".join(LANGUAGE_MODELS)
-        raise ValueError(f"'llm.path': {folder} is of type '{config.model_type}'; supported: {known}")
-    language_model, info = LANGUAGE_MODELS[config.model_type].from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        raise ValueError(f"'llm.path': {folder} is of type '{model_type}'; supported: {known}")
+    model_class = LANGUAGE_MODELS[model_type]
+    if model_type == "qwen":
+        config = qwen1.read_config(folder)
+        qwen1.register_weight_names(model_class.__name__)
+    else:
+        config = AutoConfig.from_pretrained(folder)
+    language_model, info = model_class.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=ATTENTION,
+        ignore_mismatched_sizes=True,  # require_complete names them; transformers would only say that there are some
+        output_loading_info=True,
     )
     require_complete(info, "llm.path", folder)
     language_model.image_token_id = image_token_id
+    # published generation configs bring a repetition penalty and sampling; here only config section `generate` decides
+    language_model.generation_config = GenerationConfig()
     if vocabulary_size > language_model.get_input_embeddings().weight.shape[0]:
         language_model.resize_token_embeddings(vocabulary_size)
     return language_model

@@ -39,24 +39,26 @@ class ChatFormat:
         tokenizer: from `qwen.tokenizer.load_tokenizer`.
         prompt: system sentence, question prefix, place of the photo, end token (config section `prompt`).
         num_image_tokens: N, how many tokens stand for one photo.
-        think_block: put Qwen3's empty think block before each answer, unsupervised, as its template does with
-            `enable_thinking=False`.
+        model_type: of the language model. `qwen3` gets an empty think block before each answer, unsupervised, as its
+            template does with `enable_thinking=False`. `qwen`, the first generation, always has a system block, and
+            tokenises role and text apart where there is no photo, as its `make_context` does.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, num_image_tokens: int, think_block: bool = False
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, num_image_tokens: int, model_type: str = "qwen2"
     ) -> None:
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.num_image_tokens = num_image_tokens
-        self.think_block = think_block
+        self.first_generation = model_type == "qwen"
         self.image_token_id = image_token_id(tokenizer)
         self.start_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
         self.turn_end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.answer_end_id = tokenizer.convert_tokens_to_ids(prompt.end_token)
         self.stop_ids = {self.turn_end_id, self.answer_end_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")}
         self.newline_ids = self.encode_text("\n")
-        self.think_ids = tokenizer.encode("<think>\n\n</think>\n\n", add_special_tokens=False) if think_block else []
+        self.think = "<think>\n\n</think>\n\n" if model_type == "qwen3" else ""
+        self.think_ids = tokenizer.encode(self.think, add_special_tokens=False)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of `text` with every special token spelt out in plain characters."""
@@ -82,9 +84,12 @@ class ChatFormat:
 
     def typed_question(self, text: str, num_images: int) -> Message:
         """The user message of somebody who types `text` below `num_images` photos; all of `text` is text."""
+        prefix = self.prompt.question_prefix
         if num_images == 0:
-            return Message("user", (self.prompt.question_prefix + text,))
-        return Message("user", (*[IMAGE] * num_images, "\n" + self.prompt.question_prefix + text))
+            return Message("user", (prefix + text,))
+        if self.prompt.image_first:
+            return Message("user", (*[IMAGE] * num_images, "\n" + prefix + text))
+        return Message("user", (prefix, *[IMAGE] * num_images, "\n" + text))
 
     def answer(self, text: str) -> Message:
         """The assistant message `text`."""
@@ -112,7 +117,7 @@ class ChatFormat:
             ids.extend(new_ids)
             labels.extend(new_ids if supervised else [IGNORE_INDEX] * len(new_ids))
 
-        if self.prompt.system:
+        if self.prompt.system or self.first_generation:
             add([self.start_id, *self.encode_text("system\n" + self.prompt.system), self.turn_end_id])
             add(self.newline_ids)
         for message in messages:
@@ -128,6 +133,9 @@ class ChatFormat:
 
     def _add_user(self, message: Message, add) -> None:
         text = "user\n"  # role and text are one string for the tokenizer, as in the template
+        if self.first_generation and IMAGE not in message.parts:
+            add(self.encode_text(text))
+            text = ""
         for part in message.parts:
             if isinstance(part, ImagePart):
                 add(self.encode_text(text) if text else [])

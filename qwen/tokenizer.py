@@ -1,29 +1,42 @@
 """Loads the tokenizer of a Qwen checkpoint and gives `<|extra_0|>`, the photo's placeholder, an id of its own.
 
-Called by `model/model.py`. Qwen2, 2.5 and 3 do not know `<|extra_0|>`; their embedding has spare rows above the last
-token (Qwen2.5: 151,936 rows, 151,665 used), and the placeholder takes the first of them. Its row is never looked up:
-image features stand in its place before the language model reads anything.
+Called by `model/model.py`. Qwen v1 ships `qwen.tiktoken`, which is read into a fast tokenizer here; it knows
+`<|extra_0|>`. Qwen2, 2.5 and 3 do not; their embedding has spare rows above the last token (Qwen2.5: 151,936 rows,
+151,665 used), and the placeholder takes the first of them. Its row is never looked up: image features stand in its
+place before the language model reads anything.
 """
 
+import base64
+import binascii
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from config import IMAGE_TAG
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+TIKTOKEN_FILE = "qwen.tiktoken"
+# Qwen v1's tokenizer: its special tokens follow the ranks of qwen.tiktoken in this order, and this is how it cuts text
+QWEN1_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
+QWEN1_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer in `folder`, with `<|extra_0|>` as a special token.
 
     Raises:
-        ValueError: no tokenizer files, or a vocabulary without the ChatML control tokens.
+        ValueError: no tokenizer files, damaged ones, or a vocabulary without the ChatML control tokens.
     """
-    if (folder / "qwen.tiktoken").exists():
-        raise ValueError(f"{folder}: Qwen v1 checkpoints are not read yet; use Qwen2, Qwen2.5 or Qwen3")
+    if (folder / TIKTOKEN_FILE).exists():
+        return read_tiktoken(folder / TIKTOKEN_FILE)
     if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
-        raise ValueError(f"{folder}: no tokenizer.json or vocab.json: copy the tokenizer files beside the weights")
+        raise ValueError(
+            f"{folder}: no tokenizer.json, vocab.json or {TIKTOKEN_FILE}: copy the tokenizer files beside the weights"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in CONTROL_TOKENS if token not in vocabulary]
@@ -37,3 +50,47 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of `<|extra_0|>`."""
     return tokenizer.convert_tokens_to_ids(IMAGE_TAG)
+
+
+def read_tiktoken(file: Path) -> PreTrainedTokenizerFast:
+    """Qwen v1's tokenizer from its table of byte strings and ranks.
+
+    Raises:
+        ValueError: a line is not a base64 string and a rank, or the ranks are not 0, 1, 2, …
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"{file}, line {number}: not a token and its rank: fetch the file again") from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise ValueError(f"{file}: ranks are missing, so it is cut short or damaged: fetch it again")
+    letters = bytes_to_unicode()  # the printable letter that stands for each byte in a byte-level vocabulary
+    text = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    # tiktoken joins whatever two neighbours make a token, the lowest rank first: so every way to cut a token is a merge
+    merges = [
+        (text[token[:cut]], text[token[cut:]])
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    vocabulary = {text[token]: rank for token, rank in ranks.items()}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN1_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    # normalized: the original normalises first and looks for special tokens then
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=True) for token in QWEN1_SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(QWEN1_SPECIAL_TOKENS[1:]),
+    )

@@ -1,10 +1,12 @@
 """Backbones of a few thousand random weights in the public on-disk layouts, and a data set of a few drawn photos."""
 
+import base64
 import json
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -41,6 +43,16 @@ def write_tokenizer(folder: Path) -> int:
     return len(tokenizer)
 
 
+def write_tiktoken(folder: Path, size: int) -> None:
+    """A `qwen.tiktoken` of `size` tokens: all bytes, then pairs of capital letters, then triples."""
+    letters = [bytes([byte]) for byte in range(65, 91)]
+    pairs = [first + second for first in letters for second in letters]
+    triples = [pair + letter for pair in pairs for letter in letters]
+    tokens = [*(bytes([byte]) for byte in range(256)), *pairs, *triples][:size]
+    lines = [base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)]
+    (folder / "qwen.tiktoken").write_bytes(b"".join(lines))
+
+
 def write_qwen(folder: Path, kind: str = "qwen2", tied: bool = True, spare_rows: int = 8, **settings) -> Path:
     """A Qwen2 or Qwen3 checkpoint with 2 layers of width 32."""
     size = write_tokenizer(folder)
@@ -62,6 +74,88 @@ def write_qwen(folder: Path, kind: str = "qwen2", tied: bool = True, spare_rows:
         model = Qwen3ForCausalLM(Qwen3Config(head_dim=8, **common))
     model.save_pretrained(folder)
     return folder
+
+
+QWEN1_NAMES = {
+    "model.embed_tokens.": "transformer.wte.",
+    "model.norm.": "transformer.ln_f.",
+    "model.layers.": "transformer.h.",
+    ".input_layernorm.": ".ln_1.",
+    ".post_attention_layernorm.": ".ln_2.",
+    ".self_attn.o_proj.": ".attn.c_proj.",
+    ".mlp.gate_proj.": ".mlp.w2.",
+    ".mlp.up_proj.": ".mlp.w1.",
+    ".mlp.down_proj.": ".mlp.c_proj.",
+}
+
+
+def write_qwen1(
+    folder: Path, dtype: torch.dtype = torch.float32, shards: int = 2, binary: bool = False, **settings
+) -> Qwen2ForCausalLM:
+    """A Qwen v1 checkpoint of 2 layers of width 32 in the published layout; returns the same model as a Qwen2."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tiktoken(folder, 300)
+    raw = {
+        "architectures": ["QWenLMHeadModel"],
+        "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"},
+        "model_type": "qwen",
+        "vocab_size": 300 + 208 + 4,
+        "hidden_size": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 1024,
+        "seq_length": 1024,
+        "layer_norm_epsilon": 1e-6,
+        "initializer_range": 0.3,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 1.0,
+        "no_bias": True,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": False,
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+    } | settings
+    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"] // 2,
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=raw["num_attention_heads"],
+        num_key_value_heads=raw["num_attention_heads"],
+        max_position_embeddings=raw["max_position_embeddings"],
+        initializer_range=raw["initializer_range"],
+        rms_norm_eps=raw["layer_norm_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False,
+    )
+    model = Qwen2ForCausalLM(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # Qwen2 starts them at zero, where a wrong order would not show
+                parameter.normal_(std=0.3)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if ".q_proj." in name:
+            parts = [model.state_dict()[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            tensor, name = torch.cat(parts), name.replace("self_attn.q_proj", "attn.c_attn")
+        elif ".k_proj." in name or ".v_proj." in name:
+            continue
+        for new, old in QWEN1_NAMES.items():
+            name = name.replace(new, old)
+        tensors[name] = tensor.contiguous()
+    stem, suffix = ("pytorch_model", "bin") if binary else ("model", "safetensors")
+    weight_map = {}
+    for number in range(shards):
+        part = {name: tensor for index, (name, tensor) in enumerate(tensors.items()) if index % shards == number}
+        file = f"{stem}-{number + 1:05d}-of-{shards:05d}.{suffix}"
+        torch.save(part, folder / file) if binary else save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return model
 
 
 def write_siglip(folder: Path, image_size: int = IMAGE_SIZE) -> Path:

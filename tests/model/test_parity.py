@@ -12,6 +12,7 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
+from model.export import text_config
 from model.model import MMultiModal
 from tests.tiny import IMAGE_SIZE, tiny_config
 
@@ -19,7 +20,7 @@ from tests.tiny import IMAGE_SIZE, tiny_config
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied"])
+@pytest.fixture(params=["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "qwen1"])
 def model(request, backbones):
     model = MMultiModal.from_config(tiny_config(backbones, llm={"path": str(backbones / request.param)})).eval()
     torch.manual_seed(3)
@@ -33,7 +34,8 @@ def reference(model, kind):
     """transformers' class with our weights, LoRA merged."""
     language_model = model.LLM.merge_and_unload()
     vision_config = SiglipVisionConfig(**model.encoder.config.to_dict())
-    settings = {"vision_config": vision_config, "text_config": language_model.config, "projector_hidden_act": "gelu"}
+    settings = {"vision_config": vision_config, "projector_hidden_act": "gelu"}
+    settings["text_config"] = text_config(language_model)
     settings |= {"image_token_index": model.chat.image_token_id, "image_token_id": model.chat.image_token_id}
     if kind == "vip":
         config = VipLlavaConfig(

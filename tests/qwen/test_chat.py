@@ -112,7 +112,7 @@ def test_report_end_token(tokenizer):
 
 
 def test_think_block_is_there_and_not_learned(tokenizer):
-    chat = ChatFormat(tokenizer, Prompt(system=""), N, think_block=True)
+    chat = ChatFormat(tokenizer, Prompt(system=""), N, model_type="qwen3")
     ids, labels = chat.render([chat.question("a", 0), chat.answer("b"), chat.question("c", 0)])
     text = tokenizer.decode(ids)
     assert text.count("<|im_start|>assistant\n<think>\n\n</think>\n\n") == 2

@@ -56,7 +56,7 @@ def test_strict_loading_names_the_tensor(tmp_path, kind):
 
 def test_unknown_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="of type 'llama'; supported: qwen2, qwen3"):
+    with pytest.raises(ValueError, match="of type 'llama'; supported: qwen, qwen2, qwen3"):
         load_language_model(tmp_path, torch.float32, 1, 2)
 
 

@@ -1,0 +1,125 @@
+"""Qwen v1 (`Qwen-1_8B`, `Qwen-7B`, `Qwen-14B` and their `-Chat`) as a Qwen2 model: config, weight names, positions.
+
+Its weights are those of Qwen2 under other names, so no code of the checkpoint runs; transformers' own loader renames
+them and cuts the fused query-key-value matrix, tensor by tensor. Two things Qwen2 does not have begin in eval mode
+where a sequence is longer than `seq_length` (8192 tokens in the published models): the rotary base grows (dynamic NTK)
+and queries are scaled by the logarithm of their position (log-n). Used by `qwen/Mqwen.py`.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+
+# the published code has a table of log-n factors for so many positions and fails beyond it
+MAX_LENGTH = 32767
+# settings of the published checkpoints that the mapping onto Qwen2 stands on
+REQUIRED = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False}
+LAYER_NAMES = {
+    "ln_1": "input_layernorm",
+    "attn.c_proj": "self_attn.o_proj",
+    "ln_2": "post_attention_layernorm",
+    "mlp.w2": "mlp.gate_proj",
+    "mlp.w1": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+
+
+class Qwen1Config(Qwen2Config):
+    """Qwen2's config and what Qwen v1 does to positions beyond `seq_length` tokens."""
+
+    model_type = "qwen"
+    seq_length: int = 8192
+    use_dynamic_ntk: bool = True
+    use_logn_attn: bool = True
+
+
+def read_config(folder: Path) -> Qwen1Config:
+    """The `config.json` of a Qwen v1 checkpoint in Qwen2's terms.
+
+    Raises:
+        ValueError: a setting that no published Qwen v1 checkpoint has; names it.
+    """
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key, value in REQUIRED.items():
+        if raw[key] != value:
+            raise ValueError(f"'llm.path': {folder / 'config.json'} has {key}={raw[key]}, only {value} is supported")
+    return Qwen1Config(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"] // 2,  # Qwen v1 counts gate and up together
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=raw["num_attention_heads"],
+        num_key_value_heads=raw["num_attention_heads"],
+        max_position_embeddings=raw["max_position_embeddings"],
+        rms_norm_eps=raw["layer_norm_epsilon"],
+        initializer_range=raw["initializer_range"],
+        rope_parameters={"rope_type": "default", "rope_theta": float(raw["rotary_emb_base"])},
+        tie_word_embeddings=False,
+        seq_length=raw["seq_length"],
+        use_dynamic_ntk=raw["use_dynamic_ntk"],
+        use_logn_attn=raw["use_logn_attn"],
+    )
+
+
+def register_weight_names(class_name: str) -> None:
+    """Tell transformers' loader how the tensors of Qwen v1 are called in the model class `class_name`."""
+    fused = WeightConverter(
+        source_patterns="attn.c_attn",
+        target_patterns=["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        operations=[Chunk(dim=0)],
+    )
+    renamed = [
+        WeightRenaming(rf"\.{old}\.".replace("attn.c", r"attn\.c"), f".{new}.") for old, new in LAYER_NAMES.items()
+    ]
+    outer = [
+        WeightRenaming(r"transformer\.h\.", "model.layers."),
+        WeightRenaming(r"transformer\.wte\.", "model.embed_tokens."),
+        WeightRenaming(r"transformer\.ln_f\.", "model.norm."),
+    ]
+    register_checkpoint_conversion_mapping(class_name, [*outer, *renamed, fused], overwrite=True)
+
+
+class Qwen1RotaryEmbedding(torch.nn.Module):
+    """Rotary positions whose base grows with `ntk_alpha` (B,), set by the model before each forward pass."""
+
+    def __init__(self, config: Qwen1Config) -> None:
+        super().__init__()
+        self.base = config.rope_parameters["rope_theta"]
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.ntk_alpha: list[float] = [1.0]
+
+    @torch.no_grad()
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (B, T, head_dim) for `position_ids` (B, T), in the dtype of `hidden_states`."""
+        exponents = torch.arange(0, self.head_dim, 2, device=position_ids.device).float() / self.head_dim
+        bases = [self.base * alpha ** (self.head_dim / (self.head_dim - 2)) for alpha in self.ntk_alpha]
+        inverse_frequency = torch.stack([1.0 / base**exponents for base in bases])  # (B or 1, head_dim / 2)
+        angles = position_ids[..., None].float() * inverse_frequency[:, None, :]  # (B, T, head_dim / 2)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+
+
+def ntk_alpha(length: int, config: Qwen1Config) -> float:
+    """Factor of the rotary base for a prompt of `length` tokens: 1 up to `seq_length`, then 3, 7, 15 …"""
+    if not config.use_dynamic_ntk:
+        return 1.0
+    return max(2.0 ** math.ceil(math.log2(length / config.seq_length) + 1) - 1.0, 1.0)
+
+
+def logn_scale(position_ids: torch.Tensor, config: Qwen1Config) -> torch.Tensor | None:
+    """Factors of the queries at `position_ids` (B, T), of the same shape; None where log-n is off.
+
+    Raises:
+        ValueError: positions beyond `MAX_LENGTH`.
+    """
+    length = int(position_ids.max()) + 1
+    if length > MAX_LENGTH:
+        raise ValueError(f"{length} tokens: Qwen v1 reads at most {MAX_LENGTH}, its code has no factors beyond that")
+    if not config.use_logn_attn:
+        return None
+    return ((position_ids + 1).double().log() / math.log(config.seq_length)).clamp(min=1.0).float()
