@@ -10,7 +10,8 @@ Written by `training/loop.py`, read by every script.
     metrics.json                 the last training and validation figures
     trainer_state/               optimizer, scheduler, random generators, position in the data
 
-Frozen weights are not in it. A folder is written under a temporary name, flushed to disk and renamed, so one that bears
+Frozen weights are not in it. The layout of the course report's published checkpoint is read too
+(`model/report_layout.py`). A folder is written under a temporary name, flushed to disk and renamed, so one that bears
 its final name is complete.
 """
 
@@ -27,6 +28,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from config import REPO_ROOT, Config, load_config, nearest_name_hint
+from model import report_layout
 from model.backbone import backbone_fingerprint
 
 if TYPE_CHECKING:
@@ -131,7 +133,8 @@ def check_complete(folder: Path) -> Path:
     folder = REPO_ROOT / folder
     if not folder.is_dir():
         raise ValueError(f"checkpoint folder not found: {folder}. {nearest_name_hint(folder)}".rstrip())
-    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
+    required = report_layout.REQUIRED_FILES if report_layout.is_report_checkpoint(folder) else REQUIRED_FILES
+    missing = [name for name in required if not (folder / name).is_file()]
     if missing:
         inside = sorted(child.name for child in folder.glob("checkpoint-*"))
         hint = f"; did you mean {folder / inside[-1]}?" if inside else ""
@@ -147,16 +150,42 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def read_config(folder: Path, overrides: list[str] | None = None) -> Config:
     """The config a checkpoint was trained with, with `key=value` overrides; errors as `check_complete`."""
-    return load_config(check_complete(folder) / CONFIG_FILE, overrides)
+    folder = check_complete(folder)
+    if report_layout.is_report_checkpoint(folder):
+        return report_layout.read_report_config(folder, overrides or [])
+    return load_config(folder / CONFIG_FILE, overrides)
 
 
 def restore_weights(model: "MMultiModal", folder: Path) -> None:
-    """Put the projector of a checkpoint into `model` (built on its adapter) and check what it was trained on.
+    """Put LoRA and projector of a checkpoint into `model` and check what they were trained on.
 
     Raises:
-        ValueError: another backbone, prompt or transform than in training, or tensors that do not fit.
+        ValueError: another backbone, prompt or transform than in training, other LoRA settings, or tensors that do not
+            fit.
     """
     folder = check_complete(folder)
+    if report_layout.is_report_checkpoint(folder):
+        lora = report_layout.lora_settings(folder)
+        adapter, projector = report_layout.read_report_tensors(folder)
+        files = ("adapter_model.bin", report_layout.PROJECTOR_FILE)
+    else:
+        _check_fingerprints(model, folder)
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        lora = {"r": saved["r"], "alpha": saved["lora_alpha"], "target_modules": saved["target_modules"]}
+        adapter, projector = load_file(folder / "adapter_model.safetensors"), load_file(folder / PROJECTOR_FILE)
+        files = ("adapter_model.safetensors", PROJECTOR_FILE)
+    ours = model.config.llm.lora
+    if (ours.r, ours.alpha, set(ours.target_modules)) != (lora["r"], lora["alpha"], set(lora["target_modules"])):
+        raise ValueError(
+            f"'llm.lora' differs from the adapter in {folder}: that has r={lora['r']}, alpha={lora['alpha']}, "
+            f"target_modules={sorted(lora['target_modules'])}"
+        )
+    own = {name.replace(".default", ""): tensor for name, tensor in model.LLM.named_parameters() if "lora_" in name}
+    _copy_exactly(own, adapter, folder / files[0])
+    _copy_exactly(dict(model.feature_proj.named_parameters()), projector, folder / files[1])
+
+
+def _check_fingerprints(model: "MMultiModal", folder: Path) -> None:
     expected = orjson.loads((folder / PROVENANCE_FILE).read_bytes())["fingerprints"]
     actual = fingerprints(model)
     places = {"visual": ("visual.path", model.visual_folder), "llm": ("llm.path", model.llm_folder)}
@@ -170,20 +199,21 @@ def restore_weights(model: "MMultiModal", folder: Path) -> None:
         raise ValueError(f"{folder} was trained with another prompt: leave prompt.* as in its {CONFIG_FILE}")
     if actual["transform"] != expected["transform"]:
         raise ValueError(f"{folder} was trained with other preprocessor settings than {model.visual_folder} has now")
-    _load_exactly(model.feature_proj, load_file(folder / PROJECTOR_FILE), folder / PROJECTOR_FILE)
-    adapter = load_file(folder / "adapter_model.safetensors")
-    own = {name for name, _ in model.LLM.named_parameters() if "lora_" in name}
-    saved = {name.replace(".weight", ".default.weight") for name in adapter}
-    if own != saved:
-        raise ValueError(
-            f"{folder / 'adapter_model.safetensors'} does not fit the language model: "
-            f"missing {sorted(own - saved)[:5]}, left over {sorted(saved - own)[:5]}"
-        )
 
 
-def _load_exactly(module: torch.nn.Module, tensors: dict[str, torch.Tensor], file: Path) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+def _copy_exactly(parameters: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], file: Path) -> None:
+    own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if own != saved:
-        raise ValueError(f"{file} does not fit: the model needs {own}, the file holds {saved}")
-    module.load_state_dict(tensors)
+    problems = [f"missing: {name}" for name in sorted(own.keys() - saved.keys())]
+    problems += [f"left over: {name}" for name in sorted(saved.keys() - own.keys())]
+    problems += [
+        f"{name} is {saved[name]}, the model needs {own[name]}"
+        for name in sorted(own.keys() & saved.keys())
+        if own[name] != saved[name]
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{file} does not fit the model: {'; '.join(problems[:5])}{more}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
@@ -64,7 +64,7 @@ class MMultiModal(nn.Module):
     Attributes:
         encoder: `SigLIPViT`, frozen.
         feature_proj: Linear(Dv, Dl), GELU, Linear(Dl, Dl); float32 in training.
-        LLM: peft model around `MQwen2ForCausalLM` or `MQwen3ForCausalLM`; LoRA in float32, the rest frozen.
+        LLM: peft model around one of `qwen.Mqwen.LANGUAGE_MODELS`; LoRA in float32, the rest frozen.
         config, tokenizer, transform, chat: what the run was configured with.
         visual_folder, llm_folder: where the backbones were found.
     """
@@ -98,9 +98,7 @@ class MMultiModal(nn.Module):
                 f"'visual.path': preprocessor_config.json makes {transform.size[0]}×{transform.size[1]} pictures, "
                 f"the encoder takes {encoder.config.image_size} px squares"
             )
-        self.chat = ChatFormat(
-            tokenizer, config.prompt, self.num_image_tokens, think_block=LLM.config.model_type == "qwen3"
-        )
+        self.chat = ChatFormat(tokenizer, config.prompt, self.num_image_tokens, LLM.config.model_type)
 
     @classmethod
     def from_config(
@@ -108,14 +106,12 @@ class MMultiModal(nn.Module):
         config: Config,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        adapter_folder: Path | None = None,
     ) -> "MMultiModal":
         """Load both backbones and add the projector and LoRA, newly initialised from `train.seed`.
 
         Args:
             device: default as `pick_device`.
             dtype: of the frozen backbones; default what `train.precision` says.
-            adapter_folder: take LoRA from this checkpoint folder instead of new ones.
 
         Raises:
             ValueError: a backbone is missing, incomplete or of an unknown kind, or the config does not fit it.
@@ -130,7 +126,7 @@ class MMultiModal(nn.Module):
         LLM = load_language_model(llm_folder, dtype, image_token_id(tokenizer), len(tokenizer)).requires_grad_(False)
         with torch.random.fork_rng(devices=[]):  # the same weights at the start, whatever drew random numbers before
             torch.manual_seed(config.train.seed)
-            LLM = _with_lora(LLM, config, adapter_folder)
+            LLM = _with_lora(LLM, config)
             model = cls(config, encoder, LLM, tokenizer, ImageTransform.from_folder(visual_folder))
         model.visual_folder, model.llm_folder = visual_folder, llm_folder
         return model.to(device)
@@ -146,7 +142,7 @@ class MMultiModal(nn.Module):
         """Load a checkpoint folder for answering.
 
         Args:
-            folder: as `model.checkpoint.save_checkpoint` wrote it.
+            folder: as `model.checkpoint.save_checkpoint` wrote it, or the course report's published checkpoint.
             dtype: of the whole model; default bf16 on a GPU that has it, else float32.
             overrides: config values by dotted key, for example `{"llm.path": "/models/Qwen2.5-0.5B"}`.
 
@@ -161,7 +157,7 @@ class MMultiModal(nn.Module):
         if dtype is None:
             dtype = DTYPES[pick_precision("auto", device)] if device.type == "cuda" else torch.float32
         config = read_config(folder, [f"{key}={value}" for key, value in (overrides or {}).items()])
-        model = cls.from_config(config, device, dtype, adapter_folder=folder)
+        model = cls.from_config(config, device, dtype)
         restore_weights(model, folder)
         return model.to(dtype).eval()
 
@@ -250,7 +246,8 @@ class MMultiModal(nn.Module):
 
         Args:
             image, input_ids, attention_mask: as in `forward`; batches are padded on the left.
-            kwargs: `max_new_tokens`, `do_sample`, … of transformers' `GenerationMixin.generate`.
+            kwargs: `max_new_tokens`, `do_sample`, … of transformers' `GenerationMixin.generate`; they replace the stop
+                and suppressed tokens set here.
 
         Returns:
             (B, new tokens) int64, ended by one of `chat.stop_ids` and padded with it.
@@ -261,14 +258,12 @@ class MMultiModal(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         stop_ids = sorted(self.chat.stop_ids)
-        return self.LLM.generate(
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask,
-            eos_token_id=stop_ids,
-            pad_token_id=stop_ids[0],
-            suppress_tokens=self.suppressed_ids,
-            **kwargs,
+        settings = {"eos_token_id": stop_ids, "pad_token_id": stop_ids[0], "suppress_tokens": self.suppressed_ids}
+        # the ids go along for a repetition penalty, which counts those of the prompt too
+        tokens = self.LLM.generate(
+            input_ids=input_ids, inputs_embeds=embeddings, attention_mask=attention_mask, **(settings | kwargs)
         )
+        return tokens[:, input_ids.shape[1] :]
 
     def parameter_summary(self) -> str:
         """One line: parameters in all, those trained of each part, dtype and device."""
@@ -282,17 +277,8 @@ class MMultiModal(nn.Module):
         return f"{total:,} parameters, trained: {trained}; frozen weights {dtype} on {self.device}"
 
 
-def _with_lora(LLM: nn.Module, config: Config, adapter_folder: Path | None) -> nn.Module:
+def _with_lora(LLM: nn.Module, config: Config) -> nn.Module:
     lora = config.llm.lora
-    if adapter_folder is not None:
-        LLM = PeftModel.from_pretrained(LLM, adapter_folder, is_trainable=True)
-        saved = LLM.peft_config["default"]
-        if (saved.r, saved.lora_alpha, set(saved.target_modules)) != (lora.r, lora.alpha, set(lora.target_modules)):
-            raise ValueError(
-                f"'llm.lora' differs from the adapter in {adapter_folder}: that has r={saved.r}, "
-                f"alpha={saved.lora_alpha}, target_modules={sorted(saved.target_modules)}"
-            )
-        return LLM
     linear_names = {name.rpartition(".")[2] for name, part in LLM.named_modules() if isinstance(part, nn.Linear)}
     unknown = sorted(set(lora.target_modules) - linear_names)
     if unknown:

@@ -67,7 +67,7 @@ class Trainer:
         origin = resumed
         if resumed is None and config.train.init_from is not None:
             origin = check_complete(Path(config.train.init_from))
-        self.model = MMultiModal.from_config(config, self.accelerator.device, adapter_folder=origin)
+        self.model = MMultiModal.from_config(config, self.accelerator.device)
         if origin is not None:
             restore_weights(self.model, origin)
         if config.train.gradient_checkpointing:

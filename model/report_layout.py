@@ -1,0 +1,103 @@
+"""Reads the checkpoint that the course report published: other files, other tensor names, its own way to ask.
+
+    adapter_config.json   LoRA on Qwen v1's fused matrices (peft 0.11)
+    adapter_model.bin     its tensors, saved from a GPU
+    other_params.bin      the projector
+    training_args.bin     a pickled object of the training script; never opened
+
+A pair of LoRA matrices on the fused `c_attn` becomes three, on query, key and value, that begin with the same A. Called
+by `model/checkpoint.py`.
+"""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import REPO_ROOT, Config, load_config
+
+PROJECTOR_FILE = "other_params.bin"
+REQUIRED_FILES = ("adapter_config.json", "adapter_model.bin", PROJECTOR_FILE)
+# Qwen v1's linear layers → Qwen2's; a fused one names what its rows are, in order
+LAYERS = {
+    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.c_proj": ("self_attn.o_proj",),
+    "mlp.w1": ("mlp.up_proj",),
+    "mlp.w2": ("mlp.gate_proj",),
+    "mlp.c_proj": ("mlp.down_proj",),
+}
+# how the report's model was trained to be asked (its prompt code), and Qwen-7B-Chat's own repetition penalty
+PROMPT = {"system": "你是一位图像理解助手。", "question_prefix": "用中文回答：", "end_token": "<|endoftext|>"}
+REPETITION_PENALTY = 1.1
+# settings of peft that change what the matrices mean and that the report's adapter does not use
+PLAIN_LORA = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+
+
+def is_report_checkpoint(folder: Path) -> bool:
+    """Whether `folder` has the report's layout, complete or not."""
+    return (folder / PROJECTOR_FILE).is_file()
+
+
+def lora_settings(folder: Path) -> dict[str, Any]:
+    """The section `llm.lora` of our config for the adapter in `folder`.
+
+    Raises:
+        ValueError: not a plain LoRA on Qwen v1's linear layers.
+    """
+    file = folder / "adapter_config.json"
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    for key, value in PLAIN_LORA.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{file}: {key}={raw[key]} is not supported, only {value}")
+    modules = [new for old, news in LAYERS.items() for new in news if old.rpartition(".")[2] in raw["target_modules"]]
+    known = {old.rpartition(".")[2] for old in LAYERS}
+    unknown = sorted(set(raw["target_modules"]) - known)
+    if unknown or not modules:
+        raise ValueError(f"{file}: LoRA on {', '.join(unknown) or 'nothing'}; known are {', '.join(sorted(known))}")
+    names = [module.rpartition(".")[2] for module in modules]
+    return {"r": raw["r"], "alpha": raw["lora_alpha"], "dropout": raw["lora_dropout"], "target_modules": names}
+
+
+def read_report_config(folder: Path, overrides: list[str]) -> Config:
+    """`config.yaml` of the repository (the report's run) with the adapter's base model, its LoRA and its prompt."""
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    settings = [
+        f"llm.path={json.dumps(base)}",
+        f"llm.lora={json.dumps(lora_settings(folder))}",
+        f"generate.repetition_penalty={REPETITION_PENALTY}",
+        *(f"prompt.{key}={json.dumps(value)}" for key, value in PROMPT.items()),
+    ]
+    return load_config(REPO_ROOT / "config.yaml", [*settings, *overrides])
+
+
+def read_report_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Adapter, under the names of Qwen2's layers, and projector.
+
+    Raises:
+        ValueError: a file is not a plain file of tensors, or a tensor has an unknown name.
+    """
+    adapter = {}
+    for name, tensor in _read_bin(folder / "adapter_model.bin").items():
+        *_, layer, block, linear, matrix, _ = parts = name.split(".")
+        old = f"{block}.{linear}"
+        prefix = ["base_model", "model", "transformer", "h", layer, block, linear, matrix, "weight"]
+        if parts != prefix or old not in LAYERS or matrix not in ("lora_A", "lora_B"):
+            raise ValueError(f"{folder / 'adapter_model.bin'}: '{name}' is not LoRA on a linear layer of Qwen v1")
+        news = LAYERS[old]
+        pieces = tensor.chunk(len(news)) if matrix == "lora_B" else [tensor] * len(news)
+        for new, piece in zip(news, pieces, strict=True):
+            adapter[f"base_model.model.model.layers.{layer}.{new}.{matrix}.weight"] = piece
+    return adapter, _read_bin(folder / PROJECTOR_FILE)
+
+
+def _read_bin(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{file}: not a plain file of tensors, nothing of it was run ({reason})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{file}: expected named tensors")
+    return tensors
