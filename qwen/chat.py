@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from config import IMAGE_TAG, Prompt
 from qwen.tokenizer import image_token_id
 
+THINK_BLOCK = "<think>\n\n</think>\n\n"  # how Qwen3 is told not to think (its model card)
 IGNORE_INDEX = -100  # label of positions without supervision, the default of torch's cross-entropy
 
 
@@ -39,9 +40,10 @@ class ChatFormat:
         tokenizer: from `qwen.tokenizer.load_tokenizer`.
         prompt: system sentence, question prefix, place of the photo, end token (config section `prompt`).
         num_image_tokens: N, how many tokens stand for one photo.
-        model_type: of the language model. `qwen3` gets an empty think block before each answer, unsupervised, as its
-            template does with `enable_thinking=False`. `qwen`, the first generation, always has a system block, and
-            tokenises role and text apart where there is no photo, as its `make_context` does.
+        model_type: of the language model. `qwen3` gets an empty think block before each answer, unsupervised, where its
+            own template writes one with `enable_thinking=False` (the 2507 instruct models do not think). `qwen`, the
+            first generation, always has a system block, and tokenises role and text apart where there is no photo, as
+            its `make_context` does.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class ChatFormat:
         self.answer_end_id = tokenizer.convert_tokens_to_ids(prompt.end_token)
         self.stop_ids = {self.turn_end_id, self.answer_end_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")}
         self.newline_ids = self.encode_text("\n")
-        self.think = "<think>\n\n</think>\n\n" if model_type == "qwen3" else ""
+        self.think = THINK_BLOCK if model_type == "qwen3" and _skips_thinking(tokenizer) else ""
         self.think_ids = tokenizer.encode(self.think, add_special_tokens=False)
 
     def encode_text(self, text: str) -> list[int]:
@@ -170,3 +172,11 @@ class ChatFormat:
         ]
         rendered = json.dumps([self.render(dialogue), self.num_image_tokens])
         return hashlib.sha256(rendered.encode()).hexdigest()[:16]
+
+
+def _skips_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
+    if tokenizer.chat_template is None:
+        return True
+    question = [{"role": "user", "content": "?"}]
+    prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return prompt.endswith(THINK_BLOCK)

@@ -23,19 +23,23 @@ from config import Config, parse_config
 IMAGE_SIZE = 56  # 4 × 4 patches of 14 px
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if NO_THINKING %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 
 
-def write_tokenizer(folder: Path) -> int:
-    """A byte-level tokenizer without merges, in Qwen2's layout; returns its size."""
+def write_tokenizer(folder: Path, thinks: bool = False) -> int:
+    """A byte-level tokenizer without merges, in Qwen2's layout, or with Qwen3's think block; returns its size."""
+    template = CHATML.replace(
+        "NO_THINKING", "enable_thinking is defined and not enable_thinking" if thinks else "false"
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]})
     tokenizer.add_tokens(["<think>", "</think>"])
@@ -55,7 +59,7 @@ def write_tiktoken(folder: Path, size: int) -> None:
 
 def write_qwen(folder: Path, kind: str = "qwen2", tied: bool = True, spare_rows: int = 8, **settings) -> Path:
     """A Qwen2 or Qwen3 checkpoint with 2 layers of width 32."""
-    size = write_tokenizer(folder)
+    size = write_tokenizer(folder, thinks=kind == "qwen3")
     torch.manual_seed(1)
     common = {
         "vocab_size": size + spare_rows,

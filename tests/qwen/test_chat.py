@@ -111,12 +111,27 @@ def test_report_end_token(tokenizer):
     assert [label for label in labels if label != IGNORE_INDEX][-1] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
 
-def test_think_block_is_there_and_not_learned(tokenizer):
+def test_think_block_is_there_and_not_learned(tmp_path):
+    write_tokenizer(tmp_path, thinks=True)
+    tokenizer = load_tokenizer(tmp_path)
     chat = ChatFormat(tokenizer, Prompt(system=""), N, model_type="qwen3")
     ids, labels = chat.render([chat.question("a", 0), chat.answer("b"), chat.question("c", 0)])
     text = tokenizer.decode(ids)
     assert text.count("<|im_start|>assistant\n<think>\n\n</think>\n\n") == 2
     assert [tokenizer.decode([label]) for label in labels if label != IGNORE_INDEX] == ["b", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("thinks", [True, False], ids=["qwen3", "qwen3-instruct-2507"])
+def test_qwen3_prompt_equals_its_template_without_thinking(tmp_path, thinks):
+    write_tokenizer(tmp_path, thinks=thinks)
+    tokenizer = load_tokenizer(tmp_path)
+    chat = ChatFormat(tokenizer, Prompt(system="Be brief."), N, "qwen3")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    template = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    assert ("<think>" in template) == thinks
+    assert chat.render([chat.question("Why?", 0)])[0] == tokenizer.encode(template, add_special_tokens=False)
 
 
 def test_roles_take_turns(chat):
