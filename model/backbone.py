@@ -27,8 +27,6 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# in this order: what is refused for its config.json costs no time, and *.bin comes only where nothing else is
-DOWNLOADS = (["*.json", "*.txt", "*.jinja", "*.tiktoken"], ["*.safetensors"], ["pytorch_model*.bin"])
 QUANTISED_SUFFIX = re.compile(r"-((GPTQ-)?Int[48]|AWQ)$")  # Qwen-7B-Chat-Int4, Qwen2.5-7B-Instruct-GPTQ-Int4
 
 
@@ -59,11 +57,12 @@ def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingfac
         hint = nearest_name_hint(candidates[0])
         raise ValueError(f"'{key}': no folder {candidates[0]} nor {candidates[-1]}. {hint}Set it with {key}=FOLDER")
     snapshot_download = _downloader(hub, path, model_root, key)
-    for patterns in DOWNLOADS:
-        folder = snapshot_download(patterns)
-        _check_kind(folder, path, key)
-        if any(folder.glob("*.safetensors")):
-            break
+    # small files first: a model that is refused for its config.json costs no time
+    folder = snapshot_download(["*.json", "*.txt", "*.jinja", "*.tiktoken"])
+    _check_kind(folder, path, key)
+    folder = snapshot_download(["*.safetensors"])
+    if not any(folder.glob("*.safetensors")):
+        folder = snapshot_download(["pytorch_model*.bin"])
     _check_weights(folder, key)
     return folder
 
