@@ -6,6 +6,7 @@ the encoder wherever it comes from.
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import BinaryIO
 
@@ -160,7 +161,7 @@ class ImageTransform:
         """The part of a very long picture that CLIP's centre crop keeps, at its resized size; others unchanged.
 
         CLIP resizes the short edge first and crops then: at 336 px, a strip of 20,000 × 10 pixels would grow to 0.7 GB
-        a copy. What is kept here differs by one level of 255 in some pixels, since Pillow rounds the box to float32.
+        a copy. Pillow rounds the box to float32, so fewer than one pixel in 100 differs, by one level of 255.
         """
         edge = (self.processor.size or {}).get("shortest_edge")
         short, long = sorted(image.size)
@@ -172,8 +173,16 @@ class ImageTransform:
         resized = int(edge * long / short)  # as the processor rounds
         start = (resized - crop) // 2 - (kept - crop) // 2  # the processor crops the kept part to the same pixels
         low, high = start * long / resized, (start + kept) * long / resized
-        box = (low, 0, high, short) if across else (0, low, short, high)
-        return image.resize((kept, edge) if across else (edge, kept), self.processor.resample, box=box)
+        reach = 1 + math.ceil(3 * max(1, long / resized))  # no filter of Pillow's looks farther than 3 pixels
+        first, last = max(0, int(low) - reach), min(long, math.ceil(high) + reach)
+        low, high = low - first, high - first  # Pillow rounds these to float32, so they had better be small
+        if across:
+            return image.crop((first, 0, last, short)).resize(
+                (kept, edge), self.processor.resample, box=(low, 0, high, short)
+            )
+        return image.crop((0, first, short, last)).resize(
+            (edge, kept), self.processor.resample, box=(0, low, short, high)
+        )
 
     def fingerprint(self) -> str:
         """16 hex digits that differ between transforms that give different pixels; stable over library versions."""
