@@ -135,9 +135,10 @@ class Gui(Section):
 
 
 class Config(Section):
-    """One run. Sections: model_root, data, prompt, visual, llm, projector, train, generate, gui."""
+    """One run. Sections: model_root, hub, data, prompt, visual, llm, projector, train, generate, gui."""
 
     model_root: str = "models"
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
     data: Data = Field(default_factory=Data)
     prompt: Prompt = Field(default_factory=Prompt)
     visual: Visual
@@ -288,14 +289,21 @@ def require_complete(loading_info: dict[str, Any], key: str, folder: Path) -> No
     """
     names = {"missing_keys": "missing", "unexpected_keys": "left over", "mismatched_keys": "of the wrong shape"}
     problems = [
-        f"{meaning}: {', '.join(sorted(map(str, loading_info[name])))}"
-        for name, meaning in names.items()
-        if loading_info[name]
+        f"{meaning}: {_tensor_names(loading_info[name])}" for name, meaning in names.items() if loading_info[name]
     ]
     if problems:
         raise ValueError(
             f"'{key}': the weights in {folder} do not fit their config.json; tensors {'; '.join(problems)}"
         )
+
+
+def _tensor_names(items: set[str] | set[tuple]) -> str:
+    # a tensor of the wrong shape comes as (name, shape in the file, shape the model has)
+    names = sorted(
+        item if isinstance(item, str) else f"{item[0]} {[*item[1]]} instead of {[*item[2]]}" for item in items
+    )
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 def script_arguments(description: str, default_config: str | None = "config.yaml") -> argparse.ArgumentParser:

@@ -1,34 +1,54 @@
-"""Finds the folder of a pretrained backbone and tells one backbone from another. Called by `model/model.py`."""
+"""Finds the folder of a pretrained backbone, checks its files and tells one backbone from another.
+
+Called by `model/model.py`. Nothing here or later runs code from a checkpoint: `*.py` files are not downloaded, and
+pickled weights (`*.bin`) are opened as plain tensors or not at all.
+"""
 
 import hashlib
+import importlib
 import json
 import os
+import pickle
+import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+import huggingface_hub
+import torch
 from safetensors import SafetensorError, safe_open
 
 from config import nearest_name_hint, resolve_path
 
 # bytes hashed at the head of each tensor file: its table of names, shapes and offsets, and the first weights
 FINGERPRINT_BYTES = 1 << 20
+# what transformers looks for, in its order: one file, or an index that names the shards
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+QUANTISED_SUFFIX = re.compile(r"-((GPTQ-)?Int[48]|AWQ)$")  # Qwen-7B-Chat-Int4, Qwen2.5-7B-Instruct-GPTQ-Int4
 
 
-def locate_backbone(path: str, model_root: str, key: str) -> Path:
+def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingface") -> Path:
     """The local folder of a backbone: `path` itself, a folder of that name under `model_root`, or a hub id.
 
     Args:
         path: value of config key `key` (`visual.path` or `llm.path`). A hub id has the form `owner/name` and is
             downloaded once (`HF_ENDPOINT` names a mirror, `HF_HUB_OFFLINE=1` keeps to what is cached).
+        hub: `huggingface` or `modelscope`.
 
     Raises:
-        ValueError: not found anywhere; says what was tried and the three ways to get it.
+        ValueError: not found anywhere (says what was tried and the three ways to get it), or not a folder of whole,
+            unquantised weights.
     """
     candidates = [resolve_path(path), resolve_path(model_root) / path, resolve_path(model_root) / Path(path).name]
     folders = [folder for folder in candidates if folder.is_dir()]
     if folders:  # a package of ours may bear the name too, so one with a config.json comes first
-        return _checked(next((folder for folder in folders if (folder / "config.json").exists()), folders[0]), key)
+        folder = next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
+        _check_kind(folder, path, key)
+        _check_weights(folder, key)
+        return folder
     for folder in candidates:
         if folder.is_file():
             raise ValueError(f"'{key}': {folder} is a file; name the folder with config.json and *.safetensors")
@@ -36,30 +56,122 @@ def locate_backbone(path: str, model_root: str, key: str) -> Path:
     if not looks_like_hub_id or resolve_path(path).parent.is_dir():
         hint = nearest_name_hint(candidates[0])
         raise ValueError(f"'{key}': no folder {candidates[0]} nor {candidates[-1]}. {hint}Set it with {key}=FOLDER")
-    try:
-        downloaded = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(
-            f"'{key}': '{path}' is neither a folder here nor reachable on the hub ({type(error).__name__}). Either set "
-            f"HF_ENDPOINT to a mirror you can reach, or copy the model to {resolve_path(model_root) / path}, or name "
-            f"its folder with {key}=FOLDER"
-        ) from error
-    return _checked(Path(downloaded), key)
+    snapshot_download = _downloader(hub, path, model_root, key)
+    # small files first: a model that is refused for its config.json costs no time
+    folder = snapshot_download(["*.json", "*.txt", "*.jinja", "*.tiktoken"])
+    _check_kind(folder, path, key)
+    folder = snapshot_download(["*.safetensors"])
+    if not any(folder.glob("*.safetensors")):
+        folder = snapshot_download(["pytorch_model*.bin"])
+    _check_weights(folder, key)
+    return folder
 
 
-def _checked(folder: Path, key: str) -> Path:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"'{key}': {folder} has no config.json, so it is not a model folder")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"'{key}': {folder} has no *.safetensors: the weights are missing")
-    for file in files:
+def _downloader(hub: str, path: str, model_root: str, key: str):
+    if hub == "modelscope":
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            library = importlib.import_module("modelscope")
+        except ImportError as error:
+            raise ValueError(
+                f"'hub' is modelscope, whose package is not installed: run `pip install modelscope`, or name the "
+                f"model's folder with {key}=FOLDER"
+            ) from error
+    else:
+        library = huggingface_hub
+
+    def snapshot_download(patterns: list[str]) -> Path:
+        try:
+            return Path(library.snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        except Exception as error:  # without a network, the hubs' libraries raise all kinds
+            raise ValueError(
+                f"'{key}': '{path}' is neither a folder here nor reachable on the hub {hub} ({type(error).__name__}). "
+                f"Either set HF_ENDPOINT to a mirror you can reach (or hub=modelscope), or copy the model to "
+                f"{resolve_path(model_root) / path}, or name its folder with {key}=FOLDER"
+            ) from error
+
+    return snapshot_download
+
+
+def _check_kind(folder: Path, path: str, key: str) -> None:
+    """ValueError for folders that are no pretrained model, or a quantised one."""
+    if (folder / "adapter_config.json").exists():
+        projectors = ("feature_proj.safetensors", "other_params.bin")
+        if any((folder / name).exists() for name in projectors):
+            raise ValueError(
+                f"'{key}': {folder} is a checkpoint of a trained model; give it with --checkpoint (or "
+                f"train.init_from) and name the pretrained model it was trained from with {key}=FOLDER"
+            )
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ValueError(f"'{key}': {folder} is a LoRA adapter of {base}; name that model itself, its folder or hub id")
+    if not (folder / "config.json").is_file():
+        if any(folder.glob("*.gguf")):
+            raise ValueError(
+                f"'{key}': {folder} holds GGUF, which is not read; get the original model, with config.json, "
+                "tokenizer files and *.safetensors"
+            )
+        raise ValueError(
+            f"'{key}': {folder} has no config.json, so it is not a model folder (GGUF repositories lack it too)"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{key}': {folder / 'config.json'} is not valid JSON ({error}): copy it again") from error
+    quantisation = config.get("quantization_config")
+    if quantisation is not None:
+        original = QUANTISED_SUFFIX.sub("", path.rstrip("/"))
+        named = f", for example {original}" if original != path.rstrip("/") else ""
+        raise ValueError(
+            f"'{key}': {path} holds weights quantised with {quantisation.get('quant_method')}, which are not read; "
+            f"use the original model in fp16 or bf16{named}"
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The tensor files of a model folder by name, whether they exist or not; none if nothing says which they are.
+
+    Raises:
+        ValueError: an index that is not a table of shards.
+    """
+    present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not present:
+        return []
+    if present[0].suffix != ".json":
+        return [present[0]]
+    try:
+        names = set(json.loads(present[0].read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{present[0]} is not a table of shards ({error!r}): copy it again") from error
+    return [folder / name for name in sorted(names)]
+
+
+def _check_weights(folder: Path, key: str) -> None:
+    """ValueError for tensor files that are missing, cut short or more than tensors; reads their tables only."""
+    files = weight_files(folder)
+    if not files:
+        others = [file.name for kind in ("*.safetensors", "*.bin", "*.gguf") for file in sorted(folder.glob(kind))]
+        found = f" (found {', '.join(others)})" if others else ""
+        raise ValueError(
+            f"'{key}': the weights are missing in {folder}{found}: it needs model.safetensors, or its shards and "
+            "model.safetensors.index.json, or the same as pytorch_model.bin"
+        )
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"'{key}': {file.name}, a shard that the index in {folder} names, is missing: copy it too")
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+            else:
+                torch.load(file, map_location="meta", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"'{key}': {file} holds more than tensors, and opening it could run code; it was not opened. Get the "
+                "model from its publisher, as *.safetensors if there are any"
+            ) from error
         except SafetensorError as error:
             raise ValueError(f"'{key}': {file} is damaged or cut short ({error}): copy it again") from error
-    return folder
+        except Exception as error:  # torch.load meets damage with anything from EOFError to KeyError
+            raise ValueError(f"'{key}': {file} is damaged or cut short ({error!r}): copy it again") from error
 
 
 def backbone_fingerprint(folder: Path) -> str:
@@ -68,7 +180,7 @@ def backbone_fingerprint(folder: Path) -> str:
     Reads 1 MiB of each file, so that it costs nothing at 15 GB; a re-sharded copy counts as another checkpoint.
     """
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with open(file, "rb") as stream:
             head = stream.read(FINGERPRINT_BYTES)
         digest.update(json.dumps([file.name, os.path.getsize(file)]).encode())

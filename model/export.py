@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, VipLlavaForConditionalGeneration
 
 from config import IMAGE_TAG, require_complete
 from model.model import MMultiModal
+from visual.SigLIP_VIT import SigLIPViT
 
 # float32 on both sides, the same merged weights, sums in another order
 TOLERANCE = 1e-4
@@ -28,10 +29,16 @@ def export_checkpoint(model: MMultiModal, output: Path) -> float:
         Largest difference of a logit between ours and the exported model.
 
     Raises:
-        ValueError: `output` exists, the model keeps all patches, or the exported model answers differently.
+        ValueError: `output` exists, the encoder is not SigLIP, the model keeps all patches, or the exported model
+            answers differently.
     """
     if output.exists():
         raise ValueError(f"{output} exists already: name a new folder with --output")
+    if not isinstance(model.encoder, SigLIPViT):
+        raise ValueError(
+            "'visual.path' is a CLIP encoder: the stock class written here takes SigLIP's last layer norm into its "
+            "projector, so only models with a SigLIP encoder can be exported"
+        )
     if not model.config.visual.drop_first_token:
         raise ValueError(
             "'visual.drop_first_token' is false, but the stock class always drops the first patch: cannot be exported"

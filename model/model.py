@@ -20,7 +20,7 @@ from model.backbone import locate_backbone
 from qwen.chat import ChatFormat
 from qwen.Mqwen import load_language_model
 from qwen.tokenizer import image_token_id, load_tokenizer
-from visual.SigLIP_VIT import load_encoder
+from visual.encoder import load_encoder
 from visual.transform import ImageTransform
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,7 +62,7 @@ class MMultiModal(nn.Module):
     """Encoder, projector and language model with their tokenizer, image transform and prompt format.
 
     Attributes:
-        encoder: `SigLIPViT`, frozen.
+        encoder: `SigLIPViT` or `CLIPViT`, frozen.
         feature_proj: Linear(Dv, Dl), GELU, Linear(Dl, Dl); float32 in training.
         LLM: peft model around one of `qwen.Mqwen.LANGUAGE_MODELS`; LoRA in float32, the rest frozen.
         config, tokenizer, transform, chat: what the run was configured with.
@@ -86,11 +86,11 @@ class MMultiModal(nn.Module):
         for layer in (self.feature_proj[0], self.feature_proj[2]):
             nn.init.normal_(layer.weight, mean=0.0, std=config.projector.init_std)
             nn.init.zeros_(layer.bias)
-        self.num_image_tokens = encoder.num_patches - int(config.visual.drop_first_token)
+        self.num_image_tokens = encoder.num_tokens - int(config.visual.drop_first_token)
         if config.visual.image_tokens not in (None, self.num_image_tokens):
             raise ValueError(
-                f"'visual.image_tokens' is {config.visual.image_tokens}, but the encoder gives {encoder.num_patches} "
-                f"patches and 'visual.drop_first_token' is {config.visual.drop_first_token}: "
+                f"'visual.image_tokens' is {config.visual.image_tokens}, but the encoder gives {encoder.num_tokens} "
+                f"tokens and 'visual.drop_first_token' is {config.visual.drop_first_token}: "
                 f"that makes {self.num_image_tokens}"
             )
         if transform.size != (encoder.config.image_size, encoder.config.image_size):
@@ -119,8 +119,8 @@ class MMultiModal(nn.Module):
         transformers_logging.disable_progress_bar()
         device = pick_device(device)
         dtype = DTYPES[pick_precision(config.train.precision, device)] if dtype is None else dtype
-        visual_folder = locate_backbone(config.visual.path, config.model_root, "visual.path")
-        llm_folder = locate_backbone(config.llm.path, config.model_root, "llm.path")
+        visual_folder = locate_backbone(config.visual.path, config.model_root, "visual.path", config.hub)
+        llm_folder = locate_backbone(config.llm.path, config.model_root, "llm.path", config.hub)
         encoder = load_encoder(visual_folder, dtype)
         tokenizer = load_tokenizer(llm_folder)
         LLM = load_language_model(llm_folder, dtype, image_token_id(tokenizer), len(tokenizer)).requires_grad_(False)
@@ -174,8 +174,8 @@ class MMultiModal(nn.Module):
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """`(B_img, 3, H, W)` pixels → `(B_img, N, Dv)` encoder features without a graph.
 
-        With `visual.drop_first_token` the first row is left out. SigLIP has no class token: what goes is the top-left
-        patch, kept this way because the report's checkpoints were trained so.
+        With `visual.drop_first_token` the first row is left out: CLIP's class token. SigLIP has none: what goes is
+        the top-left patch, kept this way because the report's checkpoints were trained so.
         """
         with torch.no_grad():
             features = self.encoder(image)  # (B_img, patches, Dv)

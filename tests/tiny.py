@@ -9,6 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -162,14 +164,14 @@ def write_qwen1(
     return model
 
 
-def write_siglip(folder: Path, image_size: int = IMAGE_SIZE) -> Path:
+def write_siglip(folder: Path, image_size: int = IMAGE_SIZE, patch_size: int = 14) -> Path:
     """A whole SiglipModel with its text tower, as the public repositories hold it."""
     torch.manual_seed(2)
     text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = SiglipConfig(
         text_config=text | {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1},
-        vision_config=vision | {"image_size": image_size, "patch_size": 14},
+        vision_config=vision | {"image_size": image_size, "patch_size": patch_size},
     )
     model = SiglipModel(config)
     with torch.no_grad():  # HF starts with tiny weights; a tower that does nothing could not show an error
@@ -187,6 +189,36 @@ def write_siglip(folder: Path, image_size: int = IMAGE_SIZE) -> Path:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
         "do_convert_rgb": None,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
+    return folder
+
+
+def write_clip(folder: Path, image_size: int = IMAGE_SIZE, patch_size: int = 14) -> Path:
+    """A whole CLIPModel with its text tower, as the public repositories hold it."""
+    torch.manual_seed(2)
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=text | {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1},
+        vision_config=vision | {"image_size": image_size, "patch_size": patch_size},
+        projection_dim=8,
+    )
+    model = CLIPModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    preprocessor = {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_resize": True,
+        "size": image_size,
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": image_size,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
     return folder

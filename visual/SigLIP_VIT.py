@@ -1,25 +1,35 @@
-"""The image encoder: SigLIP's vision tower, its last hidden state as a plain tensor. Built by `model/model.py`.
+"""SigLIP's vision tower, its last hidden state as a plain tensor. Loaded by `visual/encoder.py`.
 
-Shapes: B photos, H = W pixels, N = (H / patch)**2 patches, Dv width.
+Shapes: B photos, H = W pixels, N = (H // patch)**2 patches, Dv width.
 """
 
-from pathlib import Path
+import re
 
 import torch
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipVisionModel
 
-from config import require_complete
+# parameters of the pooling head, which makes one vector of a photo: published, and of no use here
+POOLING_HEAD = (
+    "probe",
+    *(f"attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")),
+    *(f"{part}.{kind}" for part in ("layernorm", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")),
+)
 
 
 class SigLIPViT(SiglipVisionModel):
     """SigLIP or SigLIP 2 (fixed resolution) without the pooling head."""
 
-    # parts of a published SiglipModel that have no use here and are never read; anything else left over is an error
-    _keys_to_ignore_on_load_unexpected = (r"^text_model\.", r"^(vision_model\.)?head\.", r"^logit_(scale|bias)$")
+    # what else a published SiglipModel holds, never read; anything more that is left over is an error
+    _keys_to_ignore_on_load_unexpected = (
+        r"^text_model\.",
+        r"^logit_(scale|bias)$",
+        r"^(vision_model\.)?embeddings\.position_ids$",
+        rf"^(vision_model\.)?head\.({'|'.join(map(re.escape, POOLING_HEAD))})$",
+    )
 
     @property
-    def num_patches(self) -> int:
-        """N, the number of patches of one photo."""
+    def num_tokens(self) -> int:
+        """Rows of one photo's output: N, for SigLIP has no class token."""
         return (self.config.image_size // self.config.patch_size) ** 2
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -32,18 +42,3 @@ class SigLIPViT(SiglipVisionModel):
         if height != self.config.image_size or width != self.config.image_size:
             raise ValueError(f"pictures are {height}×{width}, the encoder takes {self.config.image_size} px squares")
         return super().forward(pixel_values).last_hidden_state
-
-
-def load_encoder(folder: Path, dtype: torch.dtype) -> SigLIPViT:
-    """Load the vision tower from a folder with a whole SigLIP model or the tower alone; all parameters frozen.
-
-    Raises:
-        ValueError: not a SigLIP checkpoint, or tensors missing, left over or of the wrong shape.
-    """
-    config = SiglipVisionConfig.from_pretrained(folder)
-    config.vision_use_head = False
-    encoder, info = SigLIPViT.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-    )
-    require_complete(info, "visual.path", folder)
-    return encoder.requires_grad_(False).eval()

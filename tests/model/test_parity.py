@@ -134,5 +134,5 @@ def test_dropped_token_is_the_top_left_patch(model):
 
 
 def test_config_that_disagrees_with_the_encoder_is_an_error(backbones):
-    with pytest.raises(ValueError, match="'visual.image_tokens' is 728, but the encoder gives 16 patches .* makes 15"):
+    with pytest.raises(ValueError, match="'visual.image_tokens' is 728, but the encoder gives 16 tokens .* makes 15"):
         MMultiModal.from_config(tiny_config(backbones, visual={"image_tokens": 728}))

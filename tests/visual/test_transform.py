@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -60,6 +60,58 @@ def colours(image):
     """(H, W, 3) as nested lists."""
     assert image.mode == "RGB"
     return np.asarray(image).tolist()
+
+
+def rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: stored lying, seen upright
+    return saved(picture(), "PNG", exif=exif), picture().transpose(Image.Transpose.ROTATE_270)
+
+
+def gray():
+    return saved(picture().convert("L"), "PNG"), picture().convert("L").convert("RGB")
+
+
+def sixteen_bit():
+    values = np.asarray(picture().convert("L"))
+    return saved(Image.fromarray(values.astype(np.uint16) * 257), "PNG"), Image.fromarray(values).convert("RGB")
+
+
+def palette():
+    image = picture().quantize(17)
+    return saved(image, "PNG"), image.convert("RGB")
+
+
+def see_through():
+    alpha = np.random.default_rng(1).integers(0, 2, (37, 61), dtype=np.uint8) * 255
+    image = picture()
+    image.putalpha(Image.fromarray(alpha))
+    return saved(image, "PNG"), Image.fromarray(np.where(alpha[..., None] > 0, np.asarray(picture()), np.uint8(255)))
+
+
+def cmyk():
+    inverse = 255 - np.asarray(picture())  # no black ink: red = 255 - cyan, and so on
+    inks = np.concatenate([inverse, np.zeros((37, 61, 1), np.uint8)], axis=2)
+    return saved(Image.fromarray(inks, "CMYK"), "TIFF"), picture()
+
+
+def animation(kind, **options):
+    first = picture().quantize(200).convert("RGB")  # a GIF frame has at most 256 colours
+    return saved(first, kind, save_all=True, append_images=[Image.new("RGB", first.size)], **options), first
+
+
+# a file of this kind, and the RGB picture a person sees in it
+KINDS = {
+    "EXIF-rotated": rotated,
+    "gray": gray,
+    "16 bit": sixteen_bit,
+    "palette": palette,
+    "RGBA": see_through,
+    "CMYK": cmyk,
+    "GIF": lambda: animation("GIF"),
+    "APNG": lambda: animation("PNG"),
+    "animated WebP": lambda: animation("WEBP", lossless=True),
+}
 
 
 class TestLoadImage:
@@ -148,9 +200,11 @@ class TestLoadImage:
         with pytest.raises(ValueError, match="have no plain RGB form"):
             load_image(saved(Image.fromarray(array), "TIFF"))
 
-    def test_first_frame_of_an_animation(self):
+    @pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True})])
+    def test_first_frame_of_an_animation(self, kind, options):
         frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime")]
-        file = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+        file = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert Image.open(file).n_frames == 2
         assert load_image(file).getpixel((0, 0)) == (255, 0, 0)
 
     def test_missing(self, tmp_path):
@@ -211,6 +265,36 @@ class TestImageTransform:
         assert pixels.dtype == torch.float32
         assert pixels.shape == (3, *transform.size)
         assert transform.size == ((384, 384) if config is SIGLIP else (336, 336))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_every_kind_of_file_equals_the_processor_on_what_a_person_sees(self, tmp_path, kind):
+        file, seen = KINDS[kind]()
+        pixels = ImageTransform.from_folder(folder_of(tmp_path, SIGLIP))(load_image(file))
+        expected = SiglipImageProcessorPil.from_pretrained(tmp_path)(seen, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(pixels, expected)
+
+    @pytest.mark.parametrize("size", [(10, 1003), (1003, 10), (7, 1234), (600, 3)])
+    @pytest.mark.parametrize("change", [{}, {"size": {"shortest_edge": 50}, "crop_size": 37}, {"crop_size": 339}])
+    def test_very_long_picture_is_cropped_before_clip_resizes_it(self, tmp_path, size, change):
+        transform = ImageTransform.from_folder(folder_of(tmp_path, CLIP | change))
+        pixels = transform(picture(*size))
+        expected = transform.processor(picture(*size), return_tensors="pt")["pixel_values"][0]
+        level = 1 / 255 / min(CLIP["image_std"])
+        assert (pixels - expected).abs().max() <= level + 1e-6
+        assert (pixels != expected).float().mean() < 0.01
+
+    def test_strip_of_clip_stays_in_megabytes(self, tmp_path, monkeypatch):
+        transform = ImageTransform.from_folder(folder_of(tmp_path, CLIP))
+        largest = []
+        resize = Image.Image.resize
+        monkeypatch.setattr(
+            Image.Image,
+            "resize",
+            lambda image, size, *rest, **named: largest.append(size) or resize(image, size, *rest, **named),
+        )
+        for size in ((10, 20000), (20000, 10)):
+            assert transform(picture(*size)).shape == (3, 336, 336)
+        assert max(width * height for width, height in largest) == 336 * 336
 
     def test_values_are_those_of_the_model_card(self, tmp_path):
         transform = ImageTransform.from_folder(folder_of(tmp_path, SIGLIP))
@@ -274,9 +358,11 @@ class TestImageTransform:
             ImageTransform.from_folder(tmp_path)
 
 
-def test_real_photos(samples_folder, tmp_path):
+def test_real_photos_equal_the_processor(samples_folder, tmp_path):
     transform = ImageTransform.from_folder(folder_of(tmp_path, SIGLIP))
-    for path in sorted((samples_folder / "coco" / "train2017").iterdir())[:5]:
-        pixels = transform(load_image(path))
-        assert pixels.shape == (3, 384, 384)
-        assert pixels.std() > 0.1
+    processor = SiglipImageProcessorPil.from_pretrained(tmp_path)
+    photos = sorted(samples_folder.rglob("*.jpg"))
+    assert photos
+    for path in photos:
+        seen = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        assert torch.equal(transform(load_image(path)), processor(seen, return_tensors="pt")["pixel_values"][0]), path

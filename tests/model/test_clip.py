@@ -1,0 +1,78 @@
+"""A CLIP encoder in the whole model: its class token is what `visual.drop_first_token` drops; equal to stock LLaVA."""
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from model.answer import Answerer
+from model.export import export_checkpoint
+from model.model import MMultiModal
+from tests.tiny import IMAGE_SIZE, tiny_config, write_clip
+from visual.transform import load_image
+
+
+@pytest.fixture(scope="module")
+def clip_folder(backbones):
+    return write_clip(backbones / "clip")
+
+
+def build(backbones, clip_folder, **visual):
+    torch.manual_seed(3)
+    model = MMultiModal.from_config(tiny_config(backbones, visual={"path": str(clip_folder)} | visual)).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("drop", [True, False])
+@torch.no_grad()
+def test_dropped_row_is_the_class_token(backbones, clip_folder, drop):
+    model = build(backbones, clip_folder, drop_first_token=drop, image_tokens=16 if drop else 17)
+    pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    rows = model.encoder(pixels)
+    assert model.num_image_tokens == 17 - drop
+    assert torch.equal(model.encode_image(pixels), rows[:, int(drop) :])
+    assert isinstance(Answerer(model).answer(load_image(backbones / "photos" / "0.png"), "Which colour?"), str)
+
+
+def test_wrong_image_tokens_are_refused(backbones, clip_folder):
+    with pytest.raises(ValueError, match="'visual.image_tokens' is 17, but the encoder gives 17 tokens .* makes 16"):
+        build(backbones, clip_folder, image_tokens=17)
+
+
+@torch.no_grad()
+def test_equals_stock_llava(backbones, clip_folder):
+    model = build(backbones, clip_folder)
+    ids = torch.tensor([model.chat.render([model.chat.typed_question("What is it?", 1)])[0]])
+    pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    model.LLM.merge_adapter()
+    ours = model(pixels, ids).logits
+    language_model = model.LLM.merge_and_unload()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**model.encoder.config.to_dict()),
+        text_config=language_model.config,
+        projector_hidden_act="gelu",
+        image_token_index=model.chat.image_token_id,
+        image_token_id=model.chat.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    other = LlavaForConditionalGeneration(config).eval()
+    other.model.vision_tower.load_state_dict(model.encoder.state_dict())
+    other.model.multi_modal_projector.linear_1.load_state_dict(model.feature_proj[0].state_dict())
+    other.model.multi_modal_projector.linear_2.load_state_dict(model.feature_proj[2].state_dict())
+    other.model.language_model.load_state_dict(language_model.model.state_dict())
+    other.lm_head.load_state_dict(language_model.lm_head.state_dict())
+    torch.testing.assert_close(ours, other(pixel_values=pixels, input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_export_says_that_it_cannot(backbones, clip_folder, tmp_path):
+    with pytest.raises(ValueError, match="'visual.path' is a CLIP encoder: .* only models with a SigLIP encoder"):
+        export_checkpoint(build(backbones, clip_folder), tmp_path / "out")
+
+
+def test_no_encoder_parameter_is_trained(backbones, clip_folder):
+    summary = build(backbones, clip_folder).parameter_summary()
+    assert "trained: encoder 0, projector" in summary
+    assert "frozen weights float32 on cpu" in summary
