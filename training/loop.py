@@ -59,6 +59,11 @@ class Trainer:
 
     def __init__(self, config: Config, resume: str | None = None) -> None:
         self.config = config
+        if config.llm.device_map is not None:
+            raise ValueError(
+                "'llm.device_map': auto is for answering; in training each GPU holds the language model whole: set "
+                "llm.device_map=null, and llm.quantization=nf4 if it does not fit"
+            )
         device = pick_device()
         self.precision = pick_precision(config.train.precision, device)
         self.accelerator = accelerate.Accelerator(
