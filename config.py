@@ -86,6 +86,8 @@ class Lora(Section):
 
 class Llm(Section):
     path: str
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    device_map: Literal["auto"] | None = None
     lora: Lora = Field(default_factory=Lora)
 
 

@@ -1,7 +1,8 @@
 """Writes a checkpoint as one stock transformers model: `python export.py --checkpoint DIR --output DIR [key=value …]`.
 
-LoRA is merged, and the folder loads with `VipLlavaForConditionalGeneration.from_pretrained`, without any code of ours.
-It gets its name only after it was loaded back and gave the same logits and the same greedy answer.
+LoRA is merged into the weights as they were before any quantisation, and the folder loads with
+`VipLlavaForConditionalGeneration.from_pretrained`, without any code of ours. It gets its name only after it was loaded
+back and gave the same logits and the same greedy answer.
 """
 
 from pathlib import Path
@@ -20,7 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder for the exported model")
     args = parser.parse_intermixed_args(arguments)
-    overrides = parse_overrides(args.overrides)
+    whole = {"llm.quantization": "none", "llm.device_map": "null"}  # whatever it was trained with
+    overrides = parse_overrides(args.overrides) | whole
     model = MMultiModal.from_checkpoint(
         args.checkpoint.absolute(), device="cpu", dtype=torch.float32, overrides=overrides
     )

@@ -66,12 +66,12 @@ class ImageCaptionDataset(Dataset):
         self.photo_key = photo_key
         self.max_length = max_length
         self.seed = seed
-        self.epoch = 0
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes outlive an epoch
         self.groups = group_entries(entries, chat.prompt.image_first, max_questions)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose anew among accepted answers."""
-        self.epoch = epoch
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -111,7 +111,7 @@ class ImageCaptionDataset(Dataset):
     def render_entry(self, number: int) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of entry `number` by itself, cut to `max_length`; errors as `tokens`."""
         entry = self.entries[number]
-        choose = random.Random(f"{self.seed} {self.epoch} {number}")  # the same whichever worker draws it
+        choose = random.Random(f"{self.seed} {int(self.epoch)} {number}")  # the same whichever worker draws it
         answers = [choose.choice(turn.answers) for turn in entry.turns]
         for turns in range(len(answers), 0, -1):
             input_ids, labels = self.chat.render(entry_messages(entry, self.chat, answers[:turns])[: 2 * turns])

@@ -54,7 +54,8 @@ def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingfac
             raise ValueError(f"'{key}': {folder} is a file; name the folder with config.json and *.safetensors")
     looks_like_hub_id = path.count("/") == 1 and not Path(path).is_absolute() and not path.startswith((".", "~"))
     if not looks_like_hub_id or resolve_path(path).parent.is_dir():
-        hint = nearest_name_hint(candidates[0])
+        hints = [nearest_name_hint(folder) for folder in candidates]
+        hint = next((hint for hint in reversed(hints) if hint.startswith("Did you mean")), hints[0])
         raise ValueError(f"'{key}': no folder {candidates[0]} nor {candidates[-1]}. {hint}Set it with {key}=FOLDER")
     snapshot_download = _downloader(hub, path, model_root, key)
     # small files first: a model that is refused for its config.json costs no time

@@ -123,13 +123,23 @@ class MMultiModal(nn.Module):
         llm_folder = locate_backbone(config.llm.path, config.model_root, "llm.path", config.hub)
         encoder = load_encoder(visual_folder, dtype)
         tokenizer = load_tokenizer(llm_folder)
-        LLM = load_language_model(llm_folder, dtype, image_token_id(tokenizer), len(tokenizer)).requires_grad_(False)
+        LLM = load_language_model(
+            llm_folder,
+            dtype,
+            image_token_id(tokenizer),
+            len(tokenizer),
+            placement=device if config.llm.device_map is None else config.llm.device_map,
+            quantization=config.llm.quantization,
+        ).requires_grad_(False)
         with torch.random.fork_rng(devices=[]):  # the same weights at the start, whatever drew random numbers before
             torch.manual_seed(config.train.seed)
             LLM = _with_lora(LLM, config)
             model = cls(config, encoder, LLM, tokenizer, ImageTransform.from_folder(visual_folder))
         model.visual_folder, model.llm_folder = visual_folder, llm_folder
-        return model.to(device)
+        # the language model is in its place already; LoRA is made where the layers are
+        model.encoder.to(device)
+        model.feature_proj.to(device)
+        return model
 
     @classmethod
     def from_checkpoint(
@@ -143,7 +153,7 @@ class MMultiModal(nn.Module):
 
         Args:
             folder: as `model.checkpoint.save_checkpoint` wrote it, or the course report's published checkpoint.
-            dtype: of the whole model; default bf16 on a GPU that has it, else float32.
+            dtype: of all weights that are not quantised; default bf16 on a GPU that has it, else float32.
             overrides: config values by dotted key, for example `{"llm.path": "/models/Qwen2.5-0.5B"}`.
 
         Raises:
@@ -159,7 +169,11 @@ class MMultiModal(nn.Module):
         config = read_config(folder, [f"{key}={value}" for key, value in (overrides or {}).items()])
         model = cls.from_config(config, device, dtype)
         restore_weights(model, folder)
-        return model.to(dtype).eval()
+        # the trained parts only: `.to(dtype)` of all would round the frequencies of the rotary embedding too
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        return model.eval()
 
     @property
     def device(self) -> torch.device:
@@ -271,9 +285,12 @@ class MMultiModal(nn.Module):
             name: sum(p.numel() for p in part.parameters() if p.requires_grad)
             for name, part in (("encoder", self.encoder), ("projector", self.feature_proj), ("LoRA", self.LLM))
         }
-        total = sum(parameter.numel() for parameter in self.parameters())
+        # a byte of a quantised matrix holds two 4-bit weights
+        total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in self.parameters())
         trained = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         dtype = str(self.encoder.dtype).removeprefix("torch.")
+        quantization = self.config.llm.quantization
+        dtype += f", the language model's {quantization}," if quantization != "none" else ""
         return f"{total:,} parameters, trained: {trained}; frozen weights {dtype} on {self.device}"
 
 

@@ -6,12 +6,22 @@ the next row of the image features (`fuse_image_features`). Built by `model/mode
 Shapes: B batch, T text and image tokens, N image tokens of a photo, Dl width, V vocabulary, S supervised positions.
 """
 
+import importlib.util
 import json
+import logging
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, DynamicCache, GenerationConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    DynamicCache,
+    GenerationConfig,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from config import require_complete
@@ -220,15 +230,61 @@ class MQwen1ForCausalLM(ImageInputs, Qwen2ForCausalLM):
 LANGUAGE_MODELS = {"qwen": MQwen1ForCausalLM, "qwen2": MQwen2ForCausalLM, "qwen3": MQwen3ForCausalLM}
 
 
-def load_language_model(folder: Path, dtype: torch.dtype, image_token_id: int, vocabulary_size: int):
-    """Load a Qwen checkpoint strictly.
+def loading_options(
+    dtype: torch.dtype, placement: torch.device | Literal["auto"], quantization: Literal["none", "nf4", "int8"]
+) -> dict[str, Any]:
+    """Keyword arguments of transformers' `from_pretrained`: weights go straight to their place in their last form.
+
+    Args:
+        dtype: of the weights; with quantisation of the products, and of what is not quantised (embedding, `lm_head`).
+        placement: a device, or `auto`: spread over all GPUs and, where they do not suffice, the CPU.
+        quantization: nf4 as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314), with its double quantisation.
+
+    Raises:
+        ValueError: quantisation without bitsandbytes.
+    """
+    options = {
+        "dtype": dtype,
+        "device_map": "auto" if placement == "auto" else {"": placement},
+    }
+    if quantization == "none":
+        return options
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"'llm.quantization' is {quantization}, which needs bitsandbytes: pip install bitsandbytes==0.50.2, or set "
+            "llm.quantization=none"
+        )
+    if quantization == "nf4":
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    else:
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+        # it says in every layer of every step that activations become fp16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return options | {"quantization_config": settings}
+
+
+def load_language_model(
+    folder: Path,
+    dtype: torch.dtype,
+    image_token_id: int,
+    vocabulary_size: int,
+    placement: torch.device | Literal["auto"] = torch.device("cpu"),  # noqa: B008 - a constant
+    quantization: Literal["none", "nf4", "int8"] = "none",
+):
+    """Load a Qwen checkpoint strictly; `dtype`, `placement` and `quantization` as in `loading_options`.
 
     Args:
         vocabulary_size: number of ids of the tokenizer, `<|extra_0|>` included; the embedding is resized only if it
             has fewer rows.
 
     Raises:
-        ValueError: an unsupported architecture, or tensors that are missing, left over or of the wrong shape.
+        ValueError: an unsupported architecture, tensors that are missing, left over or of the wrong shape, or
+            quantisation without bitsandbytes.
     """
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type not in LANGUAGE_MODELS:
@@ -243,10 +299,10 @@ def load_language_model(folder: Path, dtype: torch.dtype, image_token_id: int, v
     language_model, info = model_class.from_pretrained(
         folder,
         config=config,
-        dtype=dtype,
         attn_implementation=ATTENTION,
         ignore_mismatched_sizes=True,  # require_complete names them; transformers would only say that there are some
         output_loading_info=True,
+        **loading_options(dtype, placement, quantization),
     )
     require_complete(info, "llm.path", folder)
     language_model.image_token_id = image_token_id

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from config import REPO_ROOT, Config, resolve_path
 from dataset.image_caption_dataset import ImageCaptionDataset, collate
 from model.checkpoint import check_complete, list_checkpoints, restore_weights, save_checkpoint
-from model.model import MMultiModal, pick_device, pick_precision
+from model.model import DTYPES, MMultiModal, pick_device, pick_precision
 from qwen.chat import IGNORE_INDEX
+from training.costs import Arithmetic, matrix_peak, peak_memory
 from training.data import build_datasets, data_hash, epoch_order, micro_batches, read_split
 from training.optimizer import build_optimizer, build_schedule
 from training.run_log import RunLog
@@ -37,6 +38,12 @@ from training.run_log import RunLog
 def supervised_tokens(batch: dict[str, Any]) -> int:
     """Number of labels the loss of a batch is summed over."""
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def real_tokens(batch: dict[str, Any], pad_id: int) -> int:
+    """Tokens of a batch without the padding at the right."""
+    padding = (batch["input_ids"] == pad_id).flip(1).long().cumprod(1)
+    return int(padding.numel() - padding.sum())
 
 
 class Trainer:
@@ -52,6 +59,11 @@ class Trainer:
 
     def __init__(self, config: Config, resume: str | None = None) -> None:
         self.config = config
+        if config.llm.device_map is not None:
+            raise ValueError(
+                "'llm.device_map': auto is for answering; in training each GPU holds the language model whole: set "
+                "llm.device_map=null, and llm.quantization=nf4 if it does not fit"
+            )
         device = pick_device()
         self.precision = pick_precision(config.train.precision, device)
         self.accelerator = accelerate.Accelerator(
@@ -83,10 +95,17 @@ class Trainer:
         self.schedule = build_schedule(self.optimizer, config.train, self.total_steps)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.position = {"step": 0, "epoch": 0, "micro_batches": 0}
+        self.arithmetic = Arithmetic(self.model)
+        self.window: list[dict[str, Any]] = []  # the steps since the last line of the log
         self.last_figures: dict[str, Any] = {}
         torch.manual_seed(config.train.seed + self.accelerator.process_index)  # dropout, another on each process
         if resumed is not None:
             self._load_state(resumed / "trainer_state")
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a batch at the right; any id would do, since nobody looks there."""
+        return min(self.model.chat.stop_ids)
 
     @property
     def _batches_per_step(self) -> int:
@@ -100,20 +119,27 @@ class Trainer:
         saved = -1
         try:
             for figures in self.steps():
+                self.window.append(figures)
                 step = self.position["step"]
                 last = step == self.total_steps
+                line = self._summary()
+                logged = step % self.config.train.log_steps == 0 or step == 1 or last
                 if self._due(self.config.train.eval_steps, step) or (last and len(self.val_set)):
-                    figures["val_loss"] = self.validate()
-                self.last_figures |= figures
+                    line["val_loss"] = self.validate()
+                    logged = True
+                self.last_figures |= line
                 if main:
                     bar.update()
                     bar.set_postfix(
                         loss=f"{figures['loss']:.3f}",
                         lr=f"{figures['projector_lr']:.1e}",
-                        questions_s=f"{figures['questions_per_second']:.1f}",
+                        questions_s=f"{line['questions_per_second']:.1f}",
+                        mfu=f"{line['mfu']:.0%}",
                     )
-                    if step % self.config.train.log_steps == 0 or "val_loss" in figures or step == 1:
-                        log.write(step, figures)
+                if logged:
+                    if main:
+                        log.write(step, line)
+                    self.window.clear()
                 if step % self.config.train.save_steps == 0 or last:
                     self.save()
                     saved = step
@@ -138,43 +164,83 @@ class Trainer:
         order = epoch_order(self.train_set, self.weights, self.config.train.seed, epoch)
         return micro_batches(order, self.config.train.micro_batch, self.accelerator.num_processes)
 
-    def _loader(self, dataset: ImageCaptionDataset, batches: list[list[int]]) -> DataLoader:
+    def _loader(self, dataset: ImageCaptionDataset, batches: list[list[int]], persistent: bool = False) -> DataLoader:
+        """Hands out `batches`, collated; `persistent` workers stay for the next time it is iterated."""
+        workers = self.config.train.workers
         return DataLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=partial(collate, pad_id=min(self.model.chat.stop_ids)),
-            num_workers=self.config.train.workers,
+            collate_fn=partial(collate, pad_id=self.pad_id),
+            num_workers=workers,
+            # a step asks for all its micro-batches at once: so many, and some of the next, are to be ready
+            prefetch_factor=max(2, math.ceil(self.config.train.accumulation / workers) + 1) if workers else None,
+            persistent_workers=persistent and workers > 0,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # without one, each epoch would move the global generator
         )
 
     def steps(self) -> Iterator[dict[str, Any]]:
-        """Make optimiser steps until the run is over, yielding the figures of each."""
+        """Make optimiser steps until the run is over, yielding the figures of each (`_summary` puts them together)."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        own_batches: list[list[int]] = []  # the loader reads them anew each epoch
+        epoch_loader = self._loader(self.train_set, own_batches, persistent=True)
         while self.position["step"] < self.total_steps:
             self.train_set.set_epoch(self.position["epoch"])
-            remaining = self._epoch_batches(self.position["epoch"])[self.position["micro_batches"] :]
-            loader = iter(self._loader(self.train_set, remaining[rank::processes]))
+            epoch_batches = self._epoch_batches(self.position["epoch"])
+            remaining = epoch_batches[self.position["micro_batches"] :]
+            own_batches[:] = remaining[rank::processes]
+            loader = iter(epoch_loader)
             for start in range(0, len(remaining), self._batches_per_step):
                 began = time.perf_counter()
                 indices = remaining[start : start + self._batches_per_step]
                 batches = [self._checked(next(loader)) for _ in indices[rank::processes]]
-                data_wait = time.perf_counter() - began
+                waited = time.perf_counter() - began
                 figures = self._step(batches)
                 self.position["step"] += 1
                 self.position["micro_batches"] += len(indices)
-                seconds = time.perf_counter() - began
-                questions = sum(len(self.train_set.groups[index]) for batch in indices for index in batch)
                 yield figures | {
-                    "epoch": self.position["epoch"] + self.position["micro_batches"] / len(self._epoch_batches(0)),
-                    "questions_per_second": questions / seconds,
-                    "seconds": seconds,
-                    "data_wait": data_wait / seconds,
+                    "epoch": self.position["epoch"] + self.position["micro_batches"] / len(epoch_batches),
+                    "questions": sum(len(self.train_set.groups[index]) for batch in indices for index in batch),
+                    "seconds": time.perf_counter() - began,
+                    "waited": waited,
                 }
                 if self.position["step"] >= self.total_steps:
                     return
             self.position["epoch"] += 1
             self.position["micro_batches"] = 0
+
+    def _summary(self) -> dict[str, Any]:
+        """The line of the log for the steps in `window`; `run_log.py` says what each figure is."""
+        total = {
+            name: sum(figures[name] for figures in self.window)
+            for name in (
+                "loss",
+                "grad_norm",
+                "supervised_tokens",
+                "tokens",
+                "questions",
+                "seconds",
+                "waited",
+                "operations",
+            )
+        }
+        steps, seconds, last = len(self.window), total["seconds"], self.window[-1]
+        peak = matrix_peak(self.accelerator.device, DTYPES[self.precision])
+        return {
+            "loss": total["loss"] / steps,
+            "grad_norm": total["grad_norm"] / steps,
+            "projector_lr": last["projector_lr"],
+            "lora_lr": last["lora_lr"],
+            "epoch": last["epoch"],
+            "supervised_tokens": total["supervised_tokens"] / steps,
+            "seconds": seconds / steps,
+            "questions_per_second": total["questions"] / seconds,
+            "tokens_per_second": total["tokens"] / seconds,
+            "supervised_tokens_per_second": total["supervised_tokens"] / seconds,
+            "mfu": total["operations"] / seconds / peak,
+            "data_wait": total["waited"] / seconds,
+            "peak_memory_gib": peak_memory(self.accelerator.device) / 2**30,
+        }
 
     def _checked(self, batch: dict[str, Any]) -> dict[str, Any]:
         if "error" in batch:
@@ -195,8 +261,12 @@ class Trainer:
     def _step(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
         self.wrapped.train()
         self.model.encoder.eval()
-        counts = torch.tensor([sum(map(supervised_tokens, batches)), sum(b["input_ids"].numel() for b in batches)])
-        supervised, tokens = self.accelerator.reduce(counts.to(self.accelerator.device)).tolist()
+        own_supervised = sum(map(supervised_tokens, batches))
+        own_tokens = sum(real_tokens(batch, self.pad_id) for batch in batches)
+        counts = torch.tensor([own_supervised, own_tokens]).to(self.accelerator.device)
+        supervised, tokens = self.accelerator.reduce(counts).tolist()
+        encoded = sum(len(batch["pixel_values"]) for batch in batches if "pixel_values" in batch)
+        cached = sum(len(batch["image_features"]) for batch in batches if "image_features" in batch)
         total = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
@@ -223,6 +293,7 @@ class Trainer:
             "lora_lr": rates["lora"],
             "supervised_tokens": supervised,
             "tokens": tokens,
+            "operations": self.arithmetic.operations(own_tokens, own_supervised, encoded + cached, encoded),
         }
 
     @torch.no_grad()
@@ -260,6 +331,7 @@ class Trainer:
                     "schedule": self.schedule.state_dict(),
                     "scaler": None if scaler is None else scaler.state_dict(),
                     "generators": all_generators,
+                    "window": self.window,
                 }
                 torch.save(state, folder / "state.pt")
 
@@ -298,7 +370,7 @@ class Trainer:
         torch.set_rng_state(generators["cpu"])
         if "cuda" in generators and self.accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(generators["cuda"])
-        self.position = state["position"]
+        self.position, self.window = state["position"], state["window"]
 
 
 def _provenance(config: Config) -> dict[str, Any]:

@@ -1,4 +1,19 @@
-"""The record of a run: `metrics.jsonl`, one JSON object a line, and the same for TensorBoard. Called by `loop.py`."""
+"""The record of a run: `metrics.jsonl`, one JSON object a line, and the same for TensorBoard. Called by `loop.py`.
+
+Each line is about the steps since the line before it, over all processes where nothing else is said:
+
+    step, epoch                    where the run stands; epoch 1.5 is the middle of the second
+    loss, grad_norm                mean over the steps; the norm is that before clipping
+    projector_lr, lora_lr          learning rates of the last step
+    supervised_tokens              labels in a step, mean
+    seconds                        of a step, mean; validation and saving do not count
+    questions_per_second, tokens_per_second, supervised_tokens_per_second
+                                   tokens are those of text and photos, without padding
+    mfu                            share of the device's measured matrix peak, of the first process (`costs.py`)
+    data_wait                      share of the time in which the first process waited for photos and prompts
+    peak_memory_gib                of the first process since its start: allocated on the GPU, else resident memory
+    val_loss                       on the validation set, where it is due
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,122 @@
+"""Quantised and placed language models: the same scripts, the same checkpoints. Needs bitsandbytes for most of it."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from model.answer import Answerer
+from model.export import export_checkpoint
+from model.model import MMultiModal
+from qwen.Mqwen import loading_options
+from tests.tiny import write_qwen
+from training.loop import Trainer
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+# nf4 rounds a normal weight by about 9 %; a random model far from uniform would magnify that
+WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.05}
+
+
+@pytest.fixture(scope="module")
+def wide_qwen(workshop):
+    write_qwen(workshop / "wide", **WIDTHS)
+    return str(workshop / "wide")
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def relative(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("quantization", "dtype", "bound"), [("nf4", torch.uint8, 0.25), ("int8", torch.int8, 0.03)])
+def test_trains_resumes_and_answers(quantization, dtype, bound, configure, wide_qwen, tmp_path):
+    def config(folder, **train):
+        llm = {"path": wide_qwen, "quantization": quantization}
+        return configure(llm=llm, output_dir=str(tmp_path / folder), micro_batch=8, log_steps=1, **train)
+
+    plain = Trainer(configure(llm={"path": wide_qwen}))
+    trainer = Trainer(config("whole", max_steps=24, save_steps=20, save_total_limit=9))
+    layer = trainer.model.LLM.get_base_model().model.layers[0].mlp.down_proj
+    assert layer.base_layer.weight.dtype == dtype
+    assert trainer.model.LLM.get_base_model().lm_head.weight.dtype == torch.float32
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    assert trainer.model.parameter_summary().split()[0] == plain.model.parameter_summary().split()[0]
+    assert trainer.arithmetic.per_token == plain.arithmetic.per_token
+
+    batch = next(iter(trainer._loader(trainer.train_set, [[0, 1]])))
+    batch.pop("labels")
+    with torch.no_grad():
+        logits = [t.model(batch["pixel_values"], **{k: v for k, v in batch.items() if k != "pixel_values"}).logits
+                  for t in (trainer, plain)]  # fmt: skip
+    assert 0 < relative(*logits) < bound
+
+    folder = trainer.run()
+    curve = losses(tmp_path / "whole")
+    assert curve[24] < 0.7 * curve[1]
+    assert all(p.grad is None or p.requires_grad for p in trainer.model.parameters())
+    (tmp_path / "part").mkdir()
+    (tmp_path / "whole" / "checkpoint-20").rename(tmp_path / "part" / "checkpoint-20")
+    resumed = Trainer(config("part", max_steps=24), resume="auto")
+    resumed.run()
+    assert losses(tmp_path / "part") == {step: curve[step] for step in range(21, 25)}
+
+    assert f"quantization: {quantization}" in (folder / "config.yaml").read_text()
+    root = {"model_root": trainer.config.model_root}
+    model = MMultiModal.from_checkpoint(folder, overrides=root)
+    photo = trainer.train_set.photos[0].path
+    answer = Answerer(model).answer(photo, "Which colour?")
+    assert isinstance(answer, str)
+    whole = MMultiModal.from_checkpoint(folder, overrides=root | {"llm.quantization": "none", "llm.device_map": "auto"})
+    weight = whole.LLM.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight
+    assert weight.dtype == torch.float32
+    assert isinstance(Answerer(whole).answer(photo, "Which colour?"), str)
+    assert export_checkpoint(whole, tmp_path / "exported") < 1e-4
+
+
+@needs_bitsandbytes
+def test_gradients_are_close_to_those_of_the_whole_weights(configure, wide_qwen):
+    gradients = {}
+    for quantization in ("none", "nf4", "int8"):
+        trainer = Trainer(configure(llm={"path": wide_qwen, "quantization": quantization}))
+        torch.manual_seed(0)
+        for name, parameter in trainer.model.LLM.named_parameters():
+            if "lora_B" in name:  # zeros at the start, behind which lora_A gets no gradient
+                torch.nn.init.normal_(parameter, std=0.1)
+        trainer.forward(next(iter(trainer._loader(trainer.train_set, [[0, 1]]))), None).backward()
+        gradients[quantization] = {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
+        assert all(gradient is not None and gradient.norm() > 0 for gradient in gradients[quantization].values())
+    for quantization, bound in (("nf4", 0.3), ("int8", 0.1)):
+        distances = [relative(gradients[quantization][name], g) for name, g in gradients["none"].items()]
+        assert sum(distances) / len(distances) < bound
+
+
+def test_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"'llm.quantization' is nf4, which needs bitsandbytes: pip install"):
+        loading_options(torch.float32, torch.device("cpu"), "nf4")
+
+
+def test_training_refuses_a_spread_model(configure):
+    with pytest.raises(ValueError, match=r"'llm.device_map': auto is for answering"):
+        Trainer(configure(llm={"device_map": "auto"}))
+
+
+def test_half_precision_keeps_the_rotary_frequencies(configure):
+    trainer = Trainer(configure(max_steps=1))
+    folder = trainer.run()
+    model = MMultiModal.from_checkpoint(
+        folder, dtype=torch.bfloat16, overrides={"model_root": trainer.config.model_root}
+    )
+    expected = trainer.model.LLM.get_base_model().model.rotary_emb.inv_freq
+    actual = model.LLM.get_base_model().model.rotary_emb.inv_freq
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, expected)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

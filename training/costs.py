@@ -1,0 +1,107 @@
+"""What training costs: arithmetic, the device's matrix peak, memory. Called by `loop.py` and `estimate.py`."""
+
+import functools
+import sys
+import threading
+import time
+
+import psutil  # comes with accelerate
+import torch
+from torch import nn
+
+from model.model import MMultiModal
+
+SAMPLING_SECONDS = 0.002  # between two looks at this process's memory
+
+
+class Arithmetic:
+    """Floating-point operations a training step needs, whatever the program spends beyond (recomputing, padding).
+
+    A matrix with P weights costs 2·P for each position it is applied to, in the forward pass and again for the gradient
+    of its input; one that is trained costs 2·P more for its own gradient (Kaplan et al. 2020, arXiv 2001.08361, section
+    2.1). So frozen weights of the language model count 4·P·T, LoRA and projector 6·P·T, `lm_head` 4·P for supervised
+    positions, the encoder 2·P for each patch, since nothing flows back into it. Attention scores are left out: they add
+    about 1 % at T = 800 and the widths of a 7B model. Otherwise it equals what torch's flop counter sees of matrix
+    products (`tests/training/test_costs.py`).
+    """
+
+    def __init__(self, model: MMultiModal) -> None:
+        language_model = model.LLM.get_base_model()
+        head = language_model.get_output_embeddings()
+        self.per_supervised = 4 * head.in_features * head.out_features
+        self.per_token = _linear_operations(language_model, frozen=4, trained=6) - self.per_supervised
+        first, second = model.feature_proj[0].weight.numel(), model.feature_proj[2].weight.numel()
+        self.per_photo = model.num_image_tokens * (4 * first + 6 * second)  # nothing flows back below the projector
+        self.per_encoded_photo = model.encoder.num_tokens * _linear_operations(model.encoder, frozen=2, trained=6)
+
+    def operations(self, tokens: int, supervised: int, photos: int, encoded: int) -> int:
+        """Of a step with so many tokens, supervised ones among them, and photos, `encoded` of them not from a cache."""
+        return (
+            tokens * self.per_token
+            + supervised * self.per_supervised
+            + photos * self.per_photo
+            + encoded * self.per_encoded_photo
+        )
+
+
+def _linear_operations(module: nn.Module, frozen: int, trained: int) -> int:
+    # from the shape, not from the weight: a 4-bit weight holds two numbers in one element
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return sum(
+        (trained if layer.weight.requires_grad else frozen) * layer.in_features * layer.out_features for layer in layers
+    )
+
+
+@functools.cache
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of the fastest of several large square matrix products, measured once per process."""
+    size, runs = (8192, 10) if device.type == "cuda" else (1024, 5)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    fastest = float("inf")
+    for _ in range(runs):
+        began = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits until the device is done
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * size**3 / fastest
+
+
+class PeakMemory:
+    """`with PeakMemory(device) as peak: …` and then `peak.bytes`: what was allocated on a CUDA device at the highest,
+    elsewhere the highest resident memory of this process, looked at every 2 ms and so a rough figure."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes = 0
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._done = threading.Event()
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._done.set()
+            self._watcher.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._done.wait(SAMPLING_SECONDS):
+            self.bytes = max(self.bytes, process.memory_info().rss)
+        self.bytes = max(self.bytes, process.memory_info().rss)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes since the start: the most allocated on a CUDA device, elsewhere the most resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
