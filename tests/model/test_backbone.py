@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from config import REPO_ROOT
 from model.backbone import backbone_fingerprint, locate_backbone
+from model.download import main as download
 from model.model import MMultiModal
 from tests.tiny import tiny_config, write_qwen, write_siglip
 
@@ -305,3 +306,10 @@ class TestModelScope:
         monkeypatch.setitem(sys.modules, "modelscope", package)
         with pytest.raises(ValueError, match=r"nor reachable on the hub modelscope \(RuntimeError\)"):
             locate_backbone("Qwen/some-model", "models", "llm.path", "modelscope")
+
+
+def test_download_names_both_folders(backbones, capsys):
+    download(["--config", "configs/demo.yaml", f"visual.path={backbones / 'siglip'}", f"llm.path={backbones / 'qwen'}"])
+    out = capsys.readouterr().out
+    assert f"visual.path: {backbones / 'siglip'} is in {backbones / 'siglip'}" in out
+    assert f"is in {backbones / 'qwen'}" in out
