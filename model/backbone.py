@@ -120,8 +120,9 @@ def _check_kind(folder: Path, path: str, key: str) -> None:
     if quantisation is not None:
         original = QUANTISED_SUFFIX.sub("", path.rstrip("/"))
         named = f", for example {original}" if original != path.rstrip("/") else ""
+        method = quantisation.get("quant_method", "MLX")  # which names none
         raise ValueError(
-            f"'{key}': {path} holds weights quantised with {quantisation.get('quant_method')}, which are not read; "
+            f"'{key}': {path} holds weights quantised with {method}, which are not read; "
             f"use the original model in fp16 or bf16{named}"
         )
 
