@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -67,7 +68,8 @@ def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingfac
     return folder
 
 
-def _downloader(hub: str, path: str, model_root: str, key: str):
+def _downloader(hub: str, path: str, model_root: str, key: str) -> Callable[[list[str]], Path]:
+    """What fetches the files of hub id `path` that match some patterns and returns their folder."""
     if hub == "modelscope":
         try:
             library = importlib.import_module("modelscope")
@@ -85,7 +87,7 @@ def _downloader(hub: str, path: str, model_root: str, key: str):
         except Exception as error:  # without a network, the hubs' libraries raise all kinds
             raise ValueError(
                 f"'{key}': '{path}' is neither a folder here nor reachable on the hub {hub} ({type(error).__name__}). "
-                f"Either set HF_ENDPOINT to a mirror you can reach (or hub=modelscope), or copy the model to "
+                "Either set HF_ENDPOINT to a mirror you can reach (or hub=modelscope), or copy the model to "
                 f"{resolve_path(model_root) / path}, or name its folder with {key}=FOLDER"
             ) from error
 
