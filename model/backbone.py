@@ -30,6 +30,11 @@ WEIGHT_FILES = (
 )
 QUANTISED_SUFFIX = re.compile(r"-((GPTQ-)?Int[48]|AWQ)$")  # Qwen-7B-Chat-Int4, Qwen2.5-7B-Instruct-GPTQ-Int4
 
+GGUF = (
+    "'{key}': {place} holds GGUF, which is not read; get the original model, with config.json, tokenizer files and "
+    "*.safetensors"
+)
+
 
 def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingface") -> Path:
     """The local folder of a backbone: `path` itself, a folder of that name under `model_root`, or a hub id.
@@ -51,10 +56,14 @@ def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingfac
         _check_weights(folder, key)
         return folder
     for folder in candidates:
+        if folder.is_file() and folder.suffix == ".gguf":
+            raise ValueError(GGUF.format(key=key, place=folder))
         if folder.is_file():
             raise ValueError(f"'{key}': {folder} is a file; name the folder with config.json and *.safetensors")
     looks_like_hub_id = path.count("/") == 1 and not Path(path).is_absolute() and not path.startswith((".", "~"))
-    if not looks_like_hub_id or resolve_path(path).parent.is_dir():
+    parent = resolve_path(path).parent
+    # an owner's name may be that of a package of ours: ModelScope's qwen/, and on a Mac Qwen/ too
+    if not looks_like_hub_id or (parent.is_dir() and not any(parent.glob("*.py"))):
         hint = nearest_name_hint(candidates[0])
         raise ValueError(f"'{key}': no folder {candidates[0]} nor {candidates[-1]}. {hint}Set it with {key}=FOLDER")
     snapshot_download = _downloader(hub, path, model_root, key)
@@ -107,10 +116,7 @@ def _check_kind(folder: Path, path: str, key: str) -> None:
         raise ValueError(f"'{key}': {folder} is a LoRA adapter of {base}; name that model itself, its folder or hub id")
     if not (folder / "config.json").is_file():
         if any(folder.glob("*.gguf")):
-            raise ValueError(
-                f"'{key}': {folder} holds GGUF, which is not read; get the original model, with config.json, "
-                "tokenizer files and *.safetensors"
-            )
+            raise ValueError(GGUF.format(key=key, place=folder))
         raise ValueError(
             f"'{key}': {folder} has no config.json, so it is not a model folder (GGUF repositories lack it too)"
         )
