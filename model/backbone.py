@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -28,6 +29,11 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 QUANTISED_SUFFIX = re.compile(r"-((GPTQ-)?Int[48]|AWQ)$")  # Qwen-7B-Chat-Int4, Qwen2.5-7B-Instruct-GPTQ-Int4
+
+GGUF = (
+    "'{key}': {place} holds GGUF, which is not read; get the original model, with config.json, tokenizer files and "
+    "*.safetensors"
+)
 
 
 def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingface") -> Path:
@@ -50,10 +56,14 @@ def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingfac
         _check_weights(folder, key)
         return folder
     for folder in candidates:
+        if folder.is_file() and folder.suffix == ".gguf":
+            raise ValueError(GGUF.format(key=key, place=folder))
         if folder.is_file():
             raise ValueError(f"'{key}': {folder} is a file; name the folder with config.json and *.safetensors")
     looks_like_hub_id = path.count("/") == 1 and not Path(path).is_absolute() and not path.startswith((".", "~"))
-    if not looks_like_hub_id or resolve_path(path).parent.is_dir():
+    parent = resolve_path(path).parent
+    # an owner's name may be that of a package of ours: ModelScope's qwen/, and on a Mac Qwen/ too
+    if not looks_like_hub_id or (parent.is_dir() and not any(parent.glob("*.py"))):
         hints = [nearest_name_hint(folder) for folder in candidates]
         hint = next((hint for hint in reversed(hints) if hint.startswith("Did you mean")), hints[0])
         raise ValueError(f"'{key}': no folder {candidates[0]} nor {candidates[-1]}. {hint}Set it with {key}=FOLDER")
@@ -68,7 +78,8 @@ def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingfac
     return folder
 
 
-def _downloader(hub: str, path: str, model_root: str, key: str):
+def _downloader(hub: str, path: str, model_root: str, key: str) -> Callable[[list[str]], Path]:
+    """What fetches the files of hub id `path` that match some patterns and returns their folder."""
     if hub == "modelscope":
         try:
             library = importlib.import_module("modelscope")
@@ -86,7 +97,7 @@ def _downloader(hub: str, path: str, model_root: str, key: str):
         except Exception as error:  # without a network, the hubs' libraries raise all kinds
             raise ValueError(
                 f"'{key}': '{path}' is neither a folder here nor reachable on the hub {hub} ({type(error).__name__}). "
-                f"Either set HF_ENDPOINT to a mirror you can reach (or hub=modelscope), or copy the model to "
+                "Either set HF_ENDPOINT to a mirror you can reach (or hub=modelscope), or copy the model to "
                 f"{resolve_path(model_root) / path}, or name its folder with {key}=FOLDER"
             ) from error
 
@@ -106,10 +117,7 @@ def _check_kind(folder: Path, path: str, key: str) -> None:
         raise ValueError(f"'{key}': {folder} is a LoRA adapter of {base}; name that model itself, its folder or hub id")
     if not (folder / "config.json").is_file():
         if any(folder.glob("*.gguf")):
-            raise ValueError(
-                f"'{key}': {folder} holds GGUF, which is not read; get the original model, with config.json, "
-                "tokenizer files and *.safetensors"
-            )
+            raise ValueError(GGUF.format(key=key, place=folder))
         raise ValueError(
             f"'{key}': {folder} has no config.json, so it is not a model folder (GGUF repositories lack it too)"
         )
@@ -121,8 +129,9 @@ def _check_kind(folder: Path, path: str, key: str) -> None:
     if quantisation is not None:
         original = QUANTISED_SUFFIX.sub("", path.rstrip("/"))
         named = f", for example {original}" if original != path.rstrip("/") else ""
+        method = quantisation.get("quant_method", "MLX")  # which names none
         raise ValueError(
-            f"'{key}': {path} holds weights quantised with {quantisation.get('quant_method')}, which are not read; "
+            f"'{key}': {path} holds weights quantised with {method}, which are not read; "
             f"use the original model in fp16 or bf16{named}"
         )
 

@@ -76,6 +76,7 @@ class MMultiModal(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.transform = transform
+        assert not any(parameter.requires_grad for parameter in encoder.parameters()), "the encoder must be frozen"
         self.encoder = encoder
         self.LLM = LLM
         self.feature_proj = nn.Sequential(

@@ -118,8 +118,9 @@ def test_index_that_is_no_index(folder, text):
 
 def test_gguf(tmp_path):
     (tmp_path / "qwen2.5-0.5b-q4_k_m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"holds GGUF, which is not read; get the original model, with config\.json"):
-        locate(tmp_path)
+    for path in (tmp_path, tmp_path / "qwen2.5-0.5b-q4_k_m.gguf"):
+        with pytest.raises(ValueError, match=r"holds GGUF, which is not read; get the original model, with config\.j"):
+            locate(path)
 
 
 @pytest.mark.parametrize(
@@ -270,12 +271,13 @@ def test_hub_downloads_what_is_needed_and_no_code(tmp_path):
     assert offline.stdout == online.stdout
 
 
-def test_hub_without_network_names_three_ways(monkeypatch):
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "qwen/Qwen-7B-Chat"])  # qwen/ is a folder of ours
+def test_hub_without_network_names_three_ways(monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         ValueError, match=r"set HF_ENDPOINT .* or copy the model to .* or name its folder with llm.path"
     ):
-        locate_backbone("nobody/no-such-model", "models", "llm.path")
+        locate_backbone(name, "models", "llm.path")
 
 
 class TestModelScope:

@@ -72,7 +72,14 @@ def test_export_says_that_it_cannot(backbones, clip_folder, tmp_path):
         export_checkpoint(build(backbones, clip_folder), tmp_path / "out")
 
 
-def test_no_encoder_parameter_is_trained(backbones, clip_folder):
-    summary = build(backbones, clip_folder).parameter_summary()
-    assert "trained: encoder 0, projector" in summary
-    assert "frozen weights float32 on cpu" in summary
+def test_summary_counts_and_a_trainable_encoder_is_refused(backbones, clip_folder):
+    model = build(backbones, clip_folder)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    projector = 24 * 32 + 32 + 32 * 32 + 32
+    lora = sum(parameter.numel() for name, parameter in model.LLM.named_parameters() if "lora_" in name)
+    assert model.parameter_summary() == (
+        f"{total:,} parameters, trained: encoder 0, projector {projector:,}, LoRA {lora:,}; "
+        "frozen weights float32 on cpu"
+    )
+    with pytest.raises(AssertionError, match="the encoder must be frozen"):
+        MMultiModal(model.config, model.encoder.requires_grad_(True), model.LLM, model.tokenizer, model.transform)
