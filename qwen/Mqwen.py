@@ -9,12 +9,19 @@ Shapes: B batch, T text and image tokens, N image tokens of a photo, Dl width, V
 from pathlib import Path
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from config import require_complete
+from qwen.attention import ATTENTION, PackedLayout, PackedMask, flex_mask, register_attention
 from qwen.chat import IGNORE_INDEX
+
+# rows of logits in memory at once: 156 MB in float32 at a vocabulary of 151,936. Longer chunks were not faster.
+LOSS_ROWS = 256
+FP16_GRADIENT_SCALE = 1024.0  # a power of two: exact in every dtype
 
 
 def fuse_image_features(
@@ -45,24 +52,71 @@ def fuse_image_features(
     return embeddings.masked_scatter(is_image_token.unsqueeze(-1), rows)
 
 
+class _CrossEntropyOfFrozenHead(torch.autograd.Function):
+    """Summed cross-entropy of `hidden @ weight.T` that never holds the logits of more than `LOSS_ROWS` positions.
+
+    The gradient of the hidden states is known as soon as the logits are, so it is taken at once and the logits go.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(S, Dl), (S,), (V, Dl) → scalar in float32, or float64 where the weights are."""
+        losses, gradients = [], []
+        for rows, wanted in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
+            logits = functional.linear(rows, weight)  # (rows, V), in the dtype autocast picks
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            wanted = wanted.unsqueeze(1)
+            scores -= scores.amax(dim=1, keepdim=True)
+            score_of_target = scores.gather(1, wanted)
+            norm = scores.exp_().sum(dim=1, keepdim=True)
+            losses.append(norm.log() - score_of_target)
+            if ctx.needs_input_grad[0]:
+                gradient = scores.div_(norm).scatter_add_(1, wanted, torch.full_like(norm, -1))
+                # in fp16, the share of an unlikely word would round to 0
+                gradient *= FP16_GRADIENT_SCALE
+                gradients.append((gradient.to(logits.dtype) @ weight.to(logits.dtype)).to(norm.dtype))
+        ctx.hidden_dtype = hidden.dtype
+        ctx.save_for_backward(torch.cat(gradients) / FP16_GRADIENT_SCALE if gradients else None)
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_output).to(ctx.hidden_dtype), None, None
+
+
+def _summed_cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, lm_head: torch.nn.Module) -> torch.Tensor:
+    logits = lm_head(hidden)
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(scores, targets, reduction="sum")
+
+
 def supervised_loss(
     hidden_states: torch.Tensor, labels: torch.Tensor, lm_head: torch.nn.Module, num_items_in_batch: int | None
 ) -> torch.Tensor:
-    """Next-token cross-entropy that asks `lm_head` for the S supervised positions only.
+    """Next-token cross-entropy that asks `lm_head` for the S supervised positions only, `LOSS_ROWS` of them at a time.
 
     Args:
         hidden_states: (B, T, Dl) after the last norm.
         labels: (B, T), -100 where nothing is asked.
+        lm_head: a frozen linear layer without bias, or anything else, which then costs a second forward pass of it.
         num_items_in_batch: divisor of the summed loss; None: S, the mean over this batch.
 
     Returns:
-        float32 scalar; 0 with a graph when nothing is supervised.
+        float32 scalar (float64 for such a model); 0 with a graph when nothing is supervised.
     """
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX  # (B, T-1)
-    logits = lm_head(hidden_states[:, :-1][supervised]).float()  # (S, V)
-    total = functional.cross_entropy(logits, targets[supervised], reduction="sum")
-    return total / (num_items_in_batch if num_items_in_batch is not None else max(int(supervised.sum()), 1))
+    hidden, targets = hidden_states[:, :-1][supervised], targets[supervised]  # (S, Dl), (S,)
+    if type(lm_head) is torch.nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad:
+        total = _CrossEntropyOfFrozenHead.apply(hidden, targets, lm_head.weight)
+    else:
+        total = sum(
+            checkpoint(_summed_cross_entropy, rows, wanted, lm_head, use_reentrant=False)
+            for rows, wanted in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
+        )
+    return total / (num_items_in_batch if num_items_in_batch is not None else max(len(targets), 1))
 
 
 class ImageInputs:
@@ -80,22 +134,30 @@ class ImageInputs:
         images: torch.Tensor | None = None,
         supervised_only: bool = False,
         num_items_in_batch: int | None = None,
+        layout: PackedLayout | None = None,
+        flex: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """As the parent class, and:
 
         Args:
-            attention_mask: (B, T) or a 4D bool mask (B, 1, T, T), True where a position may look (packed training).
+            attention_mask: (B, T) or a 4D bool mask (B, 1, T, T), True where a position may look.
             images: (B_img, N, Dl) projected features for the placeholders in `input_ids`.
             supervised_only: compute `loss` from the labelled positions alone; `logits` is then None.
             num_items_in_batch: divisor of the summed loss (supervised tokens of the whole optimiser step).
+            layout: what stands where in the one row of packed training, in place of `attention_mask`.
+            flex: compute a `layout` with FlexAttention.
 
         Raises:
             ValueError: placeholders and features differ in number.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_with_images(input_ids, images)
-        if attention_mask is not None and attention_mask.dim() == 4:
+        if layout is not None:
+            if position_ids is None:
+                position_ids = layout.positions().to(inputs_embeds.device)
+            attention_mask = self._packed_masks(layout, flex, inputs_embeds.device)
+        elif attention_mask is not None and attention_mask.dim() == 4:
             attention_mask = self._masks_by_layer_type(attention_mask, position_ids, inputs_embeds.dtype)
         elif attention_mask is None and position_ids is not None and kwargs.get("past_key_values") is None:
             # without a mask, transformers guesses from restarting positions that sequences were packed
@@ -113,7 +175,7 @@ class ImageInputs:
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            use_cache=False,
+            **kwargs | {"use_cache": False},
         )
         loss = supervised_loss(outputs.last_hidden_state, labels, self.lm_head, num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss)
@@ -124,6 +186,13 @@ class ImageInputs:
         if images is None:
             images = embeddings.new_zeros(0, 1, embeddings.shape[-1])
         return fuse_image_features(embeddings, images, input_ids == self.image_token_id)
+
+    def _packed_masks(self, layout: PackedLayout, flex: bool, device: torch.device) -> dict[str, object]:
+        windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
+        return {
+            kind: flex_mask(layout, windows[kind], device) if flex else PackedMask(layout, windows[kind])
+            for kind in set(self.config.layer_types)
+        }
 
     def _masks_by_layer_type(
         self, mask: torch.Tensor, position_ids: torch.Tensor, dtype: torch.dtype
@@ -159,12 +228,13 @@ def load_language_model(folder: Path, dtype: torch.dtype, image_token_id: int, v
     Raises:
         ValueError: an unsupported architecture, or tensors that are missing, left over or of the wrong shape.
     """
+    register_attention()
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in LANGUAGE_MODELS:
         known = ", ".join(LANGUAGE_MODELS)
         raise ValueError(f"'llm.path': {folder} is of type '{config.model_type}'; supported: {known}")
     language_model, info = LANGUAGE_MODELS[config.model_type].from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        folder, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True
     )
     require_complete(info, "llm.path", folder)
     language_model.image_token_id = image_token_id

@@ -12,7 +12,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,8 @@ class Trainer:
         self.config = config
         device = pick_device()
         self.precision = pick_precision(config.train.precision, device)
+        if config.train.attention == "flex" and device.type != "cuda":
+            raise ValueError("'train.attention': flex needs a CUDA GPU, elsewhere it has no backward pass; use sdpa")
         self.accelerator = accelerate.Accelerator(
             cpu=device.type == "cpu", mixed_precision="no" if self.precision == "float32" else self.precision
         )
@@ -142,7 +143,7 @@ class Trainer:
         return DataLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=partial(collate, pad_id=min(self.model.chat.stop_ids)),
+            collate_fn=collate,
             num_workers=self.config.train.workers,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # without one, each epoch would move the global generator
@@ -183,7 +184,10 @@ class Trainer:
 
     def forward(self, batch: dict[str, Any], num_items_in_batch: int | None) -> torch.Tensor:
         """The loss of a collated batch, through whatever wraps the model."""
-        on_device = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        on_device = {
+            name: value.to(self.accelerator.device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in batch.items()
+        }
         output = self.wrapped(
             on_device.pop("pixel_values", None),
             **on_device,
