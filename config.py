@@ -113,6 +113,7 @@ class Train(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "flex"] = "sdpa"
     seed: int = Field(0, ge=0)
     workers: int = Field(2, ge=0)
     log_steps: int = Field(10, ge=1)

@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import Dataset
 
 from config import IMAGE_TAG
-from dataset.packing import PADDING, branch_mask, pack
+from dataset.packing import pack
 from dataset.records import Entry, Photo
+from qwen.attention import PackedLayout
 from qwen.chat import IGNORE_INDEX, ChatFormat, Message
 
 
@@ -78,7 +79,7 @@ class ImageCaptionDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`pixel_values` (3, H, W) ((K, 3, H, W) for several photos, absent without) or `image_features` likewise,
-        `input_ids` (T,), `labels` (T,), and for packed questions `position_ids` (T,) and `branch` (T,).
+        `photo_ids` with the K IDs, and what `tokens` gives.
 
         A photo that cannot be read, or a dialogue too long, gives `{"error": sentence}`, for the training process to
         raise; out of a worker it would come wrapped in a traceback.
@@ -92,10 +93,12 @@ class ImageCaptionDataset(Dataset):
             return {"error": str(error)}
         if loaded:
             sample[self.photo_key] = loaded[0] if len(loaded) == 1 else torch.stack(loaded)
+            sample["photo_ids"] = entry.images
         return sample
 
-    def tokens(self, index: int) -> dict[str, torch.Tensor]:
-        """The text side of a sample, without its photo.
+    def tokens(self, index: int) -> dict[str, Any]:
+        """The text side of a sample, without its photo: `input_ids` and `labels` (T,) int64, and `lengths`, those of
+        the shared prefix and of each question behind it; of the whole where there is one question.
 
         Raises:
             ValueError: photo and first question alone exceed `max_length`.
@@ -104,9 +107,11 @@ class ImageCaptionDataset(Dataset):
         if len(rendered) > 1:
             ids = rendered[0][0]
             prefix_length = len(ids) - ids[::-1].index(self.chat.image_token_id)
-            return pack(rendered, prefix_length)
-        input_ids, labels = rendered[0]
-        return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
+            input_ids, labels, lengths = pack(rendered, prefix_length)
+        else:
+            input_ids, labels = rendered[0]
+            lengths = (len(input_ids),)
+        return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels), "lengths": lengths}
 
     def render_entry(self, number: int) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of entry `number` by itself, cut to `max_length`; errors as `tokens`."""
@@ -146,38 +151,37 @@ def group_entries(entries: list[Entry], image_first: bool, max_questions: int) -
     return groups
 
 
-def collate(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """Samples to a right-padded batch.
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples to a batch: one row in which they lie behind one another, without padding.
 
     Returns:
-        `input_ids`, `labels` (B, T); `attention_mask` (B, T), or with packed samples (B, 1, T, T) bool and
-        `position_ids` (B, T); `pixel_values` (B_img, 3, H, W) or `image_features` (B_img, N, Dv) in reading order of
-        the placeholders, absent when no sample has a photo. If a photo was broken: `{"error": sentence}` alone.
+        `input_ids`, `labels` and `position_ids` (1, T) int64; `layout`, what stands where in the row; and unless all
+        samples are text only, `pixel_values` (B_img, 3, H, W) or `image_features` (B_img, N, Dv), each distinct photo
+        once, and `photo_index` (placeholders' photos,) int64, which of them stands where, in reading order. If a photo
+        was broken: `{"error": sentence}` alone.
     """
     for sample in samples:
         if "error" in sample:
             return {"error": sample["error"]}
-    length = max(len(sample["input_ids"]) for sample in samples)
-
-    def padded(name: str, value: int, default: Callable[[int], torch.Tensor] | None = None) -> torch.Tensor:
-        rows = []
-        for sample in samples:
-            size = len(sample["input_ids"])
-            row = sample[name] if name in sample else default(size)
-            rows.append(torch.nn.functional.pad(row, (0, length - size), value=value))
-        return torch.stack(rows)
-
-    batch: dict[str, Any] = {"input_ids": padded("input_ids", pad_id), "labels": padded("labels", IGNORE_INDEX)}
-    if any("branch" in sample for sample in samples):
-        batch["position_ids"] = padded("position_ids", 0, torch.arange)
-        batch["attention_mask"] = branch_mask(
-            padded("branch", PADDING, lambda size: torch.zeros(size, dtype=torch.int64))
-        )
-    else:
-        sizes = torch.tensor([len(sample["input_ids"]) for sample in samples])
-        batch["attention_mask"] = (torch.arange(length)[None, :] < sizes[:, None]).long()
+        # the token before a sample in the row is not its predecessor
+        assert sample["labels"][0] == IGNORE_INDEX, "the first token of a sample cannot be supervised"
+    layout = PackedLayout(tuple(sample["lengths"] for sample in samples))
+    batch: dict[str, Any] = {
+        "input_ids": torch.cat([sample["input_ids"] for sample in samples]).unsqueeze(0),
+        "labels": torch.cat([sample["labels"] for sample in samples]).unsqueeze(0),
+        "position_ids": layout.positions(),
+        "layout": layout,
+    }
     for key, dims in (("pixel_values", 3), ("image_features", 2)):
-        photos = [sample[key].reshape(-1, *sample[key].shape[-dims:]) for sample in samples if key in sample]
-        if photos:
-            batch[key] = torch.cat(photos)
+        shown = [
+            (ID, photo)
+            for sample in samples
+            if key in sample
+            for ID, photo in zip(sample["photo_ids"], sample[key].reshape(-1, *sample[key].shape[-dims:]), strict=True)
+        ]
+        if shown:
+            distinct = dict(shown)
+            rows = {ID: row for row, ID in enumerate(distinct)}
+            batch[key] = torch.stack(list(distinct.values()))
+            batch["photo_index"] = torch.tensor([rows[ID] for ID, _ in shown])
     return batch

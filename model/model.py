@@ -17,12 +17,16 @@ from transformers.utils import logging as transformers_logging
 
 from config import Config
 from model.backbone import locate_backbone
+from qwen.attention import PackedLayout
 from qwen.chat import ChatFormat
-from qwen.Mqwen import load_language_model
+from qwen.loading import load_language_model
 from qwen.tokenizer import image_token_id, load_tokenizer
 from visual.encoder import load_encoder
 from visual.transform import ImageTransform
 
+# photos that pass the encoder at once, whatever the batch: at so400m 5,832 rows, enough to keep a GPU busy, whose
+# widest activation (4,304 columns in bf16) is 50 MB
+ENCODER_PHOTOS = 8
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -192,9 +196,11 @@ class MMultiModal(nn.Module):
         With `visual.drop_first_token` the first row is left out: CLIP's class token. SigLIP has none: what goes is
         the top-left patch, kept this way because the report's checkpoints were trained so.
         """
-        with torch.no_grad():
-            features = self.encoder(image)  # (B_img, patches, Dv)
-        return features[:, int(self.config.visual.drop_first_token) :].detach()
+        # under autocast, layer norms would take their input to float32 and back
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            image = image.to(self.encoder.dtype)
+            features = torch.cat([self.encoder(photos) for photos in image.split(ENCODER_PHOTOS)])
+        return features[:, int(self.config.visual.drop_first_token) :]  # (B_img, N, Dv)
 
     def project(self, image_features: torch.Tensor) -> torch.Tensor:
         """`(B_img, N, Dv)` encoder features → `(B_img, N, Dl)` rows the language model reads."""
@@ -213,6 +219,8 @@ class MMultiModal(nn.Module):
         num_items_in_batch: int | None = None,
         past_key_values=None,
         use_cache: bool | None = None,
+        layout: PackedLayout | None = None,
+        photo_index: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where there are labels.
 
@@ -220,12 +228,15 @@ class MMultiModal(nn.Module):
             image: (B_img, 3, H, W) in reading order of the placeholders; None: no photo, or `image_features` given.
             input_ids: (B, T), each photo's `<|extra_0|>` standing N times.
             labels: (B, T), -100 where nothing is asked.
-            attention_mask: (B, T), or (B, 1, T, T) bool for packed sequences.
+            attention_mask: (B, T), or (B, 1, T, T) bool, True where a position may look.
             logits_to_keep: compute logits for the last so many positions only; 0 = all.
             position_ids: (B, T).
             image_features: (B_img, N, Dv) of `encode_image`, computed earlier.
             supervised_only: `lm_head` on labelled positions only; `logits` is None then.
             num_items_in_batch: divide the summed loss by this instead of by the labels of this batch.
+            layout: for a row of packed samples, B = 1, in place of `attention_mask` (see `qwen/attention.py`).
+            photo_index: (placeholders' photos,) which row of `image` or `image_features` stands where, in reading
+                order; None: each stands once, in its order.
 
         Raises:
             ValueError: placeholders and photos differ in number, or both kinds of image input are given.
@@ -235,6 +246,8 @@ class MMultiModal(nn.Module):
         if image is not None:
             image_features = self.encode_image(image)
         images = None if image_features is None else self.project(image_features)  # (B_img, N, Dl)
+        if photo_index is not None:
+            images = images[photo_index]
         output = self.LLM(
             input_ids=input_ids,
             images=images,
@@ -243,6 +256,7 @@ class MMultiModal(nn.Module):
             position_ids=position_ids,
             supervised_only=supervised_only,
             num_items_in_batch=num_items_in_batch,
+            **({} if layout is None else {"layout": layout, "flex": self.config.train.attention == "flex"}),
             **({} if supervised_only else {"logits_to_keep": logits_to_keep}),
             **({} if past_key_values is None else {"past_key_values": past_key_values}),
             **({} if use_cache is None else {"use_cache": use_cache}),

@@ -6,28 +6,20 @@ the next row of the image features (`fuse_image_features`). Built by `model/mode
 Shapes: B batch, T text and image tokens, N image tokens of a photo, Dl width, V vocabulary, S supervised positions.
 """
 
-import importlib.util
-import json
-import logging
-from pathlib import Path
-from typing import Any, Literal
-
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers import (
-    AutoConfig,
-    BitsAndBytesConfig,
-    DynamicCache,
-    GenerationConfig,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from config import require_complete
 from qwen import qwen1
-from qwen.attention import ATTENTION
+from qwen.attention import PackedLayout, PackedMask, flex_mask
 from qwen.chat import IGNORE_INDEX
+
+# rows of logits in memory at once: 156 MB in float32 at a vocabulary of 151,936. Longer chunks were not faster.
+LOSS_ROWS = 256
+FP16_GRADIENT_SCALE = 1024.0  # a power of two: exact in every dtype
 
 
 def fuse_image_features(
@@ -58,24 +50,71 @@ def fuse_image_features(
     return embeddings.masked_scatter(is_image_token.unsqueeze(-1), rows)
 
 
+class _CrossEntropyOfFrozenHead(torch.autograd.Function):
+    """Summed cross-entropy of `hidden @ weight.T` that never holds the logits of more than `LOSS_ROWS` positions.
+
+    The gradient of the hidden states is known as soon as the logits are, so it is taken at once and the logits go.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(S, Dl), (S,), (V, Dl) → scalar in float32, or float64 where the weights are."""
+        losses, gradients = [], []
+        for rows, wanted in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
+            logits = functional.linear(rows, weight)  # (rows, V), in the dtype autocast picks
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            wanted = wanted.unsqueeze(1)
+            scores -= scores.amax(dim=1, keepdim=True)
+            score_of_target = scores.gather(1, wanted)
+            norm = scores.exp_().sum(dim=1, keepdim=True)
+            losses.append(norm.log() - score_of_target)
+            if ctx.needs_input_grad[0]:
+                gradient = scores.div_(norm).scatter_add_(1, wanted, torch.full_like(norm, -1))
+                # in fp16, the share of an unlikely word would round to 0
+                gradient *= FP16_GRADIENT_SCALE
+                gradients.append((gradient.to(logits.dtype) @ weight.to(logits.dtype)).to(norm.dtype))
+        ctx.hidden_dtype = hidden.dtype
+        ctx.save_for_backward(torch.cat(gradients) / FP16_GRADIENT_SCALE if gradients else None)
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_output).to(ctx.hidden_dtype), None, None
+
+
+def _summed_cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, lm_head: torch.nn.Module) -> torch.Tensor:
+    logits = lm_head(hidden)
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(scores, targets, reduction="sum")
+
+
 def supervised_loss(
     hidden_states: torch.Tensor, labels: torch.Tensor, lm_head: torch.nn.Module, num_items_in_batch: int | None
 ) -> torch.Tensor:
-    """Next-token cross-entropy that asks `lm_head` for the S supervised positions only.
+    """Next-token cross-entropy that asks `lm_head` for the S supervised positions only, `LOSS_ROWS` of them at a time.
 
     Args:
         hidden_states: (B, T, Dl) after the last norm.
         labels: (B, T), -100 where nothing is asked.
+        lm_head: a frozen linear layer without bias, or anything else, which then costs a second forward pass of it.
         num_items_in_batch: divisor of the summed loss; None: S, the mean over this batch.
 
     Returns:
-        float32 scalar; 0 with a graph when nothing is supervised.
+        float32 scalar (float64 for such a model); 0 with a graph when nothing is supervised.
     """
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX  # (B, T-1)
-    logits = lm_head(hidden_states[:, :-1][supervised]).float()  # (S, V)
-    total = functional.cross_entropy(logits, targets[supervised], reduction="sum")
-    return total / (num_items_in_batch if num_items_in_batch is not None else max(int(supervised.sum()), 1))
+    hidden, targets = hidden_states[:, :-1][supervised], targets[supervised]  # (S, Dl), (S,)
+    if type(lm_head) is torch.nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad:
+        total = _CrossEntropyOfFrozenHead.apply(hidden, targets, lm_head.weight)
+    else:
+        total = sum(
+            checkpoint(_summed_cross_entropy, rows, wanted, lm_head, use_reentrant=False)
+            for rows, wanted in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
+        )
+    return total / (num_items_in_batch if num_items_in_batch is not None else max(len(targets), 1))
 
 
 class ImageInputs:
@@ -98,22 +137,30 @@ class ImageInputs:
         images: torch.Tensor | None = None,
         supervised_only: bool = False,
         num_items_in_batch: int | None = None,
+        layout: PackedLayout | None = None,
+        flex: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """As the parent class, and:
 
         Args:
-            attention_mask: (B, T) or a 4D bool mask (B, 1, T, T), True where a position may look (packed training).
+            attention_mask: (B, T) or a 4D bool mask (B, 1, T, T), True where a position may look.
             images: (B_img, N, Dl) projected features for the placeholders in `input_ids`.
             supervised_only: compute `loss` from the labelled positions alone; `logits` is then None.
             num_items_in_batch: divisor of the summed loss (supervised tokens of the whole optimiser step).
+            layout: what stands where in the one row of packed training, in place of `attention_mask`.
+            flex: compute a `layout` with FlexAttention.
 
         Raises:
             ValueError: placeholders and features differ in number.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_with_images(input_ids, images)
-        if attention_mask is not None and attention_mask.dim() == 4:
+        if layout is not None:
+            if position_ids is None:
+                position_ids = layout.positions().to(inputs_embeds.device)
+            attention_mask = self._packed_masks(layout, flex, inputs_embeds.device)
+        elif attention_mask is not None and attention_mask.dim() == 4:
             attention_mask = self._masks_by_layer_type(attention_mask, position_ids, inputs_embeds.dtype)
         elif attention_mask is None and position_ids is not None and kwargs.get("past_key_values") is None:
             # without a mask, transformers guesses from restarting positions that sequences were packed
@@ -131,7 +178,7 @@ class ImageInputs:
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            use_cache=False,
+            **kwargs | {"use_cache": False},
         )
         loss = supervised_loss(outputs.last_hidden_state, labels, self.lm_head, num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss)
@@ -142,6 +189,13 @@ class ImageInputs:
         if images is None:
             images = embeddings.new_zeros(0, 1, embeddings.shape[-1])
         return fuse_image_features(embeddings, images, input_ids == self.image_token_id)
+
+    def _packed_masks(self, layout: PackedLayout, flex: bool, device: torch.device) -> dict[str, object]:
+        windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
+        return {
+            kind: flex_mask(layout, windows[kind], device) if flex else PackedMask(layout, windows[kind])
+            for kind in set(self.config.layer_types)
+        }
 
     def _masks_by_layer_type(
         self, mask: torch.Tensor, position_ids: torch.Tensor, dtype: torch.dtype
@@ -185,6 +239,7 @@ class MQwen1ForCausalLM(ImageInputs, Qwen2ForCausalLM):
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: DynamicCache | None = None,
         use_cache: bool | None = None,
+        layout: PackedLayout | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """As `ImageInputs.forward`.
@@ -197,11 +252,15 @@ class MQwen1ForCausalLM(ImageInputs, Qwen2ForCausalLM):
             past_key_values = DynamicCache(config=self.config)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         start = 0 if past_key_values is None else past_key_values.get_seq_length()
-        packed = attention_mask is not None and attention_mask.dim() == 4
-        end = int(position_ids.max()) + 1 if packed else start + tokens.shape[1]
+        if layout is not None:
+            end = int(layout.positions().max()) + 1
+        elif attention_mask is not None and attention_mask.dim() == 4:
+            end = int(position_ids.max()) + 1
+        else:
+            end = start + tokens.shape[1]
         alphas = [1.0]
         if not self.training and end > self.config.seq_length:
-            if packed:
+            if layout is not None or (attention_mask is not None and attention_mask.dim() == 4):
                 raise ValueError(
                     f"packed questions of {end} tokens: beyond {self.config.seq_length} Qwen v1 places tokens by the "
                     f"length of the whole prompt; lower data.max_length to {self.config.seq_length}"
@@ -223,91 +282,9 @@ class MQwen1ForCausalLM(ImageInputs, Qwen2ForCausalLM):
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            layout=layout,
             **kwargs,
         )
 
 
 LANGUAGE_MODELS = {"qwen": MQwen1ForCausalLM, "qwen2": MQwen2ForCausalLM, "qwen3": MQwen3ForCausalLM}
-
-
-def loading_options(
-    dtype: torch.dtype, placement: torch.device | Literal["auto"], quantization: Literal["none", "nf4", "int8"]
-) -> dict[str, Any]:
-    """Keyword arguments of transformers' `from_pretrained`: weights go straight to their place in their last form.
-
-    Args:
-        dtype: of the weights; with quantisation of the products, and of what is not quantised (embedding, `lm_head`).
-        placement: a device, or `auto`: spread over all GPUs and, where they do not suffice, the CPU.
-        quantization: nf4 as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314), with its double quantisation.
-
-    Raises:
-        ValueError: quantisation without bitsandbytes.
-    """
-    options = {
-        "dtype": dtype,
-        "device_map": "auto" if placement == "auto" else {"": placement},
-    }
-    if quantization == "none":
-        return options
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"'llm.quantization' is {quantization}, which needs bitsandbytes: pip install bitsandbytes==0.50.2, or set "
-            "llm.quantization=none"
-        )
-    if quantization == "nf4":
-        settings = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    else:
-        settings = BitsAndBytesConfig(load_in_8bit=True)
-        # it says in every layer of every step that activations become fp16
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    return options | {"quantization_config": settings}
-
-
-def load_language_model(
-    folder: Path,
-    dtype: torch.dtype,
-    image_token_id: int,
-    vocabulary_size: int,
-    placement: torch.device | Literal["auto"] = torch.device("cpu"),  # noqa: B008 - a constant
-    quantization: Literal["none", "nf4", "int8"] = "none",
-):
-    """Load a Qwen checkpoint strictly; `dtype`, `placement` and `quantization` as in `loading_options`.
-
-    Args:
-        vocabulary_size: number of ids of the tokenizer, `<|extra_0|>` included; the embedding is resized only if it
-            has fewer rows.
-
-    Raises:
-        ValueError: an unsupported architecture, tensors that are missing, left over or of the wrong shape, or
-            quantisation without bitsandbytes.
-    """
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type not in LANGUAGE_MODELS:
-        known = ", ".join(LANGUAGE_MODELS)
-        raise ValueError(f"'llm.path': {folder} is of type '{model_type}'; supported: {known}")
-    model_class = LANGUAGE_MODELS[model_type]
-    if model_type == "qwen":
-        config = qwen1.read_config(folder)
-        qwen1.register_weight_names(model_class.__name__)
-    else:
-        config = AutoConfig.from_pretrained(folder)
-    language_model, info = model_class.from_pretrained(
-        folder,
-        config=config,
-        attn_implementation=ATTENTION,
-        ignore_mismatched_sizes=True,  # require_complete names them; transformers would only say that there are some
-        output_loading_info=True,
-        **loading_options(dtype, placement, quantization),
-    )
-    require_complete(info, "llm.path", folder)
-    language_model.image_token_id = image_token_id
-    # published generation configs bring a repetition penalty and sampling; here only config section `generate` decides
-    language_model.generation_config = GenerationConfig()
-    if vocabulary_size > language_model.get_input_embeddings().weight.shape[0]:
-        language_model.resize_token_embeddings(vocabulary_size)
-    return language_model

@@ -12,7 +12,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,6 @@ def supervised_tokens(batch: dict[str, Any]) -> int:
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
-def real_tokens(batch: dict[str, Any], pad_id: int) -> int:
-    """Tokens of a batch without the padding at the right."""
-    padding = (batch["input_ids"] == pad_id).flip(1).long().cumprod(1)
-    return int(padding.numel() - padding.sum())
-
-
 class Trainer:
     """One run.
 
@@ -66,6 +59,8 @@ class Trainer:
             )
         device = pick_device()
         self.precision = pick_precision(config.train.precision, device)
+        if config.train.attention == "flex" and device.type != "cuda":
+            raise ValueError("'train.attention': flex needs a CUDA GPU, elsewhere it has no backward pass; use sdpa")
         self.accelerator = accelerate.Accelerator(
             cpu=device.type == "cpu", mixed_precision="no" if self.precision == "float32" else self.precision
         )
@@ -101,11 +96,6 @@ class Trainer:
         torch.manual_seed(config.train.seed + self.accelerator.process_index)  # dropout, another on each process
         if resumed is not None:
             self._load_state(resumed / "trainer_state")
-
-    @property
-    def pad_id(self) -> int:
-        """What fills a batch at the right; any id would do, since nobody looks there."""
-        return min(self.model.chat.stop_ids)
 
     @property
     def _batches_per_step(self) -> int:
@@ -170,7 +160,7 @@ class Trainer:
         return DataLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=partial(collate, pad_id=self.pad_id),
+            collate_fn=collate,
             num_workers=workers,
             # a step asks for all its micro-batches at once: so many, and some of the next, are to be ready
             prefetch_factor=max(2, math.ceil(self.config.train.accumulation / workers) + 1) if workers else None,
@@ -249,7 +239,10 @@ class Trainer:
 
     def forward(self, batch: dict[str, Any], num_items_in_batch: int | None) -> torch.Tensor:
         """The loss of a collated batch, through whatever wraps the model."""
-        on_device = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        on_device = {
+            name: value.to(self.accelerator.device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in batch.items()
+        }
         output = self.wrapped(
             on_device.pop("pixel_values", None),
             **on_device,
@@ -262,7 +255,7 @@ class Trainer:
         self.wrapped.train()
         self.model.encoder.eval()
         own_supervised = sum(map(supervised_tokens, batches))
-        own_tokens = sum(real_tokens(batch, self.pad_id) for batch in batches)
+        own_tokens = sum(batch["input_ids"].numel() for batch in batches)
         counts = torch.tensor([own_supervised, own_tokens]).to(self.accelerator.device)
         supervised, tokens = self.accelerator.reduce(counts).tolist()
         encoded = sum(len(batch["pixel_values"]) for batch in batches if "pixel_values" in batch)

@@ -67,19 +67,20 @@ def test_long_dialogues_lose_whole_turns_then_the_end_of_the_answer(chat):
     assert "max_length" in hopeless[0]["error"]
 
 
-def test_batch_of_unequal_rows_with_text_only_and_two_photos(chat):
-    two = Entry((1, 2), "s", "s", (Turn(f"{TAG}{TAG}\nSame?", ("no",)),))
+def test_batch_is_one_row_with_each_photo_once(chat):
+    two = Entry((1, 0), "s", "s", (Turn(f"{TAG}{TAG}\nSame?", ("no",)),))
     dataset = make(chat, [one(0, f"{TAG}\nQ", "a"), one(None, "Hello", "hi"), two])
-    batch = collate([dataset[i] for i in range(3)], pad_id=7)
-    length = max(len(dataset[i]["input_ids"]) for i in range(3))
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (3, length)
-    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2]
-    assert (batch["input_ids"] == chat.image_token_id).sum(1).tolist() == [N, 0, 2 * N]
-    padding = batch["attention_mask"] == 0
-    assert padding.any()
-    assert (batch["input_ids"][padding] == 7).all()
-    assert (batch["labels"][padding] == IGNORE_INDEX).all()
-    assert "pixel_values" not in collate([dataset[1]], pad_id=7)
+    samples = [dataset[i] for i in range(3)]
+    batch = collate(samples)
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    assert batch["layout"].samples == tuple((length,) for length in lengths)
+    assert batch["input_ids"].shape == batch["labels"].shape == (1, sum(lengths))
+    assert batch["position_ids"].tolist() == [[position for length in lengths for position in range(length)]]
+    for name in ("input_ids", "labels"):
+        assert torch.equal(torch.cat([sample[name] for sample in samples]), batch[name][0])
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1]
+    assert batch["photo_index"].tolist() == [0, 1, 0]
+    assert {"pixel_values", "photo_index"}.isdisjoint(collate([dataset[1]]))
 
 
 def test_broken_photo_becomes_a_sentence_not_a_worker_traceback(chat):
@@ -87,4 +88,4 @@ def test_broken_photo_becomes_a_sentence_not_a_worker_traceback(chat):
         raise ValueError(f"photo {photo.ID} is cut off")
 
     dataset = ImageCaptionDataset(PHOTOS, [one(1, f"{TAG}\nQ", "a"), one(None, "Q", "a")], chat, broken)
-    assert collate([dataset[1], dataset[0]], pad_id=0) == {"error": "photo 1 is cut off"}
+    assert collate([dataset[1], dataset[0]]) == {"error": "photo 1 is cut off"}

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from dataset.image_caption_dataset import ImageCaptionDataset, collate, group_entries
-from dataset.packing import branch_mask, pack
+from dataset.packing import pack
 from dataset.records import Entry, Photo, Turn
 from model.model import MMultiModal
-from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen, write_siglip
+from qwen.attention import PackedLayout, PackedMask, flex_mask, shared_prefix_attention
+from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen, write_qwen1, write_siglip
 
 # relative in norm, per tensor; the sums run in another order
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}
@@ -19,37 +20,66 @@ def backbones(tmp_path_factory):
     write_siglip(folder / "siglip")
     for kind in ("qwen2", "qwen3"):
         write_qwen(folder / kind, kind)
+    write_qwen1(folder / "qwen1")
     # a window shorter than the photo, so that a mask without it would differ
     sliding = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
     write_qwen(folder / "sliding", "qwen2", **sliding)
     return folder
 
 
-def brute_force_mask(branch):
-    rows = branch.tolist()
-    mask = torch.zeros(len(rows), 1, len(rows[0]), len(rows[0]), dtype=torch.bool)
-    for b, row in enumerate(rows):
-        for i, looker in enumerate(row):
-            for j in range(i + 1):
-                mask[b, 0, i, j] = i == j or (looker != -1 and row[j] in (0, looker))
+def brute_force_mask(layout):
+    """(1, 1, T, T) bool by the definition, token by token."""
+    tokens = [(s, b) for s, lengths in enumerate(layout.samples) for b, size in enumerate(lengths) for _ in range(size)]
+    mask = torch.zeros(1, 1, len(tokens), len(tokens), dtype=torch.bool)
+    for i, (sample, branch) in enumerate(tokens):
+        for j in range(i + 1):
+            mask[0, 0, i, j] = tokens[j] == (sample, branch) or tokens[j] == (sample, 0)
     return mask
-
-
-def test_branch_mask_equals_the_definition():
-    branch = torch.tensor([[0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, -1, -1]])
-    assert torch.equal(branch_mask(branch), brute_force_mask(branch))
 
 
 def test_pack_lays_branches_behind_the_prefix():
     first = ([7, 8, 1, 2], [-100, -100, -100, 2])
     second = ([7, 8, 3, 4, 5], [-100, -100, -100, 4, 5])
-    packed = pack([first, second], prefix_length=2)
-    assert packed["input_ids"].tolist() == [7, 8, 1, 2, 3, 4, 5]
-    assert packed["labels"].tolist() == [-100, -100, -100, 2, -100, 4, 5]
-    assert packed["position_ids"].tolist() == [0, 1, 2, 3, 2, 3, 4]
-    assert packed["branch"].tolist() == [0, 0, 1, 1, 2, 2, 2]
+    input_ids, labels, lengths = pack([first, second], prefix_length=2)
+    assert input_ids == [7, 8, 1, 2, 3, 4, 5]
+    assert labels == [-100, -100, -100, 2, -100, 4, 5]
+    assert lengths == (2, 2, 3)
+    assert PackedLayout((lengths, (2,))).positions().tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1]]
     with pytest.raises(AssertionError, match="share their prefix"):
         pack([first, ([9, 8, 3], [-100] * 3)], prefix_length=2)
+
+
+LAYOUTS = [((5,),), ((5, 3),), ((4, 1, 6, 2), (7,)), ((9,), (1, 2), (3, 1, 1, 1, 1, 1, 1, 1, 1), (20, 8, 8))]
+
+
+@pytest.mark.parametrize("samples", LAYOUTS)
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_attention_equals_the_definition(samples, window):
+    layout = PackedLayout(samples)
+    positions = layout.positions()[0]
+    mask = brute_force_mask(layout)
+    if window is not None:
+        mask &= positions[:, None] - positions[None, :] < window
+    torch.manual_seed(0)
+    length = len(positions)
+    query, key, value = (torch.randn(1, heads, length, 8, requires_grad=True) for heads in (6, 2, 2))
+    scale = torch.rand(1, length) + 0.5
+    outer = torch.randn(1, length, 6, 8)
+
+    def gradients(mask):
+        rows, _ = shared_prefix_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3, query_scale=scale)
+        return rows, *torch.autograd.grad(rows, (query, key, value), outer)
+
+    scores = (query * scale[:, None, :, None]) @ key.repeat_interleave(3, 1).transpose(2, 3) * 0.3
+    expected = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value.repeat_interleave(3, 1)).transpose(1, 2)
+    expected = (expected, *torch.autograd.grad(expected, (query, key, value), outer))
+    for ours, plain in zip(gradients(PackedMask(layout, window)), expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    # FlexAttention has no backward on the CPU
+    detached = (tensor.detach() for tensor in (query, key, value))
+    blocks = flex_mask(layout, window, torch.device("cpu"))
+    rows, _ = shared_prefix_attention(torch.nn.Module(), *detached, blocks, scaling=0.3, query_scale=scale)
+    torch.testing.assert_close(rows, expected[0], rtol=1e-5, atol=1e-5)
 
 
 def entry(image, question, answer, source="a"):
@@ -73,68 +103,149 @@ def test_groups_share_photo_and_text_before_it():
     assert group_entries(entries, False, 1) == [[0], [1], [2], [3], [4], [5]]
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "sliding"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_gradients_equal_the_separate_samples(backbones, kind, dtype, checkpointing):
-    model = MMultiModal.from_config(
-        tiny_config(backbones, llm={"path": str(backbones / kind), "lora": {"r": 4, "alpha": 8, "dropout": 0.0}})
-    )
+TAG = "<|extra_0|>"
+
+
+def build(backbones, kind, dtype=torch.float32, **train):
+    """A model with LoRA and projector that do something, in training mode."""
+    llm = {"path": str(backbones / kind), "lora": {"r": 4, "alpha": 8, "dropout": 0.0}}
+    model = MMultiModal.from_config(tiny_config(backbones, llm=llm, train=train))
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.2)
-    model.to(dtype).train()
+    return model.to(dtype).train()
+
+
+def random_pixels(count):
+    return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def make_dataset(model, entries, pixels, max_questions):
+    photos = {ID: Photo(ID, f"{ID}", f"{ID}", None) for ID in range(len(pixels))}
+    return ImageCaptionDataset(photos, entries, model.chat, lambda photo: pixels[photo.ID], max_questions=max_questions)
+
+
+def summed_loss_and_gradients(model, dataset, batch_size):
+    model.zero_grad()
+    total = 0.0
+    for start in range(0, len(dataset), batch_size):
+        batch = collate([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
+        loss = model(batch.pop("pixel_values", None), **batch, supervised_only=True, num_items_in_batch=1).loss
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["qwen1", "qwen2", "qwen3", "sliding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradients_equal_the_separate_samples(backbones, kind, dtype, checkpointing):
+    model = build(backbones, kind, dtype)
     if checkpointing:
         model.LLM.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    generator = torch.Generator().manual_seed(1)
-    pixels = {ID: torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator) for ID in range(3)}
-    photos = {ID: Photo(ID, f"{ID}", f"{ID}", None) for ID in pixels}
-    tag = "<|extra_0|>"
-    entries = [entry(0, f"{tag}\nquestion {number}?", f"answer {number}" * number) for number in range(1, 9)]
-    entries += [entry(1, f"{tag}\nHow many?", "two"), entry(1, f"What? {tag}", "that"), entry(None, "Hello", "hi")]
-    entries += [entry(2, f"{tag}\nWhere?", "here"), entry(2, f"{tag}\nWho?", "nobody")]
+    entries = [entry(0, f"{TAG}\nquestion {number}?", f"answer {number}" * number) for number in range(1, 9)]
+    entries += [entry(1, f"{TAG}\nHow many?", "two"), entry(1, f"What? {TAG}", "that"), entry(None, "Hello", "hi")]
+    entries += [entry(2, f"{TAG}\nWhere?", "here"), entry(2, f"{TAG}\nWho?", "nobody")]
+    entries += [Entry((2, 0), "a", "a", (Turn(f"{TAG}{TAG}\nSame?", ("no",)),))]
+    pixels = random_pixels(3)
+    loss, gradients = summed_loss_and_gradients(model, make_dataset(model, entries, pixels, 1), 1)
+    for batch_size in (3, 9):  # two photos in a sample and one in several samples, at the last
+        dataset = make_dataset(model, entries, pixels, 8)
+        packed_loss, packed_gradients = summed_loss_and_gradients(model, dataset, batch_size)
+        assert packed_loss == pytest.approx(loss, rel=2e-6 if dtype == torch.float32 else 1e-12)
+        for name, gradient in gradients.items():
+            assert gradient.norm() > 0, f"{name} has no gradient"
+            error = (packed_gradients[name] - gradient).norm() / gradient.norm()
+            assert error < TOLERANCE[dtype], f"{name}: {error}"
 
-    def summed_loss_and_gradients(max_questions, batch_size):
-        dataset = ImageCaptionDataset(
-            photos, entries, model.chat, lambda photo: pixels[photo.ID], max_questions=max_questions
-        )
-        model.zero_grad()
-        total = 0.0
-        for start in range(0, len(dataset), batch_size):
-            samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-            batch = collate(samples, pad_id=0)
-            image = batch.pop("pixel_values", None)
-            loss = model(
-                None if image is None else image.to(dtype), **batch, supervised_only=True, num_items_in_batch=1
-            ).loss
-            loss.backward()
-            total += loss.item()
-        return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
-    loss, gradients = summed_loss_and_gradients(1, 1)
-    packed_loss, packed_gradients = summed_loss_and_gradients(8, 3)
-    # the loss itself is summed in float32
+@pytest.mark.parametrize("questions", range(1, 9))
+def test_any_number_of_questions_equals_the_separate_samples(backbones, questions):
+    model = build(backbones, "qwen2")
+    entries = [entry(0, f"{TAG}\nquestion {number}?", "word " * number) for number in range(1, questions + 1)]
+    pixels = random_pixels(1)
+    loss, gradients = summed_loss_and_gradients(model, make_dataset(model, entries, pixels, 1), 1)
+    dataset = make_dataset(model, entries, pixels, 8)
+    assert len(dataset) == 1
+    packed_loss, packed_gradients = summed_loss_and_gradients(model, dataset, 1)
     assert packed_loss == pytest.approx(loss, rel=2e-6)
     for name, gradient in gradients.items():
-        assert gradient.norm() > 0, f"{name} has no gradient"
-        error = (packed_gradients[name] - gradient).norm() / gradient.norm()
-        assert error < TOLERANCE[dtype], f"{name}: {error}"
+        assert (packed_gradients[name] - gradient).norm() < TOLERANCE[torch.float32] * gradient.norm(), name
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "sliding"])
+def test_a_4d_mask_from_outside_gives_the_same(backbones, kind):
+    model = build(backbones, kind)
+    entries = [entry(0, f"{TAG}\nA?", "1"), entry(0, f"{TAG}\nB, then?", "22"), entry(None, "C?", "3")]
+    batch = collate(list(make_dataset(model, entries, random_pixels(1), 2)))
+    image = batch.pop("pixel_values")
+    packed = model(image, **batch)
+    mask = brute_force_mask(batch.pop("layout"))
+    dense = model(image, **batch, attention_mask=mask)
+    torch.testing.assert_close(dense.logits, packed.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dense.loss, packed.loss)
+
+
+@torch.no_grad()
+def test_flex_gives_the_same_loss(backbones):
+    """Forward only: FlexAttention has no backward on the CPU."""
+    entries = [entry(0, f"{TAG}\nA?", "1"), entry(0, f"{TAG}\nB, then?", "22"), entry(None, "C?", "3")]
+    losses = []
+    for attention in ("sdpa", "flex"):
+        model = build(backbones, "sliding", attention=attention)
+        batch = collate(list(make_dataset(model, entries, random_pixels(1), 2)))
+        losses.append(model(batch.pop("pixel_values"), **batch, supervised_only=True).loss)
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (1, 3, 2), (8, 1, 5), (2, 2, 2, 2)])
+@torch.no_grad()
+def test_photos_of_a_row_do_not_leak_by_a_bit(backbones, counts):
+    """Another photo and other answers in one sample leave every logit of the others as they were, bit by bit."""
+    model = build(backbones, "qwen2").eval()
+    pixels = random_pixels(len(counts) + 1)
+
+    def logits_by_sample(changed):
+        entries = [
+            entry(ID, f"{TAG}\nquestion {number}?", "xyz" if changed == ID else "abc")
+            for ID, count in enumerate(counts)
+            for number in range(count)
+        ]
+        shown = pixels[:-1].clone()
+        if changed is not None:
+            shown[changed] = pixels[-1]
+        batch = collate(list(make_dataset(model, entries, shown, 8)))
+        logits = model(batch.pop("pixel_values"), **batch).logits[0]
+        return logits.split([sum(lengths) for lengths in batch["layout"].samples])
+
+    before = logits_by_sample(None)
+    for changed in range(len(counts)):
+        for sample, (first, second) in enumerate(zip(before, logits_by_sample(changed), strict=True)):
+            assert torch.equal(first, second) == (sample != changed)
+
+
+@torch.no_grad()
 def test_a_branch_does_not_see_its_neighbour(backbones):
-    model = MMultiModal.from_config(tiny_config(backbones, llm={"path": str(backbones / "qwen2")})).eval()
-    tag = "<|extra_0|>"
-    pixels = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+    model = build(backbones, "qwen2").eval()
 
     def last_logits(first_answer):
-        entries = [entry(0, f"{tag}\nA?", first_answer), entry(0, f"{tag}\nB?", "same")]
-        dataset = ImageCaptionDataset(
-            {0: Photo(0, "0", "0", None)}, entries, model.chat, lambda _: pixels, max_questions=2
-        )
-        batch = collate([dataset[0]], pad_id=0)
+        entries = [entry(0, f"{TAG}\nA?", first_answer), entry(0, f"{TAG}\nB?", "same")]
+        batch = collate([make_dataset(model, entries, random_pixels(1), 2)[0]])
         del batch["labels"]
         return model(batch.pop("pixel_values"), **batch, logits_to_keep=6).logits
 
-    with torch.no_grad():
-        assert torch.equal(last_logits("xyz"), last_logits("abc"))
+    assert torch.equal(last_logits("xyz"), last_logits("abc"))
+
+
+def test_a_photo_is_encoded_once_and_without_a_graph(backbones):
+    model = build(backbones, "qwen2")
+    seen = []
+    model.encoder.register_forward_hook(lambda encoder, inputs, output: seen.append(output))
+    entries = [entry(0, f"{TAG}\nA?", "1"), entry(0, f"A? {TAG}", "1"), entry(1, f"{TAG}\nA?", "1")]
+    batch = collate(list(make_dataset(model, entries, random_pixels(2), 8)))
+    model(batch.pop("pixel_values"), **batch, supervised_only=True).loss.backward()
+    (features,) = seen
+    assert len(features) == 2
+    assert features.grad_fn is None
+    assert all(parameter.grad is None for parameter in model.encoder.parameters())

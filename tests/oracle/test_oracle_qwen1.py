@@ -18,7 +18,7 @@ from config import REPO_ROOT, Prompt
 from model.answer import Answerer
 from model.model import MMultiModal
 from qwen.chat import ChatFormat, Message
-from qwen.Mqwen import load_language_model
+from qwen.loading import load_language_model
 from qwen.tokenizer import load_tokenizer
 from tests.tiny import write_tiktoken
 from visual.transform import load_image

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from qwen.Mqwen import fuse_image_features, load_language_model, supervised_loss
+from qwen.loading import load_language_model
+from qwen.Mqwen import LOSS_ROWS, fuse_image_features, supervised_loss
 from qwen.tokenizer import image_token_id, load_tokenizer
 from tests.tiny import write_qwen
 
@@ -41,6 +42,57 @@ def test_supervised_loss_equals_full_cross_entropy():
     gradients = [torch.autograd.grad(value, hidden, retain_graph=True)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients)
     assert supervised_loss(hidden, torch.full_like(labels, -100), head, None) == 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_chunked_loss_equals_the_plain_one(monkeypatch, dtype, tolerance, frozen):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 50, bias=False, dtype=dtype).requires_grad_(not frozen)
+    hidden = torch.randn(2, 40, 16, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, 50, (2, 40))
+    labels[:, :5] = -100
+    wanted = (hidden,) if frozen else (hidden, head.weight)
+    plain = functional.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    expected = [gradient * 512 / 70 for gradient in torch.autograd.grad(plain, wanted)]
+    for rows in (1, 7, 70, 256):
+        monkeypatch.setattr("qwen.Mqwen.LOSS_ROWS", rows)
+        loss = supervised_loss(hidden, labels, head, 70)
+        assert loss.dtype == dtype
+        assert abs(loss * 70 - plain) <= tolerance * plain
+        for ours, theirs in zip(torch.autograd.grad(loss * 512, wanted), expected, strict=True):
+            assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    with torch.no_grad():
+        assert torch.equal(supervised_loss(hidden, labels, head, 70), loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chunked_loss_under_autocast(monkeypatch, dtype):
+    """As near to the exact gradient as the plain way in that dtype, also where a loss scaler multiplies it."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("qwen.Mqwen.LOSS_ROWS", 9)
+    head = torch.nn.Linear(16, 5000, bias=False).to(dtype).requires_grad_(False)
+    hidden = torch.randn(1, 40, 16, requires_grad=True)
+    labels = torch.randint(0, 5000, (1, 40))
+    double = head.weight.double()
+    exact = functional.cross_entropy((hidden.double() @ double.T)[0, :-1], labels[0, 1:])
+    with torch.autocast("cpu", dtype=dtype):
+        loss = supervised_loss(hidden, labels, head, None)
+        plain = functional.cross_entropy(head(hidden)[0, :-1].float(), labels[0, 1:])
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    reference, ours, theirs = (torch.autograd.grad(value * 1024, hidden)[0] for value in (exact, loss, plain))
+    assert (ours - reference).norm() <= 1.2 * (theirs - reference).norm() + 1e-3 * reference.norm()
+
+
+def test_logits_of_long_answers_are_never_in_memory_together():
+    head = torch.nn.Linear(8, 3000, bias=False).requires_grad_(False)
+    hidden = torch.randn(1, 2049, 8, requires_grad=True)
+    labels = torch.randint(0, 3000, (1, 2049))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        supervised_loss(hidden, labels, head, None).backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest <= 2 * LOSS_ROWS * 3000 * 4  # 2,048 rows of logits would be eight chunks
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, Qwen2ForCausalLM
 
 from config import REPO_ROOT
-from qwen.Mqwen import load_language_model
+from qwen.attention import PackedLayout
+from qwen.loading import load_language_model
 from qwen.qwen1 import MAX_LENGTH, logn_scale, ntk_alpha, read_config
 from qwen.tokenizer import load_tokenizer, read_tiktoken
 from tests.tiny import write_qwen1
@@ -117,6 +118,9 @@ def test_too_long_is_refused_and_not_answered_differently(tmp_path):
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="lower data.max_length to 16"):
         model(ids, attention_mask=mask, position_ids=torch.arange(20)[None])
+    with pytest.raises(ValueError, match="lower data.max_length to 16"):
+        model(ids, layout=PackedLayout(((14, 3, 3),)))
+    model(ids, layout=PackedLayout(((13, 3), (4,))))  # long together, each of them short
 
 
 def test_config_without_either_extension(tmp_path):
@@ -129,7 +133,7 @@ def test_config_without_either_extension(tmp_path):
 MEASURE = """
 import resource, sys, torch
 from pathlib import Path
-from qwen.Mqwen import load_language_model
+from qwen.loading import load_language_model
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 load_language_model(Path(sys.argv[1]), torch.bfloat16, 303, 0)  # whatever loading needs once
 before = peak()

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.costs import PeakMemory, matrix_peak
-from training.loop import Trainer, real_tokens, supervised_tokens
+from training.loop import Trainer, supervised_tokens
 
 
 def log_lines(trainer):
@@ -45,17 +45,8 @@ def test_arithmetic_equals_the_matrix_products_that_run(configure, cache):
         trainer.forward(batch, None).backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(counts[operation] for operation in counts if str(operation) in ("aten.mm", "aten.addmm"))
-    tokens, supervised = real_tokens(batch, trainer.pad_id), supervised_tokens(batch)
-    assert tokens == batch["input_ids"].numel()
+    tokens, supervised = batch["input_ids"].numel(), supervised_tokens(batch)
     assert trainer.arithmetic.operations(tokens, supervised, 1, 0 if cache else 1) == products
-
-
-def test_padding_is_no_token(configure):
-    trainer = Trainer(configure())
-    lengths = [len(trainer.train_set.tokens(index)["input_ids"]) for index in (0, 6)]
-    batch = next(iter(trainer._loader(trainer.train_set, [[0, 6]])))
-    assert lengths[0] != lengths[1]
-    assert real_tokens(batch, trainer.pad_id) == sum(lengths)
 
 
 def test_workers_that_outlive_an_epoch_choose_the_answers_of_the_next(configure, workshop, tmp_path):

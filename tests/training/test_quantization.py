@@ -9,7 +9,7 @@ import torch
 from model.answer import Answerer
 from model.export import export_checkpoint
 from model.model import MMultiModal
-from qwen.Mqwen import loading_options
+from qwen.loading import loading_options
 from tests.tiny import write_qwen
 from training.loop import Trainer
 

@@ -1,0 +1,99 @@
+"""Loads a Qwen checkpoint of any generation, strictly, whole or quantised. Called by `model/model.py`."""
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
+
+from config import require_complete
+from qwen import qwen1
+from qwen.attention import ATTENTION, register_attention
+from qwen.Mqwen import LANGUAGE_MODELS
+
+
+def loading_options(
+    dtype: torch.dtype, placement: torch.device | Literal["auto"], quantization: Literal["none", "nf4", "int8"]
+) -> dict[str, Any]:
+    """Keyword arguments of transformers' `from_pretrained`: weights go straight to their place in their last form.
+
+    Args:
+        dtype: of the weights; with quantisation of the products, and of what is not quantised (embedding, `lm_head`).
+        placement: a device, or `auto`: spread over all GPUs and, where they do not suffice, the CPU.
+        quantization: nf4 as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314), with its double quantisation.
+
+    Raises:
+        ValueError: quantisation without bitsandbytes.
+    """
+    options = {
+        "dtype": dtype,
+        "device_map": "auto" if placement == "auto" else {"": placement},
+    }
+    if quantization == "none":
+        return options
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"'llm.quantization' is {quantization}, which needs bitsandbytes: pip install bitsandbytes==0.50.2, or set "
+            "llm.quantization=none"
+        )
+    if quantization == "nf4":
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    else:
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+        # it says in every layer of every step that activations become fp16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return options | {"quantization_config": settings}
+
+
+def load_language_model(
+    folder: Path,
+    dtype: torch.dtype,
+    image_token_id: int,
+    vocabulary_size: int,
+    placement: torch.device | Literal["auto"] = torch.device("cpu"),  # noqa: B008 - a constant
+    quantization: Literal["none", "nf4", "int8"] = "none",
+):
+    """Load a Qwen checkpoint strictly; `dtype`, `placement` and `quantization` as in `loading_options`.
+
+    Args:
+        vocabulary_size: number of ids of the tokenizer, `<|extra_0|>` included; the embedding is resized only if it
+            has fewer rows.
+
+    Raises:
+        ValueError: an unsupported architecture, tensors that are missing, left over or of the wrong shape, or
+            quantisation without bitsandbytes.
+    """
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type not in LANGUAGE_MODELS:
+        known = ", ".join(LANGUAGE_MODELS)
+        raise ValueError(f"'llm.path': {folder} is of type '{model_type}'; supported: {known}")
+    model_class = LANGUAGE_MODELS[model_type]
+    if model_type == "qwen":
+        config = qwen1.read_config(folder)
+        qwen1.register_weight_names(model_class.__name__)
+    else:
+        config = AutoConfig.from_pretrained(folder)
+    register_attention()
+    language_model, info = model_class.from_pretrained(
+        folder,
+        config=config,
+        attn_implementation=ATTENTION,
+        ignore_mismatched_sizes=True,  # require_complete names them; transformers would only say that there are some
+        output_loading_info=True,
+        **loading_options(dtype, placement, quantization),
+    )
+    require_complete(info, "llm.path", folder)
+    language_model.image_token_id = image_token_id
+    # published generation configs bring a repetition penalty and sampling; here only config section `generate` decides
+    language_model.generation_config = GenerationConfig()
+    if vocabulary_size > language_model.get_input_embeddings().weight.shape[0]:
+        language_model.resize_token_embeddings(vocabulary_size)
+    return language_model
