@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 REPO_ROOT = Path(__file__).resolve().parent
 IMAGE_TAG = "<|extra_0|>"  # stands for the photo in questions; the report's name, a spare token of Qwen v1
@@ -100,8 +100,9 @@ class Train(Section):
     init_from: str | None = None
     epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1)
-    micro_batch: int = Field(4, ge=1)
+    micro_batch: int | Literal["auto"] = 4
     accumulation: int = Field(1, ge=1)
+    samples_per_step: int | None = Field(None, ge=1)
     pack_questions: bool = True
     max_questions: int = Field(16, ge=1)
     projector_lr: float = Field(1e-4, gt=0)
@@ -112,7 +113,7 @@ class Train(Section):
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["auto", "on", "off"] = "off"
     attention: Literal["sdpa", "flex"] = "sdpa"
     seed: int = Field(0, ge=0)
     workers: int = Field(2, ge=0)
@@ -121,6 +122,27 @@ class Train(Section):
     eval_samples: int = Field(64, ge=1)
     save_steps: int = Field(500, ge=1)
     save_total_limit: int = Field(2, ge=1)
+
+    @field_validator("micro_batch", mode="plain")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> int | str:
+        if value == "auto" or (type(value) is int and value >= 1):
+            return value
+        raise ValueError("it should be auto or a whole number of samples, at least 1")
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _yaml_calls_on_and_off_true_and_false(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _step_in_samples_or_micro_batches(self) -> "Train":
+        if (self.micro_batch == "auto") != (self.samples_per_step is not None):
+            raise ValueError(
+                "with micro_batch: auto, 'samples_per_step' says how many samples make an optimiser step (and "
+                "'accumulation' follows); with a number, 'accumulation' does and 'samples_per_step' is null"
+            )
+        return self
 
 
 class Generate(Section):

@@ -1,7 +1,8 @@
 """Trains projector and LoRA: `python train.py [--config FILE] [--resume auto|DIR] [--dry-run] [key=value …]`.
 
 Reads `data.image_map` and `data.captions` (made by `process_image.py`), writes `train.output_dir/checkpoint-<step>/`,
-`metrics.jsonl` and `tensorboard/`. `--dry-run` loads everything, makes two trial steps and prints what a run will take.
+`metrics.jsonl` and `tensorboard/`. `--dry-run` loads everything, tries the longest sample and prints what will fit and
+how long a run will take.
 Several GPUs: `torchrun --nproc-per-node 4 train.py …`.
 """
 
@@ -31,7 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(trainer.model.parameter_summary())
         print(
             f"{len(trainer.train_set.entries):,} questions in {len(trainer.train_set):,} samples, "
-            f"{trainer.total_steps:,} steps in {trainer.precision}"
+            f"{trainer.total_steps:,} steps in {trainer.precision}, {trainer.setting.micro_batch} × "
+            f"{trainer.setting.accumulation} samples a step on each process"
         )
     folder = trainer.run()
     if trainer.accelerator.is_main_process:

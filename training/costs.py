@@ -1,6 +1,8 @@
 """What training costs: arithmetic, the device's matrix peak, memory. Called by `loop.py` and `estimate.py`."""
 
+import ctypes
 import functools
+import gc
 import sys
 import threading
 import time
@@ -11,6 +13,7 @@ from torch import nn
 
 from model.model import MMultiModal
 
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 SAMPLING_SECONDS = 0.002  # between two looks at this process's memory
 
 
@@ -56,7 +59,8 @@ def _linear_operations(module: nn.Module, frozen: int, trained: int) -> int:
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of the fastest of several large square matrix products, measured once per process."""
     size, runs = (8192, 10) if device.type == "cuda" else (1024, 5)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # the global one belongs to the run
+    left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     fastest = float("inf")
     for _ in range(runs):
         began = time.perf_counter()
@@ -77,6 +81,9 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            gc.collect()
+            if hasattr(LIBC, "malloc_trim"):  # glibc keeps what was freed, which would count as used
+                LIBC.malloc_trim(0)
             self._done = threading.Event()
             self._watcher = threading.Thread(target=self._watch, daemon=True)
             self._watcher.start()

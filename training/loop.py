@@ -1,9 +1,10 @@
 """The training loop: samples in, checkpoints out. Called by `train.py`.
 
-One optimiser step reads `accumulation` micro-batches on each process. Its loss is the sum over all of them divided by
-their supervised tokens, so neither accumulation nor the number of processes changes what is learned.
+One optimiser step reads `setting.accumulation` micro-batches on each process. Its loss is the sum over all of them
+divided by their supervised tokens, so neither accumulation nor the number of processes changes what is learned.
 """
 
+import dataclasses
 import math
 import os
 import platform
@@ -12,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from model.model import DTYPES, MMultiModal, pick_device, pick_precision
 from qwen.chat import IGNORE_INDEX
 from training.costs import Arithmetic, matrix_peak, peak_memory
 from training.data import build_datasets, data_hash, epoch_order, micro_batches, read_split
+from training.estimate import Estimate, Setting, choose_setting
 from training.optimizer import build_optimizer, build_schedule
 from training.run_log import RunLog
 
@@ -69,6 +72,7 @@ class Trainer:
             raise ValueError(f"{launched} processes were launched but {self.accelerator.num_processes} joined the run")
         self.output_dir = resolve_path(config.train.output_dir)
         resumed = self._find_checkpoint(resume)
+        state = None if resumed is None else self._read_state(resumed / "trainer_state")
         photos, train, val = read_split(config)
 
         origin = resumed
@@ -77,29 +81,49 @@ class Trainer:
         self.model = MMultiModal.from_config(config, self.accelerator.device)
         if origin is not None:
             restore_weights(self.model, origin)
-        if config.train.gradient_checkpointing:
-            self.model.LLM.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         self.weights = {source.name: source.weight for source in config.data.sources}
         with self.accelerator.main_process_first():  # the first one writes the feature cache, the others read it
             self.train_set, self.val_set = build_datasets(config, self.model, photos, train, val)
         self.provenance = _provenance(config)
 
+        self.wrapped = self.accelerator.prepare(self.model)
+        # a resumed run goes on as it was: its place in the data is counted in micro-batches
+        self.setting = choose_setting(self) if state is None else Setting(**state["setting"])
+        self.set_checkpointing(self.setting.checkpointing)
         self.steps_per_epoch = math.ceil(len(self._epoch_batches(0)) / self._batches_per_step)
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
-        self.optimizer = build_optimizer(self.model, config.train)
-        self.schedule = build_schedule(self.optimizer, config.train, self.total_steps)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        optimizer = build_optimizer(self.model, config.train)
+        self.schedule = build_schedule(optimizer, config.train, self.total_steps)
+        self.optimizer = self.accelerator.prepare(optimizer)
         self.position = {"step": 0, "epoch": 0, "micro_batches": 0}
         self.arithmetic = Arithmetic(self.model)
         self.window: list[dict[str, Any]] = []  # the steps since the last line of the log
         self.last_figures: dict[str, Any] = {}
         torch.manual_seed(config.train.seed + self.accelerator.process_index)  # dropout, another on each process
-        if resumed is not None:
-            self._load_state(resumed / "trainer_state")
+        if state is not None:
+            self._restore_state(state)
 
     @property
     def _batches_per_step(self) -> int:
-        return self.config.train.accumulation * self.accelerator.num_processes
+        return self.setting.accumulation * self.accelerator.num_processes
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """Memory and time of micro-batches of any size, measured when asked."""
+        return Estimate(self)
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute the language model's activations in the backward pass, or keep them."""
+        language_model = self.model.LLM.get_base_model()
+        if on:
+            language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            language_model.gradient_checkpointing_disable()
+
+    def training_mode(self) -> None:
+        """Dropout on, except in the encoder."""
+        self.wrapped.train()
+        self.model.encoder.eval()
 
     def run(self) -> Path:
         """Train to the end and return the last checkpoint folder; on interruption a checkpoint is written first."""
@@ -133,10 +157,19 @@ class Trainer:
                 if step % self.config.train.save_steps == 0 or last:
                     self.save()
                     saved = step
-        except (KeyboardInterrupt, ValueError):
-            if 0 < self.position["step"] != saved:
+        except (KeyboardInterrupt, ValueError, torch.OutOfMemoryError) as error:
+            self.optimizer.zero_grad()
+            # where one of several processes fails, the others are not there to save with
+            together = self.accelerator.num_processes == 1 or isinstance(error, KeyboardInterrupt)
+            if together and 0 < self.position["step"] != saved:
                 self.save()
                 bar.write(f"interrupted: {self.checkpoint_folder()} holds all so far, go on with --resume auto")
+            if isinstance(error, torch.OutOfMemoryError):
+                raise ValueError(
+                    f"out of memory at step {self.position['step'] + 1}: lower train.micro_batch and raise "
+                    "train.accumulation by as much, or set train.gradient_checkpointing=on or llm.quantization=nf4, or "
+                    "lower train.max_questions or data.max_length (train.py --dry-run tells what fits)"
+                ) from None
             raise
         finally:
             bar.close()
@@ -152,7 +185,7 @@ class Trainer:
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
         order = epoch_order(self.train_set, self.weights, self.config.train.seed, epoch)
-        return micro_batches(order, self.config.train.micro_batch, self.accelerator.num_processes)
+        return micro_batches(order, self.setting.micro_batch, self.accelerator.num_processes)
 
     def _loader(self, dataset: ImageCaptionDataset, batches: list[list[int]], persistent: bool = False) -> DataLoader:
         """Hands out `batches`, collated; `persistent` workers stay for the next time it is iterated."""
@@ -163,7 +196,7 @@ class Trainer:
             collate_fn=collate,
             num_workers=workers,
             # a step asks for all its micro-batches at once: so many, and some of the next, are to be ready
-            prefetch_factor=max(2, math.ceil(self.config.train.accumulation / workers) + 1) if workers else None,
+            prefetch_factor=max(2, math.ceil(self.setting.accumulation / workers) + 1) if workers else None,
             persistent_workers=persistent and workers > 0,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # without one, each epoch would move the global generator
@@ -183,7 +216,7 @@ class Trainer:
             for start in range(0, len(remaining), self._batches_per_step):
                 began = time.perf_counter()
                 indices = remaining[start : start + self._batches_per_step]
-                batches = [self._checked(next(loader)) for _ in indices[rank::processes]]
+                batches = [self.checked(next(loader)) for _ in indices[rank::processes]]
                 waited = time.perf_counter() - began
                 figures = self._step(batches)
                 self.position["step"] += 1
@@ -232,7 +265,8 @@ class Trainer:
             "peak_memory_gib": peak_memory(self.accelerator.device) / 2**30,
         }
 
-    def _checked(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def checked(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A sample or batch itself; ValueError where it stands for a photo that could not be read."""
         if "error" in batch:
             raise ValueError(f"{batch['error']} (python process_image.py with data.check_images=open finds all such)")
         return batch
@@ -252,8 +286,7 @@ class Trainer:
         return output.loss
 
     def _step(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
-        self.wrapped.train()
-        self.model.encoder.eval()
+        self.training_mode()
         own_supervised = sum(map(supervised_tokens, batches))
         own_tokens = sum(batch["input_ids"].numel() for batch in batches)
         counts = torch.tensor([own_supervised, own_tokens]).to(self.accelerator.device)
@@ -294,11 +327,11 @@ class Trainer:
         """Mean loss per supervised token on the first `eval_samples` samples of the validation set."""
         self.wrapped.eval()
         count = min(len(self.val_set), self.config.train.eval_samples)
-        batches = micro_batches(list(range(count)), self.config.train.micro_batch, 1)
+        batches = micro_batches(list(range(count)), self.setting.micro_batch, 1)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in self._loader(self.val_set, batches[rank::processes]):
-            loss = self.forward(self._checked(batch), 1)
+            loss = self.forward(self.checked(batch), 1)
             sums += torch.tensor([loss.item(), supervised_tokens(batch)], dtype=torch.float64)
         loss_sum, tokens = self.accelerator.reduce(sums.float().to(self.accelerator.device)).tolist()
         return loss_sum / max(tokens, 1)
@@ -319,6 +352,7 @@ class Trainer:
             def save_state(folder: Path) -> None:
                 state = {
                     "position": self.position,
+                    "setting": dataclasses.asdict(self.setting),
                     "processes": self.accelerator.num_processes,
                     "optimizer": self.optimizer.state_dict(),
                     "schedule": self.schedule.state_dict(),
@@ -348,13 +382,16 @@ class Trainer:
             return check_complete(existing[-1]) if existing else None
         return check_complete(Path(resume))
 
-    def _load_state(self, folder: Path) -> None:
+    def _read_state(self, folder: Path) -> dict[str, Any]:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if state["processes"] != self.accelerator.num_processes:
             raise ValueError(
                 f"{folder.parent.name} was written by {state['processes']} processes, this run has "
                 f"{self.accelerator.num_processes}: resume with as many, or start from its weights with train.init_from"
             )
+        return state
+
+    def _restore_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:

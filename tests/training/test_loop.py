@@ -191,7 +191,7 @@ def test_dry_run_describes_and_keeps_nothing(configure):
     text = describe_run(trainer)
     assert "projector 1,856" in text
     assert "questions per sample" in text
-    assert "s a step" in text
+    assert "micro_batch × accumulation" in text
     assert not trainer.output_dir.exists()
 
 
