@@ -101,6 +101,7 @@ class Train(Section):
     epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1)
     micro_batch: int | Literal["auto"] = 4
+    tokens_per_batch: int | None = Field(None, ge=1)
     accumulation: int = Field(1, ge=1)
     samples_per_step: int | None = Field(None, ge=1)
     pack_questions: bool = True
@@ -115,6 +116,7 @@ class Train(Section):
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     gradient_checkpointing: Literal["auto", "on", "off"] = "off"
     attention: Literal["sdpa", "flex"] = "sdpa"
+    compile: bool = False
     seed: int = Field(0, ge=0)
     workers: int = Field(2, ge=0)
     log_steps: int = Field(10, ge=1)
@@ -142,6 +144,8 @@ class Train(Section):
                 "with micro_batch: auto, 'samples_per_step' says how many samples make an optimiser step (and "
                 "'accumulation' follows); with a number, 'accumulation' does and 'samples_per_step' is null"
             )
+        if self.micro_batch == "auto" and self.tokens_per_batch is not None:
+            raise ValueError("'tokens_per_batch' fills micro-batches by itself: set micro_batch to a number")
         return self
 
 

@@ -1,19 +1,33 @@
-"""One optimiser step of ours beside transformers' `LlavaForConditionalGeneration` with peft: time, memory, ratio.
+"""One optimiser step of ours beside what else one could train with: time, memory, ratios.
 
-    python -m benchmarks.train_step --shape demo|half-b --questions 5 --photos 2 --pairs 5 [--output FILE.json]
+    python -m benchmarks.train_step --shape tiny|half-b|so400m-1.5b|qwen-7b --questions 1 2 5 [--output FILE.json]
 
-Both sides get the same weights, photos, questions, LoRA and precision, each in a process of its own, and take turns
-step by step, so that a noisy machine hits both. Their first losses must agree before any time counts.
+Sides, all with the same weights, photos, questions, LoRA, precision, checkpointing and AdamW:
+
+* `ours`: the questions of a photo in one sequence, `lm_head` on supervised positions.
+* `unpacked`: ours with every question as a sample of its own.
+* `llava`: transformers' `LlavaForConditionalGeneration` with peft, in a plain loop in place of `transformers.Trainer`,
+  which adds its own work to a step but cannot be stopped after each to let the others have their turn.
+* `liger`: the same with Liger's fused linear cross-entropy, where it can be imported (it needs Triton, so a GPU).
+* `naive`: the loop of the report's ancestor: every question with its own copy of the photo, logits of all positions in
+  float32.
+
+Each side runs in a process of its own, and they take turns step by step, so that a noisy machine hits all. Their first
+losses must agree before any time counts. Sides other than `ours` read their questions in micro-batches of `--photos`:
+all logits of all questions would not fit into most memories.
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
-import platform
+import re
 import resource
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,192 +44,381 @@ from transformers import (
 from config import REPO_ROOT, parse_config
 from dataset.image_caption_dataset import ImageCaptionDataset, collate
 from dataset.records import Entry, Photo, Turn
-from model.model import DTYPES, MMultiModal
+from model.model import DTYPES, MMultiModal, pick_precision
+from qwen.chat import IGNORE_INDEX
+from training.loop import compile_layers
 
 DEMO = REPO_ROOT / "demo" / "backbones"
-# so400m's picture and Qwen2.5-0.5B's widths and vocabulary (model cards), with few layers so that a step takes seconds
-HALF_B_VISION = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
-HALF_B_LANGUAGE = {
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+# Widths and vocabularies of the model cards: Qwen2.5-0.5B with 6 of its 24 layers behind a small encoder, so that a
+# step takes seconds on a CPU; Qwen2.5-1.5B; Qwen2.5-7B. Random weights: what they are changes neither time nor memory.
+SHAPES: dict[str, dict[str, dict]] = {
+    "half-b": {
+        "vision": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6},
+        "language": {
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+    },
+    "so400m-1.5b": {
+        "vision": SO400M,
+        "language": {
+            "vocab_size": 151936,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+    },
+    "qwen-7b": {
+        "vision": SO400M,
+        "language": {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+        },
+    },
 }
+NEEDS_CUDA = {"so400m-1.5b", "qwen-7b"}
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0}
-ANSWER_WORDS = 20
+TEXT_TOKENS = 80  # of a question with its answer and the prompt around them
+ANSWER_TOKENS = 40  # of them, the end token included
+Losses = list[Callable[[], torch.Tensor]]  # one function for each micro-batch of a step; their sum is the step's loss
 
 
-def write_half_b(folder: Path) -> None:
-    """Random weights of shape `half-b` with the demo's tokenizer and preprocessor."""
+def write_backbones(folder: Path, shape: str) -> Path:
+    """Random weights of a shape with the demo's tokenizer and preprocessor; `tiny` is the demo's own folder."""
+    if shape == "tiny":
+        return DEMO
     torch.manual_seed(0)
-    vision = SiglipVisionModel(SiglipVisionConfig(image_size=384, patch_size=14, **HALF_B_VISION)).to(torch.bfloat16)
-    vision.save_pretrained(folder / "siglip")
-    Qwen2ForCausalLM(Qwen2Config(**HALF_B_LANGUAGE)).to(torch.bfloat16).save_pretrained(folder / "qwen")
+    device = "cuda" if shape in NEEDS_CUDA else "cpu"
+    with torch.device(device):
+        settings = SiglipVisionConfig(image_size=384, patch_size=14, **SHAPES[shape]["vision"])
+        SiglipVisionModel(settings).to(torch.bfloat16).save_pretrained(folder / "siglip")
+        language = Qwen2Config(**SHAPES[shape]["language"])
+        Qwen2ForCausalLM._from_config(language, dtype=torch.bfloat16).save_pretrained(folder / "qwen")
     for part, pattern in (("siglip", "preprocessor_config.json"), ("qwen", "*token*"), ("qwen", "merges.txt")):
         for file in (DEMO / part).glob(pattern):
             (folder / part / file.name).write_bytes(file.read_bytes())
+    return folder
 
 
-def build(backbones: Path, options: argparse.Namespace) -> tuple[MMultiModal, ImageCaptionDataset]:
+def build(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[MMultiModal, ImageCaptionDataset]:
     """Our model and a data set of `photos` × `questions` questions on random pictures."""
     config = parse_config(
         {
             "visual": {"path": str(backbones / "siglip")},
             "llm": {"path": str(backbones / "qwen"), "lora": LORA},
-            "train": {"precision": options.precision},
+            "train": {"precision": options.precision, "attention": options.attention},
         },
         "benchmark",
     )
-    model = MMultiModal.from_config(config, device="cpu")
+    model = MMultiModal.from_config(config, device=options.device)
     size = model.encoder.config.image_size
     pixels = torch.randn(options.photos, 3, size, size, generator=torch.Generator().manual_seed(0))
     photos = {ID: Photo(ID, str(ID), str(ID), Path()) for ID in range(options.photos)}
-    entries = [
-        Entry((ID,), "b", "b", (Turn(f"<|extra_0|>\nQuestion {number}?", ("word " * ANSWER_WORDS,)),))
-        for ID in photos
-        for number in range(options.questions)
-    ]
-    dataset = ImageCaptionDataset(photos, entries, model.chat, lambda photo: pixels[photo.ID])
-    return model, dataset
+    chat = model.chat
+
+    def entry(ID: int, number: int) -> Entry:
+        """A question that is `TEXT_TOKENS` long with its answer, whatever the tokenizer makes of words."""
+        words, filler = 1, 0
+        while True:
+            question = f"<|extra_0|>\nQuestion {number}" + " a" * filler
+            answer = ("b " * words).strip()
+            ids, labels = chat.render([chat.question(question, 1), chat.answer(answer)])
+            if sum(label != IGNORE_INDEX for label in labels) < ANSWER_TOKENS:
+                words += 1
+            elif len(ids) < chat.num_image_tokens + TEXT_TOKENS:
+                filler += 1
+            else:
+                return Entry((ID,), "b", "b", (Turn(question, (answer,)),))
+
+    entries = [entry(ID, number) for number in range(questions) for ID in photos]
+    return model, ImageCaptionDataset(photos, entries, chat, lambda photo: pixels[photo.ID])
 
 
-def our_step(backbones: Path, options: argparse.Namespace):
-    model, dataset = build(backbones, options)
+def on_device(batch: dict, device: str) -> dict:
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def padded_batches(dataset: ImageCaptionDataset, options: argparse.Namespace) -> list[dict]:
+    """Micro-batches of `photos` questions the usual way: right-padded rows, a photo for each."""
+    batches = []
+    for start in range(0, len(dataset), options.photos):
+        samples = [dataset[index] for index in range(start, min(start + options.photos, len(dataset)))]
+        rows = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0}
+        for sample in samples:
+            sample["attention_mask"] = torch.ones_like(sample["input_ids"])
+        batch = {
+            name: torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], True, value)
+            for name, value in rows.items()
+        }
+        batch["pixel_values"] = torch.stack([sample["pixel_values"] for sample in samples])
+        batches.append(on_device(batch, options.device))
+    return batches
+
+
+def supervised_count(dataset: ImageCaptionDataset) -> int:
+    return sum(int((dataset.tokens(index)["labels"] != IGNORE_INDEX).sum()) for index in range(len(dataset)))
+
+
+def our_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
+    model, dataset = build(backbones, options, questions)
     packed = ImageCaptionDataset(
-        dataset.photos, dataset.entries, model.chat, dataset.load_photo, max_questions=options.questions
+        dataset.photos, dataset.entries, model.chat, dataset.load_photo, max_questions=questions
     )
-    batch = collate([packed[index] for index in range(len(packed))], pad_id=0)
-    image = batch.pop("pixel_values")
+    return _ours(model, packed, len(packed), supervised_count(dataset), options)
+
+
+def unpacked_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
+    model, dataset = build(backbones, options, questions)
+    return _ours(model, dataset, options.photos, supervised_count(dataset), options)
+
+
+def _ours(
+    model: MMultiModal, dataset: ImageCaptionDataset, size: int, count: int, options: argparse.Namespace
+) -> tuple[torch.nn.Module, Losses]:
+    if options.checkpointing:
+        model.LLM.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    if options.compile:
+        compile_layers(model.LLM.get_base_model())
     model.train()
-    return model, lambda: model(image, **batch, supervised_only=True).loss
+    batches = [
+        on_device(collate([dataset[index] for index in range(start, min(start + size, len(dataset)))]), options.device)
+        for start in range(0, len(dataset), size)
+    ]
+
+    def loss_of(batch: dict) -> torch.Tensor:
+        rest = {name: value for name, value in batch.items() if name != "pixel_values"}
+        return model(batch["pixel_values"], **rest, supervised_only=True, num_items_in_batch=count).loss
+
+    return model, [lambda batch=batch: loss_of(batch) for batch in batches]
 
 
-def llava_step(backbones: Path, options: argparse.Namespace):
+def naive_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
+    model, dataset = build(backbones, options, questions)
+    if options.checkpointing:
+        model.LLM.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    count = supervised_count(dataset)
+
+    def loss_of(batch: dict) -> torch.Tensor:
+        logits = model(batch["pixel_values"], batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        targets = batch["labels"][:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum") / count
+
+    return model, [lambda batch=batch: loss_of(batch) for batch in padded_batches(dataset, options)]
+
+
+def llava_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
     """The same weights in transformers' class; LoRA on the language model, projector trained, all logits."""
-    model, dataset = build(backbones, options)
-    batch = collate([dataset[index] for index in range(len(dataset))], pad_id=0)
+    model, dataset = build(backbones, options, questions)
+    count, batches = supervised_count(dataset), padded_batches(dataset, options)
     vision_config = SiglipVisionConfig(**model.encoder.config.to_dict())
     vision_config.tie_last_hidden_states = True  # without it, LLaVA leaves out SigLIP's post layer norm
     language_model = model.LLM.unload()
+    text_config = Qwen2Config(**language_model.config.to_dict())
     config = LlavaConfig(
         vision_config=vision_config,
-        text_config=language_model.config,
+        text_config=text_config,
         image_token_index=model.chat.image_token_id,
         projector_hidden_act="gelu",
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
+        tie_word_embeddings=text_config.tie_word_embeddings,
     )
-    llava = LlavaForConditionalGeneration(config).to(language_model.dtype).requires_grad_(False)
+    with torch.device(options.device):
+        llava = LlavaForConditionalGeneration._from_config(config, dtype=language_model.dtype).requires_grad_(False)
     llava.model.vision_tower.load_state_dict(model.encoder.state_dict())
     llava.model.language_model.load_state_dict(language_model.model.state_dict())
     llava.lm_head.load_state_dict(language_model.lm_head.state_dict())
     projector = llava.model.multi_modal_projector
     projector.linear_1.load_state_dict(model.feature_proj[0].state_dict())
     projector.linear_2.load_state_dict(model.feature_proj[2].state_dict())
-    projector.float().requires_grad_(True)
+    projector.float()
     del model, language_model, dataset
     linear = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
     lora = LoraConfig(
         r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=rf".*language_model.*\.({linear})", bias="none"
     )
+    if options.checkpointing:
+        llava.gradient_checkpointing_enable({"use_reentrant": False})
     llava = get_peft_model(llava, lora).train()
     for parameter in llava.get_base_model().model.multi_modal_projector.parameters():
         parameter.requires_grad_(True)  # peft froze it
-    return llava, lambda: llava(**batch).loss
+    return llava, [lambda batch=batch: llava(**batch, num_items_in_batch=count).loss for batch in batches]
 
 
-SIDES = {"ours": our_step, "llava": llava_step}
+def liger_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
+    from liger_kernel.transformers import apply_liger_kernel_to_llava, apply_liger_kernel_to_qwen2  # needs Triton
+
+    apply_liger_kernel_to_qwen2(rope=False, rms_norm=False, swiglu=False, fused_linear_cross_entropy=False)
+    apply_liger_kernel_to_llava(fused_linear_cross_entropy=True)
+    return llava_step(backbones, options, questions)
 
 
-def work(side: str, backbones: Path, options: argparse.Namespace, pipe) -> None:
+SIDES = {
+    "ours": our_step,
+    "unpacked": unpacked_step,
+    "llava": llava_step,
+    "liger": liger_step,
+    "naive": naive_step,
+}
+
+
+def peak_bytes(device: str) -> int:
+    """Most memory this process held since `reset_peak`: of the GPU, else of the machine."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":  # elsewhere the peak of loading counts too
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def work(side: str, backbones: Path, options: argparse.Namespace, questions: int, pipe) -> None:
     """A process of its own: makes one optimiser step whenever asked, and at last reports its peak memory."""
     torch.set_num_threads(options.threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model, loss_of = SIDES[side](backbones, options)
+    before = 0 if options.device == "cuda" else peak_bytes("cpu")  # Python and its libraries
+    model, losses = SIDES[side](backbones, options, questions)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     dtype = DTYPES[options.precision]
+    reset_peak(options.device)
+    pipe.send("ready")
     while pipe.recv() == "step":
         began = time.perf_counter()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = loss_of()
-        loss.backward()
+        total = 0.0
+        for loss_of in losses:
+            with torch.autocast(options.device, dtype, enabled=dtype != torch.float32):
+                loss = loss_of()
+            loss.backward()
+            total += loss.item()  # waits for the GPU
+            del loss
         optimizer.step()
         optimizer.zero_grad()
-        pipe.send((loss.item(), time.perf_counter() - began))
-    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        pipe.send((total, time.perf_counter() - began))
+    pipe.send(peak_bytes(options.device) - before)
 
 
-def measure(backbones: Path, options: argparse.Namespace) -> dict:
-    """Losses, seconds per step and peak memory of both sides, and their ratios."""
+def measure(backbones: Path, options: argparse.Namespace, questions: int) -> dict:
+    """Losses, seconds per step and peak memory of all sides, and the ratios to ours."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
-    for side in SIDES:
+    for side in options.sides:
         pipes[side], theirs = context.Pipe()
-        processes.append(context.Process(target=work, args=(side, backbones, options, theirs)))
+        processes.append(context.Process(target=work, args=(side, backbones, options, questions, theirs)))
         processes[-1].start()
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        pipes[side].recv()  # one after the other, so that loading needs no memory for all
+    seconds: dict[str, list[float]] = {side: [] for side in options.sides}
     first_loss = {}
-    for pair in range(options.pairs + 1):
+    for turn in range(options.pairs + 1):
         for side, pipe in pipes.items():
             pipe.send("step")
             loss, elapsed = pipe.recv()
-            if pair == 0:  # warm-up
+            if turn == 0:  # warm-up
                 first_loss[side] = loss
             else:
                 seconds[side].append(elapsed)
-        if pair == 0:
+        if turn == 0:
             tolerance = 1e-4 if options.precision == "float32" else 2e-2
-            if abs(first_loss["ours"] - first_loss["llava"]) > tolerance * abs(first_loss["llava"]):
-                raise SystemExit(f"error: the two sides do not compute the same loss: {first_loss}")
+            if max(first_loss.values()) - min(first_loss.values()) > tolerance * abs(first_loss["ours"]):
+                raise SystemExit(f"error: the sides do not compute the same loss: {first_loss}")
     memory = {}
     for side, pipe in pipes.items():
         pipe.send("stop")
         memory[side] = pipe.recv()
     for process in processes:
         process.join()
-    median = {side: statistics.median(values) for side, values in seconds.items()}
+    others = [side for side in options.sides if side != "ours"]
     return {
-        "shape": options.shape,
-        "precision": options.precision,
-        "photos": options.photos,
-        "questions_per_photo": options.questions,
-        "threads": options.threads,
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        "questions_per_photo": questions,
         "first_loss": first_loss,
-        "seconds": {side: round(value, 4) for side, value in median.items()},
+        "seconds": {side: round(statistics.median(values), 4) for side, values in seconds.items()},
         "memory_mib": {side: round(value / 2**20) for side, value in memory.items()},
-        "times_faster": round(
-            statistics.median(b / a for a, b in zip(seconds["ours"], seconds["llava"], strict=True)), 2
-        ),
-        "share_of_memory": round(memory["ours"] / memory["llava"], 2),
+        "times_faster_than": {
+            side: round(statistics.median(b / a for a, b in zip(seconds["ours"], seconds[side], strict=True)), 2)
+            for side in others
+        },
+        "share_of_memory_of": {side: round(memory["ours"] / memory[side], 2) for side in others},
     }
+
+
+def why_no_liger(device: str) -> str | None:
+    """Why the side `liger` cannot run here, or None."""
+    for package in ("triton", "liger_kernel"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    return None if device == "cuda" else "Triton kernels need a GPU"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["demo", "half-b"], default="demo")
-    parser.add_argument("--questions", type=int, default=5, help="per photo (default 5)")
+    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--questions", type=int, nargs="+", default=[1, 2, 5], help="per photo (default 1 2 5)")
     parser.add_argument("--photos", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5, help="steps of each side that count (default 5)")
-    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto")
+    parser.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa", help="of ours")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for our layers")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on all sides")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.shape in NEEDS_CUDA and options.device != "cuda":
+        raise SystemExit(f"error: shape {options.shape} needs a CUDA GPU; --shape half-b runs on a CPU")
+    options.precision = pick_precision(options.precision, torch.device(options.device))
+    options.sides = ["ours", *(side for side in options.sides if side != "ours")]
+    skipped = {}
+    reason = why_no_liger(options.device)
+    if "liger" in options.sides and reason is not None:
+        options.sides.remove("liger")
+        skipped["liger"] = reason
     with tempfile.TemporaryDirectory() as folder:
-        backbones = DEMO
-        if options.shape == "half-b":
-            backbones = Path(folder)
-            write_half_b(backbones)
-        result = measure(backbones, options)
-    print(json.dumps(result, indent=2))
+        backbones = write_backbones(Path(folder), options.shape)
+        results = []
+        for questions in options.questions:
+            results.append(measure(backbones, options, questions))
+            print(json.dumps(results[-1], indent=2), flush=True)
+    report = {
+        "shape": options.shape,
+        "precision": options.precision,
+        "photos": options.photos,
+        "text_tokens_per_question": TEXT_TOKENS,
+        "supervised_tokens_per_question": ANSWER_TOKENS,
+        "checkpointing": options.checkpointing,
+        "compiled": options.compile,
+        "threads": options.threads,
+        "machine": torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "skipped": skipped,
+        "results": results,
+    }
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"{result['times_faster']} times faster, {result['share_of_memory']:.0%} of the memory")
+        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

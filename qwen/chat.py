@@ -50,6 +50,7 @@ class ChatFormat:
         self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, num_image_tokens: int, model_type: str = "qwen2"
     ) -> None:
         self.tokenizer = tokenizer
+        self._encoded: dict[str, list[int]] = {}
         self.prompt = prompt
         self.num_image_tokens = num_image_tokens
         self.first_generation = model_type == "qwen"
@@ -64,7 +65,12 @@ class ChatFormat:
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of `text` with every special token spelt out in plain characters."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        # a call of the tokenizer takes 0.1 ms however short the text, and most texts but the answer come again
+        if text not in self._encoded:
+            if len(self._encoded) >= 4096:
+                self._encoded.clear()
+            self._encoded[text] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return list(self._encoded[text])
 
     def question(self, text: str, num_images: int) -> Message:
         """The user message of a record: the first `num_images` tags `<|extra_0|>` in `text` are its photos.

@@ -160,7 +160,50 @@ def epoch_order(dataset: ImageCaptionDataset, weights: dict[str, float], seed: i
     return order
 
 
-def micro_batches(order: list[int], size: int, processes: int) -> list[list[int]]:
-    """Cut `order` into micro-batches, as many as all processes can share; at most `processes - 1` are left out."""
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+class _Lengths(Dataset):
+    def __init__(self, dataset: ImageCaptionDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> int:
+        try:
+            return len(self.dataset.tokens(index)["input_ids"])
+        except ValueError:  # training reports it when it comes to this sample
+            return 0
+
+
+def sample_lengths(dataset: ImageCaptionDataset, workers: int) -> list[int]:
+    """Tokens of every sample with the answers of the dataset's epoch, photos not loaded.
+
+    That takes 0.5 ms for a caption and 0.8 ms for a long answer: with the report's 310,000 rows and four workers about
+    45 s at the start of each epoch, which then runs for hours.
+    """
+    loader = DataLoader(
+        _Lengths(dataset), batch_size=1024, num_workers=workers, collate_fn=list, generator=torch.Generator()
+    )
+    return [length for batch in loader for length in batch]
+
+
+def micro_batches(
+    order: list[int], size: int, processes: int, lengths: list[int] | None = None, tokens: int | None = None
+) -> list[list[int]]:
+    """Cut `order` into micro-batches, as many as all processes can share; at most `processes - 1` are left out.
+
+    Args:
+        size: samples of a micro-batch, unless there is a token budget.
+        lengths: tokens of each sample, by its index.
+        tokens: the budget: a micro-batch goes on until the next sample would exceed it; a longer sample goes alone.
+    """
+    if tokens is None:
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+    else:
+        batches, room = [], 0
+        for index in order:
+            if not batches or lengths[index] > room:
+                batches.append([])
+                room = tokens
+            batches[-1].append(index)
+            room -= lengths[index]
     return batches[: max(len(batches) // processes, 1) * processes]

@@ -31,7 +31,7 @@ from model.checkpoint import check_complete, list_checkpoints, restore_weights, 
 from model.model import DTYPES, MMultiModal, pick_device, pick_precision
 from qwen.chat import IGNORE_INDEX
 from training.costs import Arithmetic, matrix_peak, peak_memory
-from training.data import build_datasets, data_hash, epoch_order, micro_batches, read_split
+from training.data import build_datasets, data_hash, epoch_order, micro_batches, read_split, sample_lengths
 from training.estimate import Estimate, Setting, choose_setting
 from training.optimizer import build_optimizer, build_schedule
 from training.run_log import RunLog
@@ -40,6 +40,16 @@ from training.run_log import RunLog
 def supervised_tokens(batch: dict[str, Any]) -> int:
     """Number of labels the loss of a batch is summed over."""
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def compile_layers(language_model: torch.nn.Module) -> None:
+    """`torch.compile` for attention, MLP and norms of every decoder layer, in place, for any length of batch.
+
+    The parts and not the layer: gradient checkpointing wraps that, and inside a wrapped one nothing would be compiled.
+    """
+    for layer in language_model.model.layers:
+        for part in layer.children():
+            part.compile(dynamic=True)
 
 
 class Trainer:
@@ -81,6 +91,8 @@ class Trainer:
         self.model = MMultiModal.from_config(config, self.accelerator.device)
         if origin is not None:
             restore_weights(self.model, origin)
+        if config.train.compile:
+            compile_layers(self.model.LLM.get_base_model())
         self.weights = {source.name: source.weight for source in config.data.sources}
         with self.accelerator.main_process_first():  # the first one writes the feature cache, the others read it
             self.train_set, self.val_set = build_datasets(config, self.model, photos, train, val)
@@ -184,8 +196,14 @@ class Trainer:
         return self.output_dir / f"checkpoint-{self.position['step']}"
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
+        self.train_set.set_epoch(epoch)
         order = epoch_order(self.train_set, self.weights, self.config.train.seed, epoch)
-        return micro_batches(order, self.setting.micro_batch, self.accelerator.num_processes)
+        return self._cut(self.train_set, order, self.accelerator.num_processes)
+
+    def _cut(self, dataset: ImageCaptionDataset, order: list[int], processes: int) -> list[list[int]]:
+        train = self.config.train
+        lengths = None if train.tokens_per_batch is None else sample_lengths(dataset, train.workers)
+        return micro_batches(order, self.setting.micro_batch, processes, lengths, train.tokens_per_batch)
 
     def _loader(self, dataset: ImageCaptionDataset, batches: list[list[int]], persistent: bool = False) -> DataLoader:
         """Hands out `batches`, collated; `persistent` workers stay for the next time it is iterated."""
@@ -208,7 +226,6 @@ class Trainer:
         own_batches: list[list[int]] = []  # the loader reads them anew each epoch
         epoch_loader = self._loader(self.train_set, own_batches, persistent=True)
         while self.position["step"] < self.total_steps:
-            self.train_set.set_epoch(self.position["epoch"])
             epoch_batches = self._epoch_batches(self.position["epoch"])
             remaining = epoch_batches[self.position["micro_batches"] :]
             own_batches[:] = remaining[rank::processes]
@@ -327,7 +344,7 @@ class Trainer:
         """Mean loss per supervised token on the first `eval_samples` samples of the validation set."""
         self.wrapped.eval()
         count = min(len(self.val_set), self.config.train.eval_samples)
-        batches = micro_batches(list(range(count)), self.setting.micro_batch, 1)
+        batches = self._cut(self.val_set, list(range(count)), 1)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in self._loader(self.val_set, batches[rank::processes]):

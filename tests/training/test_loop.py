@@ -14,7 +14,7 @@ from config import REPO_ROOT
 from model.answer import Answerer
 from model.checkpoint import list_checkpoints
 from model.model import MMultiModal
-from training.data import epoch_order, micro_batches
+from training.data import epoch_order, micro_batches, sample_lengths
 from training.estimate import describe_run
 from training.loop import Trainer
 from training.optimizer import build_optimizer, build_schedule
@@ -39,9 +39,10 @@ def test_frozen_stays_frozen_and_the_rest_moves(configure):
         assert torch.equal(parameter, before[name]) != trained, name
 
 
-def test_resume_equals_uninterrupted(configure, tmp_path):
+@pytest.mark.parametrize("budget", [None, 300])
+def test_resume_equals_uninterrupted(configure, tmp_path, budget):
     dropout = {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}  # so that the random generator's state matters
-    settings = {"log_steps": 1, "save_steps": 3, "save_total_limit": 9, "max_steps": 8}
+    settings = {"log_steps": 1, "save_steps": 3, "save_total_limit": 9, "max_steps": 8, "tokens_per_batch": budget}
     whole = Trainer(configure(llm=dropout, output_dir=str(tmp_path / "whole"), **settings)).run()
     Trainer(configure(llm=dropout, output_dir=str(tmp_path / "parts"), **settings)).run()
     for step in (6, 8):  # what an interruption after step 3 (and some logged steps more) leaves behind
@@ -184,6 +185,46 @@ def test_order_visits_every_sample_once_and_weights_repeat(configure):
     assert len(weighted) == len(dataset) + round(len(dataset) / 2)
     assert [len(batch) for batch in micro_batches(list(range(7)), 2, 1)] == [2, 2, 2, 1]
     assert [len(batch) for batch in micro_batches(list(range(7)), 2, 3)] == [2, 2, 2]
+
+
+def test_token_budget_fills_micro_batches_and_keeps_the_order(configure):
+    lengths = [5, 4, 3, 30, 1, 9, 10]
+    assert micro_batches([6, 0, 1, 3, 2, 4, 5], 1, 1, lengths, tokens=10) == [[6], [0, 1], [3], [2, 4], [5]]
+    assert micro_batches([6, 0, 1, 3, 2, 4, 5], 1, 2, lengths, tokens=10) == [[6], [0, 1], [3], [2, 4]]
+    trainer = Trainer(configure(tokens_per_batch=300, workers=1))
+    lengths = [len(trainer.train_set.tokens(index)["input_ids"]) for index in range(len(trainer.train_set))]
+    assert sample_lengths(trainer.train_set, workers=1) == lengths
+    batches = trainer._epoch_batches(0)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert max(map(len, batches)) > 1
+    assert all(len(batch) == 1 or sum(lengths[index] for index in batch) <= 300 for batch in batches)
+    assert batches == trainer._epoch_batches(0) != trainer._epoch_batches(1)
+
+
+def test_flex_attention_is_refused_without_cuda(configure, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'train.attention': flex needs a CUDA GPU"):
+        Trainer(configure(attention="flex"))
+
+
+@pytest.mark.nightly  # compiling takes half a minute
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_train_the_same(configure, tmp_path, checkpointing):
+    plain, compiled = (
+        Trainer(
+            configure(
+                output_dir=str(tmp_path / str(compile)),
+                compile=compile,
+                gradient_checkpointing=checkpointing,
+                log_steps=1,
+                max_steps=4,
+            )
+        ).run()
+        for compile in (False, True)
+    )
+    expected, actual = losses(plain.parent), losses(compiled.parent)
+    for step in expected:
+        assert actual[step] == pytest.approx(expected[step], rel=1e-4)
 
 
 def test_dry_run_describes_and_keeps_nothing(configure):
