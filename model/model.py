@@ -20,6 +20,7 @@ from model.backbone import locate_backbone
 from qwen.attention import PackedLayout
 from qwen.chat import ChatFormat
 from qwen.loading import load_language_model
+from qwen.lora import LoraLinear
 from qwen.tokenizer import image_token_id, load_tokenizer
 from visual.encoder import load_encoder
 from visual.transform import ImageTransform
@@ -325,4 +326,6 @@ def _with_lora(LLM: nn.Module, config: Config) -> nn.Module:
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
+    if config.llm.quantization == "none":  # quantised layers have LoRA layers of their own in peft
+        settings._register_custom_module({nn.Linear: LoraLinear})
     return get_peft_model(LLM, settings)

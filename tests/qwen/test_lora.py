@@ -1,0 +1,91 @@
+"""Our LoRA layer gives what peft's gives: output and every gradient, with dropout, autocast, merging, switching off."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from qwen.lora import LoraLinear
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 20), nn.Linear(20, 7, bias=False)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def pair(dropout=0.0, dtype=torch.float64):
+    """The same model with peft's layers and with ours."""
+    models = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=["first", "second"])
+        if ours:
+            config._register_custom_module({nn.Linear: LoraLinear})
+        model = get_peft_model(Layers().to(dtype), config).train()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        models.append(model)
+    assert sum(isinstance(module, LoraLinear) for module in models[1].modules()) == 2
+    return models
+
+
+def run(model, x):
+    x = x.clone().requires_grad_()
+    torch.manual_seed(5)  # of dropout
+    output = model(x)
+    output.square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) == 4
+    return output, gradients | {"x": x.grad}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_output_and_gradients(dropout, dtype, tolerance):
+    x = torch.randn(2, 5, 12, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    (theirs, their_gradients), (ours, our_gradients) = (run(model, x) for model in pair(dropout, dtype))
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert our_gradients.keys() == their_gradients.keys()
+    for name, gradient in our_gradients.items():  # in norm: single elements may be small differences of large numbers
+        assert (gradient - their_gradients[name]).norm() <= tolerance * their_gradients[name].norm(), name
+
+
+def test_autocast_is_no_less_exact_than_pefts():
+    x = torch.randn(3, 12, generator=torch.Generator().manual_seed(2))
+    models = pair(dtype=torch.float32)
+    expected, expected_gradients = run(models[0], x)
+    errors = []
+    for model in models:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output, gradients = run(model, x)
+        assert output.dtype == torch.bfloat16
+        assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+        differences = {name: gradients[name] - gradient for name, gradient in expected_gradients.items()}
+        errors.append({name: float(difference.norm()) for name, difference in differences.items()})
+        errors[-1]["output"] = float((output.float() - expected).norm())
+    assert all(errors[1][name] <= 1.5 * errors[0][name] for name in errors[0]), errors
+
+
+def test_numeric_gradient():
+    _, ours = pair()
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ours, (x,))
+
+
+@torch.no_grad()
+def test_merging_and_switching_off_go_to_peft():
+    theirs, ours = pair()
+    x = torch.randn(3, 12, dtype=torch.float64)
+    unmerged = ours(x)
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert torch.equal(ours(x), theirs(x))
+    ours.merge_adapter()
+    torch.testing.assert_close(ours(x), unmerged, rtol=1e-12, atol=1e-12)
+    ours.unmerge_adapter()
+    torch.testing.assert_close(ours.merge_and_unload()(x), unmerged, rtol=1e-12, atol=1e-12)
