@@ -117,6 +117,12 @@ def write_backbones(folder: Path, shape: str) -> Path:
 
 def build(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[MMultiModal, ImageCaptionDataset]:
     """Our model and a data set of `photos` × `questions` questions on random pictures."""
+    model = build_model(backbones, options)
+    return model, build_dataset(model, options.photos, questions)
+
+
+def build_model(backbones: Path, options: argparse.Namespace) -> MMultiModal:
+    """Our model with new LoRA and projector weights."""
     config = parse_config(
         {
             "visual": {"path": str(backbones / "siglip")},
@@ -125,28 +131,41 @@ def build(backbones: Path, options: argparse.Namespace, questions: int) -> tuple
         },
         "benchmark",
     )
-    model = MMultiModal.from_config(config, device=options.device)
+    return MMultiModal.from_config(config, device=options.device)
+
+
+def build_dataset(
+    model: MMultiModal,
+    num_photos: int,
+    questions: int,
+    text_tokens: int = TEXT_TOKENS,
+    answer_tokens: int = ANSWER_TOKENS,
+    max_questions: int = 1,
+) -> ImageCaptionDataset:
+    """`questions` questions on each of `num_photos` random pictures, all of the same length."""
     size = model.encoder.config.image_size
-    pixels = torch.randn(options.photos, 3, size, size, generator=torch.Generator().manual_seed(0))
-    photos = {ID: Photo(ID, str(ID), str(ID), Path()) for ID in range(options.photos)}
+    pixels = torch.randn(num_photos, 3, size, size, generator=torch.Generator().manual_seed(0))
+    photos = {ID: Photo(ID, str(ID), str(ID), Path()) for ID in range(num_photos)}
     chat = model.chat
 
     def entry(ID: int, number: int) -> Entry:
-        """A question that is `TEXT_TOKENS` long with its answer, whatever the tokenizer makes of words."""
+        """A question that is `text_tokens` long with its answer, whatever the tokenizer makes of words."""
         words, filler = 1, 0
         while True:
             question = f"<|extra_0|>\nQuestion {number}" + " a" * filler
             answer = ("b " * words).strip()
             ids, labels = chat.render([chat.question(question, 1), chat.answer(answer)])
-            if sum(label != IGNORE_INDEX for label in labels) < ANSWER_TOKENS:
+            if sum(label != IGNORE_INDEX for label in labels) < answer_tokens:
                 words += 1
-            elif len(ids) < chat.num_image_tokens + TEXT_TOKENS:
+            elif len(ids) < chat.num_image_tokens + text_tokens:
                 filler += 1
             else:
                 return Entry((ID,), "b", "b", (Turn(question, (answer,)),))
 
     entries = [entry(ID, number) for number in range(questions) for ID in photos]
-    return model, ImageCaptionDataset(photos, entries, chat, lambda photo: pixels[photo.ID])
+    return ImageCaptionDataset(
+        photos, entries, chat, lambda photo: pixels[photo.ID], max_length=16384, max_questions=max_questions
+    )
 
 
 def on_device(batch: dict, device: str) -> dict:

@@ -117,10 +117,33 @@ def supervised_loss(
     return total / (num_items_in_batch if num_items_in_batch is not None else max(len(targets), 1))
 
 
+class SupervisedRows:
+    """Lets the MLP of the last layer work on some positions alone: what it gives at the others, nobody reads.
+
+    Attributes:
+        mask: (B, T) bool, the positions; None: all.
+    """
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        self.mask: torch.Tensor | None = None
+        mlp.register_forward_pre_hook(self._select)
+        mlp.register_forward_hook(self._spread)
+
+    def _select(self, mlp: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return arguments if self.mask is None else (arguments[0][self.mask],)  # (B, T, Dl) → (S, Dl)
+
+    def _spread(self, mlp: torch.nn.Module, arguments: tuple, rows: torch.Tensor) -> torch.Tensor:
+        if self.mask is None:
+            return rows
+        everywhere = rows.new_zeros(*self.mask.shape, rows.shape[-1])
+        return everywhere.masked_scatter(self.mask.unsqueeze(-1), rows)  # (B, T, Dl)
+
+
 class ImageInputs:
     """What our classes add to transformers' causal language models: `images`, and a loss without full logits."""
 
     image_token_id: int  # set by load_language_model
+    last_mlp: SupervisedRows  # likewise
 
     def position_scaling(self, length: int) -> float:
         """How positions are stretched for a prompt of `length` tokens. Keys computed under one value cannot be mixed
@@ -174,12 +197,18 @@ class ImageInputs:
                 **({} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}),
                 **kwargs,
             )
-        outputs = self.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **kwargs | {"use_cache": False},
-        )
+        # where activations are computed again in the backward pass, that must find what the forward pass found
+        if not (self.training and self.model.layers[-1].gradient_checkpointing):
+            self.last_mlp.mask = functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+        try:
+            outputs = self.model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **kwargs | {"use_cache": False},
+            )
+        finally:
+            self.last_mlp.mask = None
         loss = supervised_loss(outputs.last_hidden_state, labels, self.lm_head, num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss)
 

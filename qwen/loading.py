@@ -12,7 +12,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 from config import require_complete
 from qwen import qwen1
 from qwen.attention import ATTENTION, register_attention
-from qwen.Mqwen import LANGUAGE_MODELS
+from qwen.Mqwen import LANGUAGE_MODELS, SupervisedRows
 
 
 def loading_options(
@@ -92,6 +92,7 @@ def load_language_model(
     )
     require_complete(info, "llm.path", folder)
     language_model.image_token_id = image_token_id
+    language_model.last_mlp = SupervisedRows(language_model.model.layers[-1].mlp)
     # published generation configs bring a repetition penalty and sampling; here only config section `generate` decides
     language_model.generation_config = GenerationConfig()
     if vocabulary_size > language_model.get_input_embeddings().weight.shape[0]:

@@ -22,16 +22,17 @@ class Arithmetic:
 
     A matrix with P weights costs 2·P for each position it is applied to, in the forward pass and again for the gradient
     of its input; one that is trained costs 2·P more for its own gradient (Kaplan et al. 2020, arXiv 2001.08361, section
-    2.1). So frozen weights of the language model count 4·P·T, LoRA and projector 6·P·T, `lm_head` 4·P for supervised
-    positions, the encoder 2·P for each patch, since nothing flows back into it. Attention scores are left out: they add
-    about 1 % at T = 800 and the widths of a 7B model. Otherwise it equals what torch's flop counter sees of matrix
-    products (`tests/training/test_costs.py`).
+    2.1). So frozen weights of the language model count 4·P·T, LoRA and projector 6·P·T, `lm_head` and the MLP of the
+    last layer the same for supervised positions alone, the encoder 2·P for each patch, since nothing flows back into
+    it. Attention scores are left out: they add about 1 % at T = 800 and the widths of a 7B model. Otherwise it equals
+    the matrix products that run (`tests/training/test_costs.py`).
     """
 
     def __init__(self, model: MMultiModal) -> None:
         language_model = model.LLM.get_base_model()
         head = language_model.get_output_embeddings()
-        self.per_supervised = 4 * head.in_features * head.out_features
+        last_mlp = _linear_operations(language_model.model.layers[-1].mlp, frozen=4, trained=6)
+        self.per_supervised = last_mlp + 4 * head.in_features * head.out_features
         self.per_token = _linear_operations(language_model, frozen=4, trained=6) - self.per_supervised
         first, second = model.feature_proj[0].weight.numel(), model.feature_proj[2].weight.numel()
         self.per_photo = model.num_image_tokens * (4 * first + 6 * second)  # nothing flows back below the projector

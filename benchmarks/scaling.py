@@ -1,0 +1,133 @@
+"""How time and peak memory of a training step grow: with text, supervised tokens, questions per photo and photos.
+
+    python -m benchmarks.scaling [--shape tiny|half-b] [--output FILE.json]
+
+Each row of numbers changes one quantity, all else fixed, and a straight line is fitted to it: `per_unit` is its slope.
+`worst_fit` says by how much of its value a point lies off the line at most: where that is large, growth is not linear.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy
+import torch
+
+from benchmarks.train_step import (
+    NEEDS_CUDA,
+    SHAPES,
+    build_dataset,
+    build_model,
+    on_device,
+    peak_bytes,
+    reset_peak,
+    write_backbones,
+)
+from dataset.image_caption_dataset import collate
+from model.model import DTYPES, pick_precision
+
+# photos, questions of each, tokens of a question with its answer, supervised ones of them
+START = {"photos": 1, "questions": 1, "text_tokens": 80, "answer_tokens": 40}
+AXES: dict[str, tuple[dict[str, int], list[int]]] = {
+    "text_tokens": ({}, [80, 400, 800, 1600]),
+    "answer_tokens": ({"text_tokens": 1600}, [40, 256, 512, 1024]),  # the loss works in chunks of 256
+    "questions": ({}, [1, 2, 4, 8]),
+    "photos": ({}, [1, 2, 4, 8]),
+}
+
+
+def work(backbones: Path, options: argparse.Namespace, pipe) -> None:
+    """A process of its own, for its memory: sends seconds of every point and its peak bytes above the weights."""
+    torch.set_num_threads(options.threads)
+    model = build_model(backbones, options).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    dtype = DTYPES[options.precision]
+
+    def step(batch: dict) -> float:
+        began = time.perf_counter()
+        rest = {name: value for name, value in batch.items() if name != "pixel_values"}
+        with torch.autocast(options.device, dtype, enabled=dtype != torch.float32):
+            loss = model(batch["pixel_values"], **rest, supervised_only=True).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the GPU
+        return time.perf_counter() - began
+
+    batches = {}
+    for axis, (fixed, values) in AXES.items():
+        for value in values:
+            point = START | fixed | {axis: value}
+            dataset = build_dataset(
+                model, point["photos"], point["questions"], point["text_tokens"], point["answer_tokens"], 16
+            )
+            batches[axis, value] = on_device(collate([dataset[i] for i in range(len(dataset))]), options.device)
+    step(batches["photos", 1])
+    seconds: dict[tuple, list[float]] = {point: [] for point in batches}
+    memory = {}
+    for _ in range(options.rounds):  # all points in turn, so that a noisy machine hits all
+        for point, batch in batches.items():
+            reset_peak(options.device)
+            before = peak_bytes(options.device)
+            seconds[point].append(step(batch))
+            memory[point] = peak_bytes(options.device) - before
+    pipe.send({point: (statistics.median(seconds[point]), memory[point]) for point in batches})
+
+
+def fit(values: list[int], measured: list[float]) -> dict[str, float]:
+    """Slope of the best straight line, and how far off it a point is at most, relative to the point."""
+    slope, start = numpy.polyfit(values, measured, 1)
+    off = max(abs(start + slope * x - y) / y for x, y in zip(values, measured, strict=True))
+    return {"per_unit": float(slope), "worst_fit": round(float(off), 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each point (default 3)")
+    parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto")
+    parser.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    options = parser.parse_args()
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.shape in NEEDS_CUDA and options.device != "cuda":
+        raise SystemExit(f"error: shape {options.shape} needs a CUDA GPU; --shape half-b runs on a CPU")
+    options.precision = pick_precision(options.precision, torch.device(options.device))
+    # as in train_step.py: memory is that of tensors, not what glibc keeps for later; both figures then hold page faults
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=work, args=(write_backbones(Path(folder), options.shape), options, theirs))
+        process.start()
+        theirs.close()
+        measured = pipe.recv()
+        process.join()
+    report = {"shape": options.shape, "precision": options.precision, "threads": options.threads, "axes": {}}
+    for axis, (fixed, values) in AXES.items():
+        seconds, memory = zip(*(measured[axis, value] for value in values), strict=True)
+        mib = [peak / 2**20 for peak in memory]
+        report["axes"][axis] = {
+            "fixed": {name: value for name, value in (START | fixed).items() if name != axis},
+            "values": values,
+            "seconds": [round(value, 3) for value in seconds],
+            "memory_mib": [round(value) for value in mib],
+            "seconds_fit": fit(values, list(seconds)),
+            "memory_mib_fit": fit(values, mib),
+        }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
