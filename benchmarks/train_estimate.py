@@ -25,7 +25,7 @@ def measure(trainer: Trainer, micro_batch: int, checkpointing: bool) -> dict:
     """Estimated and measured figures of one optimiser step with one micro-batch, and their relative error."""
     estimate = Estimate(trainer)
     tokens = micro_batch * estimate.longest
-    estimated = (estimate.memory(micro_batch, checkpointing) / 2**20, estimate.seconds(tokens, checkpointing))
+    estimated = (estimate.memory(tokens, checkpointing) / 2**20, estimate.seconds(tokens, checkpointing))
     batch = estimate.copies(micro_batch)
     trainer._step([batch])  # the first one makes the optimiser's state
     seconds = []

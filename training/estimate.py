@@ -68,9 +68,14 @@ class Estimate:
         self.limit = usable_memory(trainer.accelerator.device)
         self._lines: dict[bool, tuple[Line, Line]] = {}
 
-    def memory(self, micro_batch: int, checkpointing: bool) -> float:
-        """Bytes at the highest, if all samples were as long as the longest."""
-        return self._measured(checkpointing)[0](micro_batch * self.longest)
+    def memory(self, tokens: int, checkpointing: bool) -> float:
+        """Bytes at the highest, of a micro-batch with so many tokens."""
+        return self._measured(checkpointing)[0](tokens)
+
+    def most_tokens(self, micro_batch: int) -> int:
+        """Of a micro-batch of so many samples, were all as long as the longest; or the budget, where there is one."""
+        budget = self.trainer.config.train.tokens_per_batch
+        return micro_batch * self.longest if budget is None else max(budget, self.longest)
 
     def seconds(self, tokens: float, checkpointing: bool) -> float:
         """Of one micro-batch with so many tokens."""
@@ -139,7 +144,7 @@ def choose_setting(trainer: "Trainer") -> Setting:
         setting
         for checkpointing in modes  # off, as long as one sample fits: a larger micro-batch does not repay recomputing
         for setting in possible_settings(trainer, checkpointing)
-        if estimate.memory(setting.micro_batch, checkpointing) <= estimate.limit
+        if estimate.memory(estimate.most_tokens(setting.micro_batch), checkpointing) <= estimate.limit
     )
     setting = next(fitting, None)
     trainer.model.zero_grad()
@@ -217,30 +222,33 @@ def describe_run(trainer: "Trainer") -> str:
 
 
 def step_seconds(estimate: Estimate, setting: Setting, lengths: list[int]) -> float:
-    """Of an optimiser step on samples of so many tokens each."""
-    return setting.accumulation * estimate.seconds(setting.micro_batch * mean(lengths), setting.checkpointing)
+    """Of an optimiser step on samples of so many tokens each, or on micro-batches full to the budget."""
+    tokens = estimate.trainer.config.train.tokens_per_batch or setting.micro_batch * mean(lengths)
+    return setting.accumulation * estimate.seconds(tokens, setting.checkpointing)
 
 
 def _table(trainer: "Trainer", estimate: Estimate, lengths: list[int]) -> list[str]:
-    chosen = trainer.setting
+    chosen, budget = trainer.setting, trainer.config.train.tokens_per_batch
     per_step = chosen.micro_batch * chosen.accumulation
-    sizes = sorted({2**power for power in range(per_step.bit_length())} | {chosen.micro_batch})
+    sizes = {2**power for power in range(per_step.bit_length())} if budget is None else set()
+    step = f"{per_step} samples" if budget is None else f"{chosen.accumulation} × {budget:,} tokens"
     kind = "GPU memory" if trainer.accelerator.device.type == "cuda" else "resident memory, a rough figure,"
     lines = [
-        f"peak {kind} and time of an optimiser step of {per_step} samples on each process, in {trainer.precision};",
+        f"peak {kind} and time of an optimiser step of {step} on each process, in {trainer.precision};",
         "measured on up to 4 copies of the longest sample, the rest extrapolated",
         "                             gradient checkpointing off      gradient checkpointing on",
         "micro_batch × accumulation         GiB   seconds                   GiB   seconds",
     ]
-    for size in sizes:
+    for size in sorted(sizes | {chosen.micro_batch}):
         if per_step % size:
             continue
         cells = []
         for checkpointing in (False, True):
             setting = Setting(size, per_step // size, checkpointing)
-            memory = estimate.memory(size, checkpointing)
+            memory = estimate.memory(estimate.most_tokens(size), checkpointing)
             mark = "*" if setting == chosen else "!" if memory > estimate.limit else " "
             cells.append(f"{memory / 2**30:12.1f} {step_seconds(estimate, setting, lengths):9.2f} {mark}")
-        lines.append((f"{size:11} × {per_step // size:<12}" + "         ".join(cells)).rstrip())
+        first = f"{size:11}" if budget is None else f"{budget:4} tokens"
+        lines.append((f"{first} × {per_step // size:<12}" + "         ".join(cells)).rstrip())
     lines.append(f"* this run   ! does not fit into the {estimate.limit / 2**30:.1f} GiB that can be used here")
     return lines
