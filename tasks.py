@@ -45,7 +45,7 @@ def run(*command: str | Path) -> None:
 
 
 def demo() -> None:
-    """draw a small world, train on it, score it and answer a question (about 8 minutes on two cores)"""
+    """draw a small world, train on it, score it and answer a question (8 to 10 minutes on two cores)"""
     install("requirements.txt")
     shutil.rmtree(ROOT / DEMO_RUN, ignore_errors=True)
     run(PYTHON, "-m", "demo.make_data")
