@@ -5,18 +5,17 @@ wrong and the nearest valid name; nothing is guessed. Whether a file exists is a
 (`existing_path`), so `predict.py` does not ask for training data.
 """
 
-import argparse
 import difflib
-import sys
-import warnings
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-REPO_ROOT = Path(__file__).resolve().parent
+from errors import UserError, shortened
+from paths import nearest_name_hint, resolve_path
+
 IMAGE_TAG = "<|extra_0|>"  # stands for the photo in questions; the report's name, a spare token of Qwen v1
 
 
@@ -191,25 +190,30 @@ def key_paths(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return paths
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `key=value` overrides (values are YAML), check everything.
+def load_config(path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> Config:
+    """Read a YAML file, apply overrides, check everything.
+
+    Args:
+        overrides: `key=value` texts of a command line, whose values are YAML, or values by dotted key, taken as they
+            are.
 
     Raises:
-        ValueError: missing or malformed file, unknown key, wrong type or bad combination; the message names each key.
+        UserError: missing or malformed file, unknown key, wrong type or bad combination; the message names each key.
     """
     file = resolve_path(path)
     if not file.is_file():
-        raise ValueError(f"config file not found: {file}. {nearest_name_hint(file)}Give one with --config FILE")
+        raise UserError(f"config file not found: {file}. {nearest_name_hint(file)}Give one with --config FILE")
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{file}: expected sections such as 'data:' and 'train:', found {type(raw).__name__}")
-    for override in overrides or []:
-        _apply_override(raw, override)
+        raise UserError(f"{file}: expected sections such as 'data:' and 'train:', found {type(raw).__name__}")
+    values = overrides if isinstance(overrides, dict) else parse_overrides(overrides or [])
+    for key, value in values.items():
+        _set_value(raw, key, os.fspath(value) if isinstance(value, os.PathLike) else value)
     return parse_config(raw, where=str(path))
 
 
@@ -218,42 +222,48 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ValueError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        raise UserError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from None
 
 
-def parse_overrides(overrides: list[str]) -> dict[str, str]:
-    """`["key=value", …]` as a mapping, for `MMultiModal.from_checkpoint`; ValueError for one without `=`."""
-    pairs = [override.partition("=") for override in overrides]
-    for key, equals, value in pairs:
-        if not key or not equals:
-            raise ValueError(f"override '{key}{equals}{value}' is not of the form key=value")
-    return {key: value for key, _, value in pairs}
+def parse_overrides(overrides: list[str]) -> dict[str, Any]:
+    """`["key=value", …]` of a command line as values by dotted key; the values are YAML.
+
+    Raises:
+        UserError: one without `=`, or whose value is not valid YAML.
+    """
+    values = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(
+                f"override '{shortened(override)}' is not of the form key=value, for example train.max_steps=100"
+            )
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"override '{shortened(override)}': the value is not valid YAML; quote it: {key}='\"…\"'"
+            ) from error
+    return values
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"override '{override}' is not of the form key=value, for example train.max_steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override '{override}': the value is not valid YAML; quote it: {key}='\"…\"'") from error
+def _set_value(raw: dict[str, Any], key: str, value: Any) -> None:
     node: Any = raw
     *parents, leaf = key.split(".")
     for parent in parents:
         if isinstance(node, list):
             if not parent.isdigit() or int(parent) >= len(node):
-                raise ValueError(f"override '{key}': item {parent} does not exist, the list has {len(node)}")
+                raise UserError(f"override '{key}': item {parent} does not exist, the list has {len(node)}")
             node = node[int(parent)]
         else:
             if node.get(parent) is None:
                 node[parent] = {}
             node = node[parent]
         if not isinstance(node, dict | list):
-            raise ValueError(f"override '{key}': '{parent}' is a value, not a section")
+            raise UserError(f"override '{key}': '{parent}' is a value, not a section")
     if isinstance(node, list):
         if not leaf.isdigit() or int(leaf) >= len(node):
-            raise ValueError(f"override '{key}': item {leaf} does not exist, the list has {len(node)}")
+            raise UserError(f"override '{key}': item {leaf} does not exist, the list has {len(node)}")
         node[int(leaf)] = value
     else:
         node[leaf] = value
@@ -278,83 +288,3 @@ def _explain(item: dict[str, Any]) -> str:
         return f"key '{key}' is missing"
     reason = item["msg"].removeprefix("Value error, ")
     return f"'{key}' = {item['input']!r}: {reason}" if item["type"] != "value_error" else f"'{key}': {reason}"
-
-
-def resolve_path(path: str | Path) -> Path:
-    """A relative path counts from the repository root, whatever the working directory; `~` is expanded."""
-    return REPO_ROOT / Path(path).expanduser()
-
-
-def existing_path(path: str | Path, key: str, kind: Literal["file", "folder"] = "file") -> Path:
-    """Resolve `path`, the value of config key `key`.
-
-    Raises:
-        ValueError: it does not exist or is not of that kind; names the key and the nearest existing name.
-    """
-    resolved = resolve_path(path)
-    if resolved.is_file() if kind == "file" else resolved.is_dir():
-        return resolved
-    if resolved.exists():
-        raise ValueError(f"'{key}': {resolved} is not a {kind}")
-    raise ValueError(f"'{key}': {kind} not found: {resolved}. {nearest_name_hint(resolved)}Change it with {key}=PATH")
-
-
-def nearest_name_hint(path: Path) -> str:
-    """'Did you mean …? ' for a path whose name is misspelt, or which part of it does not exist; '' if unknown."""
-    parent = path.parent
-    if not parent.is_dir():
-        while not parent.is_dir():
-            parent, missing = parent.parent, parent
-        return f"The folder {missing} does not exist. "
-    near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1, cutoff=0.5)
-    return f"Did you mean {parent / near[0]}? " if near else ""
-
-
-def require_complete(loading_info: dict[str, Any], key: str, folder: Path) -> None:
-    """Check what transformers' `from_pretrained(…, output_loading_info=True)` reports; `key` named the folder.
-
-    Raises:
-        ValueError: tensors missing, left over or of the wrong shape; lists their names.
-    """
-    names = {"missing_keys": "missing", "unexpected_keys": "left over", "mismatched_keys": "of the wrong shape"}
-    problems = [
-        f"{meaning}: {_tensor_names(loading_info[name])}" for name, meaning in names.items() if loading_info[name]
-    ]
-    if problems:
-        raise ValueError(
-            f"'{key}': the weights in {folder} do not fit their config.json; tensors {'; '.join(problems)}"
-        )
-
-
-def _tensor_names(items: set[str] | set[tuple]) -> str:
-    # a tensor of the wrong shape comes as (name, shape in the file, shape the model has)
-    names = sorted(
-        item if isinstance(item, str) else f"{item[0]} {[*item[1]]} instead of {[*item[2]]}" for item in items
-    )
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
-
-
-def script_arguments(description: str, default_config: str | None = "config.yaml") -> argparse.ArgumentParser:
-    """The argument parser all scripts share: `--config FILE` (unless the script takes a checkpoint) and overrides."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if default_config is not None:
-        parser.add_argument("--config", default=default_config, help=f"YAML file of the run (default {default_config})")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="replace config values, for example train.max_steps=100"
-    )
-    return parser
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `ValueError` becomes one sentence on stderr and exit status 1, Ctrl-C status 130."""
-    # what libraries will do in their next major version is no news for users: requirements.txt pins this one
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for stream in (sys.stdout, sys.stderr):  # a console that lacks a character must not end a run
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None

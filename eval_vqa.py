@@ -11,12 +11,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import existing_path, parse_overrides, run_script, script_arguments
+from cli import run_script, script_arguments
+from config import parse_overrides
 from dataset.records import read_records, split_entries
 from evaluation.report import draw_gallery, table, write_json
 from evaluation.runner import evaluate
 from model.answer import Answerer
 from model.model import MMultiModal
+from paths import existing_path
 
 
 def main(arguments: list[str] | None = None) -> None:

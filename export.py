@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from config import parse_overrides, run_script, script_arguments
+from cli import run_script, script_arguments
+from config import parse_overrides
 from model.export import export_checkpoint
 from model.model import MMultiModal
 
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder for the exported model")
     args = parser.parse_intermixed_args(arguments)
-    whole = {"llm.quantization": "none", "llm.device_map": "null"}  # whatever it was trained with
+    whole = {"llm.quantization": "none", "llm.device_map": None}  # whatever it was trained with
     overrides = parse_overrides(args.overrides) | whole
     model = MMultiModal.from_checkpoint(
         args.checkpoint.absolute(), device="cpu", dtype=torch.float32, overrides=overrides

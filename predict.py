@@ -16,7 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import parse_overrides, run_script, script_arguments
+from cli import run_script, script_arguments
+from config import parse_overrides
+from errors import UserError
 from model.answer import Answerer
 from model.model import MMultiModal
 
@@ -30,9 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="where the answered rows go")
     args = parser.parse_intermixed_args(arguments)
     if (args.question is None) == (args.input is None):
-        raise ValueError("give either --question TEXT (with --image FILE) or --input FILE.jsonl --output FILE.jsonl")
+        raise UserError("give either --question TEXT (with --image FILE) or --input FILE.jsonl --output FILE.jsonl")
     if args.question is not None and args.output is not None:
-        raise ValueError("--output belongs to --input; the answer to --question is printed")
+        raise UserError("--output belongs to --input; the answer to --question is printed")
     if args.input is not None:
         _check_files(args.input, args.output, args.image)
 
@@ -46,20 +48,18 @@ def main(arguments: list[str] | None = None) -> None:
         answered, failed = answer_file(answerer, args.input, args.output)
         print(f"{answered} rows answered, {failed} with an error: {args.output}")
         if failed:
-            raise ValueError(
-                f'{failed} of {answered + failed} rows could not be answered, see "error" in {args.output}'
-            )
+            raise UserError(f'{failed} of {answered + failed} rows could not be answered, see "error" in {args.output}')
 
 
 def _check_files(source: Path, target: Path | None, image: Path | None) -> None:
     if target is None or image is not None:
-        raise ValueError("--input needs --output FILE.jsonl and no --image: the rows name their photos")
+        raise UserError("--input needs --output FILE.jsonl and no --image: the rows name their photos")
     if not source.is_file():
-        raise ValueError(f"input file not found: {source}")
+        raise UserError(f"input file not found: {source}")
     if target.resolve() == source.resolve():
-        raise ValueError(f"--output would overwrite the input {source}: give another name")
+        raise UserError(f"--output would overwrite the input {source}: give another name")
     if not target.resolve().parent.is_dir():
-        raise ValueError(f"the folder of --output does not exist: {target.resolve().parent}")
+        raise UserError(f"the folder of --output does not exist: {target.resolve().parent}")
 
 
 def answer_file(answerer: Answerer, source: Path, target: Path) -> tuple[int, int]:
@@ -79,7 +79,7 @@ def answer_file(answerer: Answerer, source: Path, target: Path) -> tuple[int, in
             try:
                 row = _parse(line)
                 row["answer"] = _answer_row(answerer, row, source.parent)
-            except (OSError, ValueError) as error:
+            except (OSError, UserError) as error:
                 row["error"] = str(error)
             counts["error" if "error" in row else "answer"] += 1
             print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
@@ -90,18 +90,18 @@ def _parse(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"not valid JSON in UTF-8: {error}") from error
+        raise UserError(f"not valid JSON in UTF-8: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f'expected {{"image": …, "question": …}}, found {type(row).__name__}')
+        raise UserError(f'expected {{"image": …, "question": …}}, found {type(row).__name__}')
     return {key: value for key, value in row.items() if key not in ("answer", "error")}
 
 
 def _answer_row(answerer: Answerer, row: dict[str, Any], folder: Path) -> str:
     image, question = row.get("image"), row.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f'"question" must be a text, found {question!r}')
+        raise UserError(f'"question" must be a text, found {question!r}')
     if image is not None and not (isinstance(image, str) and image):
-        raise ValueError(f'"image" must be a file name, found {image!r}')
+        raise UserError(f'"image" must be a file name, found {image!r}')
     return answerer.answer(None if image is None else folder / image, question)
 
 

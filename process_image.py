@@ -14,10 +14,13 @@ from multiprocessing.pool import ThreadPool
 
 from tqdm import tqdm
 
-from config import Data, existing_path, load_config, resolve_path, run_script, script_arguments
+from cli import run_script, script_arguments
+from config import Data, load_config
 from dataset.json_files import read_json
 from dataset.raw import READERS, Check, Report, merge_captions, process_ali, process_coco
 from dataset.records import Captions, ImageMap, write_json_files, write_records
+from errors import UserError
+from paths import existing_path, resolve_path
 
 __all__ = ["main", "process_ali", "process_coco", "process_sources", "read_json"]
 
@@ -41,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(report_text(reports))
     empty = [report.source for report in reports if report.kept == 0]
     if empty:
-        raise ValueError(f"no row is left of {', '.join(empty)}, see the reasons above; nothing was written")
+        raise UserError(f"no row is left of {', '.join(empty)}, see the reasons above; nothing was written")
     if args.check:
         print("--check: nothing was written")
         return
@@ -56,10 +59,10 @@ def process_sources(data: Data) -> tuple[ImageMap, Captions, list[Report]]:
     """Read all sources in the order of the config, merged into one image map and one set of captions.
 
     Raises:
-        ValueError: no sources, or a file or folder of a source is missing or not of its format.
+        UserError: no sources, or a file or folder of a source is missing or not of its format.
     """
     if not data.sources:
-        raise ValueError("'data.sources' is empty: name at least one source with name, format, annotations and images")
+        raise UserError("'data.sources' is empty: name at least one source with name, format, annotations and images")
     image_map: ImageMap = {}
     captions: Captions = {}
     reports = []
@@ -104,7 +107,7 @@ def photo_check(mode: str, source: str) -> Check | None:
         if mode == "open":
             try:
                 load_image(file)
-            except ValueError as error:
+            except UserError as error:
                 return "photo cannot be decoded", str(error)
         return None
 

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from config import Generate, Gui, parse_overrides, run_script, script_arguments
+from cli import run_script, script_arguments
+from config import Generate, Gui, parse_overrides
+from errors import UserError
 from model.answer import Answerer
 from model.checkpoint import read_config
 from model.model import MMultiModal
@@ -154,7 +156,7 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
             except Exception as error:  # whatever it was, it is said in the chat and the page is usable again
                 failed = [*history, {"role": "assistant", "content": f"⚠ {_sentence(error, upload)}"}]
                 yield show(history[:-1], "", busy=False) | {chat: _as_shown(failed), question: asked}
-                if not isinstance(error, ValueError) and not _is_out_of_memory(error):
+                if not isinstance(error, UserError) and not _is_out_of_memory(error):
                     raise
             finally:
                 active.discard(session)
@@ -197,7 +199,7 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
             if upload is not None:
                 try:
                     load(upload["path"])
-                except ValueError as error:
+                except UserError as error:
                     return show([], "", busy=False) | {photo: None} | complain(_sentence(error, upload))
             if history:
                 return show([], NEW_PHOTO if upload is not None else "", busy=False)
@@ -256,7 +258,7 @@ def _sentence(error: Exception, upload: dict[str, Any]) -> str:
     """What to tell the user, with the file's own name instead of where the upload lies."""
     if _is_out_of_memory(error):
         return OUT_OF_MEMORY
-    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return text.replace(upload["path"], upload["orig_name"] or "photo")
 
 
@@ -289,7 +291,7 @@ def check_port(gui: Gui) -> None:
     """Try whether the page can be served.
 
     Raises:
-        ValueError: `gui.host`:`gui.port` is taken or cannot be used.
+        UserError: `gui.host`:`gui.port` is taken or cannot be used.
     """
     with socket.socket() as probe:
         if os.name == "posix":  # elsewhere it would let two programs share the port
@@ -297,7 +299,7 @@ def check_port(gui: Gui) -> None:
         try:
             probe.bind((gui.host, gui.port))
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"cannot serve on {gui.host}:{gui.port} ({error.strerror}): choose another port, for example "
                 f"gui.port={gui.port + 1}"
             ) from error
@@ -308,9 +310,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint folder")
     args = parser.parse_intermixed_args(arguments)
     checkpoint = args.checkpoint.absolute()
-    gui = read_config(checkpoint, args.overrides).gui
-    check_port(gui)  # before the model is loaded, which may take a minute
     overrides = parse_overrides(args.overrides)
+    gui = read_config(checkpoint, overrides).gui
+    check_port(gui)  # before the model is loaded, which may take a minute
     model = MMultiModal.from_checkpoint(checkpoint, overrides=overrides)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the folder of uploads goes then, too
     with tempfile.TemporaryDirectory(prefix="photos-") as uploads:

@@ -8,7 +8,8 @@ Several GPUs: `torchrun --nproc-per-node 4 train.py …`.
 
 from pathlib import Path
 
-from config import load_config, run_script, script_arguments
+from cli import run_script, script_arguments
+from config import load_config
 
 
 def main(arguments: list[str] | None = None) -> None:

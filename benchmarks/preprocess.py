@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from config import REPO_ROOT
+from paths import REPO_ROOT
 
 # rows of caption_train_annotations_20170902.json, complex_reasoning_77k.json and detail_23k.json
 AI_CHALLENGER_ROWS, REASONING_ROWS, DETAIL_ROWS = 210_000, 76_643, 23_240

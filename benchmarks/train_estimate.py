@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from config import load_config, run_script, script_arguments
+from cli import run_script, script_arguments
+from config import load_config
 from training.costs import PeakMemory
 from training.estimate import Estimate
 from training.loop import Trainer

@@ -42,10 +42,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from config import REPO_ROOT, parse_config
+from config import parse_config
 from dataset.image_caption_dataset import ImageCaptionDataset, collate
 from dataset.records import Entry, Photo, Turn
 from model.model import DTYPES, MMultiModal, pick_precision
+from paths import REPO_ROOT
 from qwen.chat import IGNORE_INDEX
 from training.loop import compile_layers
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from config import IMAGE_TAG
 from dataset.packing import pack
 from dataset.records import Entry, Photo
+from errors import UserError
 from qwen.attention import PackedLayout
 from qwen.chat import IGNORE_INDEX, ChatFormat, Message
 
@@ -41,7 +42,7 @@ class ImageCaptionDataset(Dataset):
         photos: by ID.
         entries: the records to learn from.
         chat: prompt format of the model.
-        load_photo: photo → pixels (3, H, W) float32, or its cached features (N, Dv); ValueError for a broken photo.
+        load_photo: photo → pixels (3, H, W) float32, or its cached features (N, Dv); UserError for a broken photo.
         photo_key: name of what `load_photo` gives, `pixel_values` or `image_features`.
         max_length: longest dialogue in tokens; longer ones lose whole turns from the end, then the end of the answer.
         max_questions: how many questions of a photo ride in one sequence; 1: no packing.
@@ -89,7 +90,7 @@ class ImageCaptionDataset(Dataset):
         try:
             loaded = [self.load_photo(self.photos[ID]) for ID in entry.images]
             sample = self.tokens(index)
-        except ValueError as error:
+        except UserError as error:
             return {"error": str(error)}
         if loaded:
             sample[self.photo_key] = loaded[0] if len(loaded) == 1 else torch.stack(loaded)
@@ -101,7 +102,7 @@ class ImageCaptionDataset(Dataset):
         the shared prefix and of each question behind it; of the whole where there is one question.
 
         Raises:
-            ValueError: photo and first question alone exceed `max_length`.
+            UserError: photo and first question alone exceed `max_length`.
         """
         rendered = [self.render_entry(number) for number in self.groups[index]]
         if len(rendered) > 1:
@@ -124,7 +125,7 @@ class ImageCaptionDataset(Dataset):
                 break
         input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
         if all(label == IGNORE_INDEX for label in labels):
-            raise ValueError(
+            raise UserError(
                 f"the question {entry.turns[0].question[:60]!r} of source '{entry.source}' fills 'data.max_length' "
                 f"= {self.max_length} tokens, so no answer is left to learn: raise it"
             )

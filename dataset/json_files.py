@@ -5,12 +5,14 @@ from typing import Any
 
 import orjson
 
+from errors import UserError
+
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file in UTF-8, with or without BOM.
 
     Raises:
-        ValueError: no such file, empty, not UTF-8 or not JSON; one sentence with file, line and column.
+        UserError: no such file, empty, not UTF-8 or not JSON; one sentence with file, line and column.
     """
     return _parse_json(_read_bytes(path), str(path))
 
@@ -24,10 +26,10 @@ def read_jsonl(path: str | Path) -> list[Any]:
 def _read_bytes(path: str | Path) -> bytes:
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"{file}: file not found")
+        raise UserError(f"{file}: file not found")
     content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not content.strip():
-        raise ValueError(f"{file}: the file is empty, fetch it again")
+        raise UserError(f"{file}: the file is empty, fetch it again")
     return content
 
 
@@ -39,6 +41,6 @@ def _parse_json(content: bytes, name: str, line: int = 1) -> Any:
             content.decode("utf-8")
         except UnicodeDecodeError as wrong:
             line += content.count(b"\n", 0, wrong.start)
-            raise ValueError(f"{name}: line {line} is not UTF-8 text (byte {wrong.start}): save it as UTF-8") from wrong
+            raise UserError(f"{name}: line {line} is not UTF-8 text (byte {wrong.start}): save it as UTF-8") from wrong
         line += error.lineno - 1
-        raise ValueError(f"{name}: not valid JSON at line {line}, column {error.colno}: {error.msg}") from error
+        raise UserError(f"{name}: not valid JSON at line {line}, column {error.colno}: {error.msg}") from error

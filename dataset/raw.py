@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import IMAGE_TAG, resolve_path
+from config import IMAGE_TAG
 from dataset.json_files import read_json, read_jsonl
 from dataset.records import TEXT_KEY, Captions, ImageMap
+from errors import UserError
+from paths import resolve_path
 
 IMAGE_WORD = "<image>"  # the photo's place in LLaVA annotations
 CHINESE_QUESTIONS = (f"这幅图像描述了什么？{IMAGE_TAG}", f"{IMAGE_TAG}这幅图像中有什么？")
@@ -305,7 +307,7 @@ def _place_tags(turns: list[dict[str, Any]], photos: int, report: Report) -> lis
 def _load_rows(annotations: Path, questions: Path | None, images: Path) -> list[Any]:
     rows = read_json(annotations)
     if not isinstance(rows, list):
-        raise ValueError(f"{annotations}: expected a list of rows, found {type(rows).__name__}: is 'format' right?")
+        raise UserError(f"{annotations}: expected a list of rows, found {type(rows).__name__}: is 'format' right?")
     return rows
 
 
@@ -345,7 +347,7 @@ def _load_vqav2(annotations: Path, questions: Path | None, images: Path) -> list
 def _objects(data: Any, name: str, path: Path) -> list[dict[str, Any]]:
     items = data.get(name) if isinstance(data, dict) else None
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"{path}: expected an object with a list of objects '{name}': is 'format' right?")
+        raise UserError(f"{path}: expected an object with a list of objects '{name}': is 'format' right?")
     return items
 
 

@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 
 import orjson
 
-from config import IMAGE_TAG, REPO_ROOT
+from config import IMAGE_TAG
 from dataset.json_files import read_json
+from errors import UserError
+from paths import REPO_ROOT
 
 TEXT_KEY = "text"  # the key in captions.json under which the rows without a photo stand
 UNNAMED_SOURCE = "unnamed"  # of entries in the report's form, which name no source
@@ -56,10 +58,10 @@ def write_records(image_map: ImageMap, captions: Captions, image_map_path: Path,
             `"images": [ID, …]`.
 
     Raises:
-        ValueError: both paths are the same.
+        UserError: both paths are the same.
     """
     if os.path.abspath(image_map_path) == os.path.abspath(captions_path):
-        raise ValueError(f"'data.image_map' and 'data.captions' are both {captions_path}: give them different names")
+        raise UserError(f"'data.image_map' and 'data.captions' are both {captions_path}: give them different names")
     write_json_files({image_map_path: image_map, captions_path: captions})
 
 
@@ -90,7 +92,7 @@ def read_records(image_map: Path, captions: Path) -> tuple[dict[int, Photo], lis
         photos by ID, and the entries in the order of the file.
 
     Raises:
-        ValueError: a file is missing, is not JSON or breaks the form; names file, ID or key, and what to do.
+        UserError: a file is missing, is not JSON or breaks the form; names file, ID or key, and what to do.
     """
     photos = _read_photos(Path(image_map))
     file = Path(captions)
@@ -170,7 +172,7 @@ def _turn(file: Path, where: str, turn: Any) -> Turn:
 
 
 def _fail(file: Path, where: str, problem: str) -> NoReturn:
-    raise ValueError(f"{file}: {where} {problem}; correct it or run process_image.py again")
+    raise UserError(f"{file}: {where} {problem}; correct it or run process_image.py again")
 
 
 def split_entries(

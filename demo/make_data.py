@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import REPO_ROOT
 from demo.world import CAPTION_QUESTIONS, Scene, captions, draw, questions, random_scene
+from paths import REPO_ROOT
 
 CAPTION_SHARE = 0.2  # of the photos: with captions; the others have questions
 

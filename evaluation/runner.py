@@ -14,6 +14,7 @@ from PIL import Image
 from config import IMAGE_TAG
 from dataset.image_caption_dataset import entry_messages
 from dataset.records import Entry, Photo
+from errors import UserError
 from evaluation import metrics
 from model.answer import Answerer
 from visual.transform import load_image
@@ -72,10 +73,10 @@ def evaluate(
         progress: wraps the list of photo groups, for example `tqdm`.
 
     Raises:
-        ValueError: nothing to ask, a photo that cannot be read, or a blind pass without a second photo.
+        UserError: nothing to ask, a photo that cannot be read, or a blind pass without a second photo.
     """
     if not entries:
-        raise ValueError("nothing to evaluate: the split has no questions. Raise data.val_fraction or pass --split all")
+        raise UserError("nothing to evaluate: the split has no questions. Raise data.val_fraction or pass --split all")
     all_IDs = sorted({ID for entry in entries for ID in entry.images})
     groups: dict[tuple[int, ...], list[Entry]] = {}
     for entry in entries:
@@ -137,6 +138,6 @@ def _other_photos(own: tuple[int, ...], IDs: list[int]) -> tuple[int, ...]:
         candidates = [IDs[(middle + step) % len(IDs)] for step in range(len(IDs))]
         other = next((candidate for candidate in candidates if candidate not in own), None)
         if other is None:
-            raise ValueError(f"a blind pass swaps photos, but the split has no other than {list(own)}: pass --no-blind")
+            raise UserError(f"a blind pass swaps photos, but the split has no other than {list(own)}: pass --no-blind")
         others.append(other)
     return tuple(others)

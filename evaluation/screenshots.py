@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import REPO_ROOT, run_script, script_arguments
+from cli import run_script, script_arguments
+from errors import UserError
+from paths import REPO_ROOT
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -31,7 +33,7 @@ def running_page(checkpoint: Path, overrides: list[str]):
     """Run `test_gui.py` in a process of its own; yields its address.
 
     Raises:
-        ValueError: it ended before it could be reached; its message is repeated.
+        UserError: it ended before it could be reached; its message is repeated.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -55,7 +57,7 @@ def running_page(checkpoint: Path, overrides: list[str]):
                 time.sleep(0.2)
         else:
             process.kill()
-            raise ValueError(f"the page did not start: {process.communicate()[1].strip()}")
+            raise UserError(f"the page did not start: {process.communicate()[1].strip()}")
         yield f"http://127.0.0.1:{port}/"
     finally:
         process.terminate()
@@ -67,13 +69,13 @@ def running_browser():
     """A headless Chromium or Chrome of this machine.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     from playwright.sync_api import sync_playwright  # a development tool: nobody else needs it
 
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
-        raise ValueError(f"no browser found: install one of {', '.join(BROWSERS)}")
+        raise UserError(f"no browser found: install one of {', '.join(BROWSERS)}")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
         yield browser
@@ -109,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--question", action="append", help="may be given several times")
     args = parser.parse_intermixed_args(arguments)
     if not args.photo.is_file():
-        raise ValueError(f"photo not found: {args.photo}")
+        raise UserError(f"photo not found: {args.photo}")
     with running_browser() as browser, running_page(args.checkpoint, args.overrides) as address:
         for file in take_screenshots(browser, address, args.photo, args.question or QUESTIONS, args.output):
             print(file)

@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from config import Generate
+from errors import UserError
 from model.model import MMultiModal
 from qwen.chat import Message
 from visual.transform import load_image
@@ -58,10 +59,10 @@ class Answerer:
             Pieces of text; together they are the answer. Closing the iterator stops the work.
 
         Raises:
-            ValueError: an empty question, a broken photo, or a dialogue longer than the language model's context.
+            UserError: an empty question, a broken photo, or a dialogue longer than the language model's context.
         """
         if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-            raise ValueError("the question is empty: type one")
+            raise UserError("the question is empty: type one")
         chat = self.model.chat
         rendered = []
         for index, message in enumerate(messages):
@@ -159,7 +160,7 @@ class Answerer:
         ids, _ = chat.render(messages)
         room = self.model.LLM.config.max_position_embeddings - len(ids)
         if room < 1:
-            raise ValueError(
+            raise UserError(
                 f"the dialogue has {len(ids)} tokens (a photo {self.model.num_image_tokens}), the language model reads "
                 f"{self.model.LLM.config.max_position_embeddings}: start a new dialogue or ask a shorter question"
             )

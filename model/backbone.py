@@ -17,7 +17,8 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 
-from config import nearest_name_hint, resolve_path
+from errors import UserError
+from paths import nearest_name_hint, resolve_path
 
 # bytes hashed at the head of each tensor file: its table of names, shapes and offsets, and the first weights
 FINGERPRINT_BYTES = 1 << 20
@@ -45,7 +46,7 @@ def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingfac
         hub: `huggingface` or `modelscope`.
 
     Raises:
-        ValueError: not found anywhere (says what was tried and the three ways to get it), or not a folder of whole,
+        UserError: not found anywhere (says what was tried and the three ways to get it), or not a folder of whole,
             unquantised weights.
     """
     candidates = [resolve_path(path), resolve_path(model_root) / path, resolve_path(model_root) / Path(path).name]
@@ -57,16 +58,16 @@ def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingfac
         return folder
     for folder in candidates:
         if folder.is_file() and folder.suffix == ".gguf":
-            raise ValueError(GGUF.format(key=key, place=folder))
+            raise UserError(GGUF.format(key=key, place=folder))
         if folder.is_file():
-            raise ValueError(f"'{key}': {folder} is a file; name the folder with config.json and *.safetensors")
+            raise UserError(f"'{key}': {folder} is a file; name the folder with config.json and *.safetensors")
     looks_like_hub_id = path.count("/") == 1 and not Path(path).is_absolute() and not path.startswith((".", "~"))
     parent = resolve_path(path).parent
     # an owner's name may be that of a package of ours: ModelScope's qwen/, and on a Mac Qwen/ too
     if not looks_like_hub_id or (parent.is_dir() and not any(parent.glob("*.py"))):
         hints = [nearest_name_hint(folder) for folder in candidates]
         hint = next((hint for hint in reversed(hints) if hint.startswith("Did you mean")), hints[0])
-        raise ValueError(f"'{key}': no folder {candidates[0]} nor {candidates[-1]}. {hint}Set it with {key}=FOLDER")
+        raise UserError(f"'{key}': no folder {candidates[0]} nor {candidates[-1]}. {hint}Set it with {key}=FOLDER")
     snapshot_download = _downloader(hub, path, model_root, key)
     # small files first: a model that is refused for its config.json costs no time
     folder = snapshot_download(["*.json", "*.txt", "*.jinja", "*.tiktoken"])
@@ -84,7 +85,7 @@ def _downloader(hub: str, path: str, model_root: str, key: str) -> Callable[[lis
         try:
             library = importlib.import_module("modelscope")
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"'hub' is modelscope, whose package is not installed: run `pip install modelscope`, or name the "
                 f"model's folder with {key}=FOLDER"
             ) from error
@@ -95,7 +96,7 @@ def _downloader(hub: str, path: str, model_root: str, key: str) -> Callable[[lis
         try:
             return Path(library.snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*/*"]))
         except Exception as error:  # without a network, the hubs' libraries raise all kinds
-            raise ValueError(
+            raise UserError(
                 f"'{key}': '{path}' is neither a folder here nor reachable on the hub {hub} ({type(error).__name__}). "
                 "Either set HF_ENDPOINT to a mirror you can reach (or hub=modelscope), or copy the model to "
                 f"{resolve_path(model_root) / path}, or name its folder with {key}=FOLDER"
@@ -105,32 +106,32 @@ def _downloader(hub: str, path: str, model_root: str, key: str) -> Callable[[lis
 
 
 def _check_kind(folder: Path, path: str, key: str) -> None:
-    """ValueError for folders that are no pretrained model, or a quantised one."""
+    """UserError for folders that are no pretrained model, or a quantised one."""
     if (folder / "adapter_config.json").exists():
         projectors = ("feature_proj.safetensors", "other_params.bin")
         if any((folder / name).exists() for name in projectors):
-            raise ValueError(
+            raise UserError(
                 f"'{key}': {folder} is a checkpoint of a trained model; give it with --checkpoint (or "
                 f"train.init_from) and name the pretrained model it was trained from with {key}=FOLDER"
             )
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise ValueError(f"'{key}': {folder} is a LoRA adapter of {base}; name that model itself, its folder or hub id")
+        raise UserError(f"'{key}': {folder} is a LoRA adapter of {base}; name that model itself, its folder or hub id")
     if not (folder / "config.json").is_file():
         if any(folder.glob("*.gguf")):
-            raise ValueError(GGUF.format(key=key, place=folder))
-        raise ValueError(
+            raise UserError(GGUF.format(key=key, place=folder))
+        raise UserError(
             f"'{key}': {folder} has no config.json, so it is not a model folder (GGUF repositories lack it too)"
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"'{key}': {folder / 'config.json'} is not valid JSON ({error}): copy it again") from error
+        raise UserError(f"'{key}': {folder / 'config.json'} is not valid JSON ({error}): copy it again") from error
     quantisation = config.get("quantization_config")
     if quantisation is not None:
         original = QUANTISED_SUFFIX.sub("", path.rstrip("/"))
         named = f", for example {original}" if original != path.rstrip("/") else ""
         method = quantisation.get("quant_method", "MLX")  # which names none
-        raise ValueError(
+        raise UserError(
             f"'{key}': {path} holds weights quantised with {method}, which are not read; "
             f"use the original model in fp16 or bf16{named}"
         )
@@ -140,7 +141,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The tensor files of a model folder by name, whether they exist or not; none if nothing says which they are.
 
     Raises:
-        ValueError: an index that is not a table of shards.
+        UserError: an index that is not a table of shards.
     """
     present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not present:
@@ -150,23 +151,23 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = set(json.loads(present[0].read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{present[0]} is not a table of shards ({error!r}): copy it again") from error
+        raise UserError(f"{present[0]} is not a table of shards ({error!r}): copy it again") from error
     return [folder / name for name in sorted(names)]
 
 
 def _check_weights(folder: Path, key: str) -> None:
-    """ValueError for tensor files that are missing, cut short or more than tensors; reads their tables only."""
+    """UserError for tensor files that are missing, cut short or more than tensors; reads their tables only."""
     files = weight_files(folder)
     if not files:
         others = [file.name for kind in ("*.safetensors", "*.bin", "*.gguf") for file in sorted(folder.glob(kind))]
         found = f" (found {', '.join(others)})" if others else ""
-        raise ValueError(
+        raise UserError(
             f"'{key}': the weights are missing in {folder}{found}: it needs model.safetensors, or its shards and "
             "model.safetensors.index.json, or the same as pytorch_model.bin"
         )
     for file in files:
         if not file.is_file():
-            raise ValueError(f"'{key}': {file.name}, a shard that the index in {folder} names, is missing: copy it too")
+            raise UserError(f"'{key}': {file.name}, a shard that the index in {folder} names, is missing: copy it too")
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):
@@ -174,14 +175,14 @@ def _check_weights(folder: Path, key: str) -> None:
             else:
                 torch.load(file, map_location="meta", weights_only=True)
         except pickle.UnpicklingError as error:
-            raise ValueError(
+            raise UserError(
                 f"'{key}': {file} holds more than tensors, and opening it could run code; it was not opened. Get the "
                 "model from its publisher, as *.safetensors if there are any"
             ) from error
         except SafetensorError as error:
-            raise ValueError(f"'{key}': {file} is damaged or cut short ({error}): copy it again") from error
+            raise UserError(f"'{key}': {file} is damaged or cut short ({error}): copy it again") from error
         except Exception as error:  # torch.load meets damage with anything from EOFError to KeyError
-            raise ValueError(f"'{key}': {file} is damaged or cut short ({error!r}): copy it again") from error
+            raise UserError(f"'{key}': {file} is damaged or cut short ({error!r}): copy it again") from error
 
 
 def backbone_fingerprint(folder: Path) -> str:

@@ -27,9 +27,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from config import REPO_ROOT, Config, load_config, nearest_name_hint
+from config import Config, load_config
+from errors import UserError
 from model import report_layout
 from model.backbone import backbone_fingerprint
+from paths import REPO_ROOT, nearest_name_hint
 
 if TYPE_CHECKING:
     from model.model import MMultiModal
@@ -128,17 +130,17 @@ def check_complete(folder: Path) -> Path:
     """`folder` itself if it holds a whole checkpoint.
 
     Raises:
-        ValueError: it does not exist or lacks files; names them.
+        UserError: it does not exist or lacks files; names them.
     """
     folder = REPO_ROOT / folder
     if not folder.is_dir():
-        raise ValueError(f"checkpoint folder not found: {folder}. {nearest_name_hint(folder)}".rstrip())
+        raise UserError(f"checkpoint folder not found: {folder}. {nearest_name_hint(folder)}".rstrip())
     required = report_layout.REQUIRED_FILES if report_layout.is_report_checkpoint(folder) else REQUIRED_FILES
     missing = [name for name in required if not (folder / name).is_file()]
     if missing:
         inside = sorted(child.name for child in folder.glob("checkpoint-*"))
         hint = f"; did you mean {folder / inside[-1]}?" if inside else ""
-        raise ValueError(f"{folder} is not a complete checkpoint, it lacks {', '.join(missing)}{hint}")
+        raise UserError(f"{folder} is not a complete checkpoint, it lacks {', '.join(missing)}{hint}")
     return folder
 
 
@@ -148,11 +150,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def read_config(folder: Path, overrides: list[str] | None = None) -> Config:
-    """The config a checkpoint was trained with, with `key=value` overrides; errors as `check_complete`."""
+def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """The config a checkpoint was trained with, with `overrides` by dotted key; errors as `check_complete`."""
     folder = check_complete(folder)
     if report_layout.is_report_checkpoint(folder):
-        return report_layout.read_report_config(folder, overrides or [])
+        return report_layout.read_report_config(folder, overrides or {})
     return load_config(folder / CONFIG_FILE, overrides)
 
 
@@ -160,7 +162,7 @@ def restore_weights(model: "MMultiModal", folder: Path) -> None:
     """Put LoRA and projector of a checkpoint into `model` and check what they were trained on.
 
     Raises:
-        ValueError: another backbone, prompt or transform than in training, other LoRA settings, or tensors that do not
+        UserError: another backbone, prompt or transform than in training, other LoRA settings, or tensors that do not
             fit.
     """
     folder = check_complete(folder)
@@ -176,7 +178,7 @@ def restore_weights(model: "MMultiModal", folder: Path) -> None:
         files = ("adapter_model.safetensors", PROJECTOR_FILE)
     ours = model.config.llm.lora
     if (ours.r, ours.alpha, set(ours.target_modules)) != (lora["r"], lora["alpha"], set(lora["target_modules"])):
-        raise ValueError(
+        raise UserError(
             f"'llm.lora' differs from the adapter in {folder}: that has r={lora['r']}, alpha={lora['alpha']}, "
             f"target_modules={sorted(lora['target_modules'])}"
         )
@@ -191,14 +193,14 @@ def _check_fingerprints(model: "MMultiModal", folder: Path) -> None:
     places = {"visual": ("visual.path", model.visual_folder), "llm": ("llm.path", model.llm_folder)}
     for part, (key, backbone) in places.items():
         if actual[part] != expected[part]:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was trained on another '{key}': its backbone has the fingerprint {expected[part]}, "
                 f"{backbone} has {actual[part]}. Set {key}=FOLDER to the model it was trained with"
             )
     if actual["prompt"] != expected["prompt"]:
-        raise ValueError(f"{folder} was trained with another prompt: leave prompt.* as in its {CONFIG_FILE}")
+        raise UserError(f"{folder} was trained with another prompt: leave prompt.* as in its {CONFIG_FILE}")
     if actual["transform"] != expected["transform"]:
-        raise ValueError(f"{folder} was trained with other preprocessor settings than {model.visual_folder} has now")
+        raise UserError(f"{folder} was trained with other preprocessor settings than {model.visual_folder} has now")
 
 
 def _copy_exactly(parameters: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], file: Path) -> None:
@@ -213,7 +215,7 @@ def _copy_exactly(parameters: dict[str, torch.Tensor], tensors: dict[str, torch.
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{file} does not fit the model: {'; '.join(problems[:5])}{more}")
+        raise UserError(f"{file} does not fit the model: {'; '.join(problems[:5])}{more}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

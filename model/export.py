@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, VipLlavaForConditionalGeneration
 
-from config import IMAGE_TAG, require_complete
+from config import IMAGE_TAG
+from errors import UserError, require_complete
 from model.model import MMultiModal
 from visual.SigLIP_VIT import SigLIPViT
 
@@ -29,18 +30,18 @@ def export_checkpoint(model: MMultiModal, output: Path) -> float:
         Largest difference of a logit between ours and the exported model.
 
     Raises:
-        ValueError: `output` exists, the encoder is not SigLIP, the model keeps all patches, or the exported model
+        UserError: `output` exists, the encoder is not SigLIP, the model keeps all patches, or the exported model
             answers differently.
     """
     if output.exists():
-        raise ValueError(f"{output} exists already: name a new folder with --output")
+        raise UserError(f"{output} exists already: name a new folder with --output")
     if not isinstance(model.encoder, SigLIPViT):
-        raise ValueError(
+        raise UserError(
             "'visual.path' is a CLIP encoder: the stock class written here takes SigLIP's last layer norm into its "
             "projector, so only models with a SigLIP encoder can be exported"
         )
     if not model.config.visual.drop_first_token:
-        raise ValueError(
+        raise UserError(
             "'visual.drop_first_token' is false, but the stock class always drops the first patch: cannot be exported"
         )
     temporary = output.with_name(output.name + ".tmp")
@@ -54,10 +55,10 @@ def export_checkpoint(model: MMultiModal, output: Path) -> float:
     write_folder(model, temporary)
     their_logits, their_tokens = exported_outputs(temporary, pixels, input_ids, model.suppressed_ids)
     if not torch.equal(our_tokens, their_tokens):
-        raise ValueError(f"exported greedy tokens {their_tokens.tolist()}, ours {our_tokens.tolist()}: see {temporary}")
+        raise UserError(f"exported greedy tokens {their_tokens.tolist()}, ours {our_tokens.tolist()}: see {temporary}")
     difference = float((our_logits - their_logits).abs().max())
     if difference > TOLERANCE:
-        raise ValueError(
+        raise UserError(
             f"the exported model's logits differ by {difference:.1e} (allowed {TOLERANCE}): see {temporary}"
         )
     os.replace(temporary, output)
@@ -172,7 +173,7 @@ def exported_outputs(folder: Path, pixels: torch.Tensor, input_ids: torch.Tensor
     """Logits (1, T, V) and greedy tokens (1, new) of the folder, loaded with transformers alone.
 
     Raises:
-        ValueError: tensors missing or left over.
+        UserError: tensors missing or left over.
     """
     exported, info = VipLlavaForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from config import Config
+from errors import UserError
 from model.backbone import locate_backbone
 from qwen.attention import PackedLayout
 from qwen.chat import ChatFormat
@@ -44,7 +45,7 @@ def pick_precision(precision: Literal["auto", "bf16", "fp16", "float32"], device
     """`auto` is bf16 where the device computes in it, fp16 on older GPUs, float32 elsewhere.
 
     Raises:
-        ValueError: bf16 asked of a GPU, or fp16 of a CPU, that cannot.
+        UserError: bf16 asked of a GPU, or fp16 of a CPU, that cannot.
     """
     if device.type == "cuda":
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -57,9 +58,9 @@ def pick_precision(precision: Literal["auto", "bf16", "fp16", "float32"], device
     else:
         best = "float32"
     if precision == "bf16" and device.type == "cuda" and best != "bf16":
-        raise ValueError("'train.precision': this GPU has no bf16; use auto, fp16 or float32")
+        raise UserError("'train.precision': this GPU has no bf16; use auto, fp16 or float32")
     if precision == "fp16" and device.type != "cuda":
-        raise ValueError("'train.precision': fp16 needs a CUDA GPU; use auto, bf16 or float32")
+        raise UserError("'train.precision': fp16 needs a CUDA GPU; use auto, bf16 or float32")
     return best if precision == "auto" else precision
 
 
@@ -94,13 +95,13 @@ class MMultiModal(nn.Module):
             nn.init.zeros_(layer.bias)
         self.num_image_tokens = encoder.num_tokens - int(config.visual.drop_first_token)
         if config.visual.image_tokens not in (None, self.num_image_tokens):
-            raise ValueError(
+            raise UserError(
                 f"'visual.image_tokens' is {config.visual.image_tokens}, but the encoder gives {encoder.num_tokens} "
                 f"tokens and 'visual.drop_first_token' is {config.visual.drop_first_token}: "
                 f"that makes {self.num_image_tokens}"
             )
         if transform.size != (encoder.config.image_size, encoder.config.image_size):
-            raise ValueError(
+            raise UserError(
                 f"'visual.path': preprocessor_config.json makes {transform.size[0]}×{transform.size[1]} pictures, "
                 f"the encoder takes {encoder.config.image_size} px squares"
             )
@@ -120,7 +121,7 @@ class MMultiModal(nn.Module):
             dtype: of the frozen backbones; default what `train.precision` says.
 
         Raises:
-            ValueError: a backbone is missing, incomplete or of an unknown kind, or the config does not fit it.
+            UserError: a backbone is missing, incomplete or of an unknown kind, or the config does not fit it.
         """
         transformers_logging.disable_progress_bar()
         device = pick_device(device)
@@ -160,10 +161,11 @@ class MMultiModal(nn.Module):
         Args:
             folder: as `model.checkpoint.save_checkpoint` wrote it, or the course report's published checkpoint.
             dtype: of all weights that are not quantised; default bf16 on a GPU that has it, else float32.
-            overrides: config values by dotted key, for example `{"llm.path": "/models/Qwen2.5-0.5B"}`.
+            overrides: config values by dotted key, for example `{"llm.path": "/models/Qwen2.5-0.5B"}`; the
+                values are taken as they are.
 
         Raises:
-            ValueError: not a complete checkpoint, or its backbones are missing or are others than it was trained on.
+            UserError: not a complete checkpoint, or its backbones are missing or are others than it was trained on.
         """
         from model.checkpoint import check_complete, read_config, restore_weights  # checkpoint.py imports this module
 
@@ -172,7 +174,7 @@ class MMultiModal(nn.Module):
         device = pick_device(device)
         if dtype is None:
             dtype = DTYPES[pick_precision("auto", device)] if device.type == "cuda" else torch.float32
-        config = read_config(folder, [f"{key}={value}" for key, value in (overrides or {}).items()])
+        config = read_config(folder, overrides)
         model = cls.from_config(config, device, dtype)
         restore_weights(model, folder)
         # the trained parts only: `.to(dtype)` of all would round the frequencies of the rotary embedding too
@@ -315,7 +317,7 @@ def _with_lora(LLM: nn.Module, config: Config) -> nn.Module:
     linear_names = {name.rpartition(".")[2] for name, part in LLM.named_modules() if isinstance(part, nn.Linear)}
     unknown = sorted(set(lora.target_modules) - linear_names)
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"'llm.lora.target_modules': {', '.join(unknown)} not in the language model; "
             f"its linear layers are {', '.join(sorted(linear_names))}"
         )

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-from config import REPO_ROOT, Config, load_config
+from config import Config, load_config
+from errors import UserError
+from paths import REPO_ROOT
 
 PROJECTOR_FILE = "other_params.bin"
 REQUIRED_FILES = ("adapter_config.json", "adapter_model.bin", PROJECTOR_FILE)
@@ -44,39 +46,39 @@ def lora_settings(folder: Path) -> dict[str, Any]:
     """The section `llm.lora` of our config for the adapter in `folder`.
 
     Raises:
-        ValueError: not a plain LoRA on Qwen v1's linear layers.
+        UserError: not a plain LoRA on Qwen v1's linear layers.
     """
     file = folder / "adapter_config.json"
     raw = json.loads(file.read_text(encoding="utf-8"))
     for key, value in PLAIN_LORA.items():
         if raw.get(key, value) != value:
-            raise ValueError(f"{file}: {key}={raw[key]} is not supported, only {value}")
+            raise UserError(f"{file}: {key}={raw[key]} is not supported, only {value}")
     modules = [new for old, news in LAYERS.items() for new in news if old.rpartition(".")[2] in raw["target_modules"]]
     known = {old.rpartition(".")[2] for old in LAYERS}
     unknown = sorted(set(raw["target_modules"]) - known)
     if unknown or not modules:
-        raise ValueError(f"{file}: LoRA on {', '.join(unknown) or 'nothing'}; known are {', '.join(sorted(known))}")
+        raise UserError(f"{file}: LoRA on {', '.join(unknown) or 'nothing'}; known are {', '.join(sorted(known))}")
     names = [module.rpartition(".")[2] for module in modules]
     return {"r": raw["r"], "alpha": raw["lora_alpha"], "dropout": raw["lora_dropout"], "target_modules": names}
 
 
-def read_report_config(folder: Path, overrides: list[str]) -> Config:
+def read_report_config(folder: Path, overrides: dict[str, Any]) -> Config:
     """`config.yaml` of the repository (the report's run) with the adapter's base model, its LoRA and its prompt."""
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    settings = [
-        f"llm.path={json.dumps(base)}",
-        f"llm.lora={json.dumps(lora_settings(folder))}",
-        f"generate.repetition_penalty={REPETITION_PENALTY}",
-        *(f"prompt.{key}={json.dumps(value)}" for key, value in PROMPT.items()),
-    ]
-    return load_config(REPO_ROOT / "config.yaml", [*settings, *overrides])
+    settings = {
+        "llm.path": base,
+        "llm.lora": lora_settings(folder),
+        "generate.repetition_penalty": REPETITION_PENALTY,
+        **{f"prompt.{key}": value for key, value in PROMPT.items()},
+    }
+    return load_config(REPO_ROOT / "config.yaml", settings | overrides)
 
 
 def read_report_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Adapter, under the names of Qwen2's layers, and projector.
 
     Raises:
-        ValueError: a file is not a plain file of tensors, or a tensor has an unknown name.
+        UserError: a file is not a plain file of tensors, or a tensor has an unknown name.
     """
     adapter = {}
     for name, tensor in _read_bin(folder / "adapter_model.bin").items():
@@ -84,7 +86,7 @@ def read_report_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
         old = f"{block}.{linear}"
         prefix = ["base_model", "model", "transformer", "h", layer, block, linear, matrix, "weight"]
         if parts != prefix or old not in LAYERS or matrix not in ("lora_A", "lora_B"):
-            raise ValueError(f"{folder / 'adapter_model.bin'}: '{name}' is not LoRA on a linear layer of Qwen v1")
+            raise UserError(f"{folder / 'adapter_model.bin'}: '{name}' is not LoRA on a linear layer of Qwen v1")
         news = LAYERS[old]
         pieces = tensor.chunk(len(news)) if matrix == "lora_B" else [tensor] * len(news)
         for new, piece in zip(news, pieces, strict=True):
@@ -97,7 +99,7 @@ def _read_bin(file: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file}: not a plain file of tensors, nothing of it was run ({reason})") from error
+        raise UserError(f"{file}: not a plain file of tensors, nothing of it was run ({reason})") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{file}: expected named tensors")
+        raise UserError(f"{file}: expected named tensors")
     return tensors

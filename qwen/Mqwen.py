@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from errors import UserError
 from qwen import qwen1
 from qwen.attention import PackedLayout, PackedMask, flex_mask
 from qwen.chat import IGNORE_INDEX
@@ -274,7 +275,7 @@ class MQwen1ForCausalLM(ImageInputs, Qwen2ForCausalLM):
         """As `ImageInputs.forward`.
 
         Raises:
-            ValueError: also for packed sequences longer than `seq_length` in eval mode, where each question would need
+            UserError: also for packed sequences longer than `seq_length` in eval mode, where each question would need
                 positions of its own, and for sequences longer than the original code can read.
         """
         if use_cache and past_key_values is None:
@@ -290,7 +291,7 @@ class MQwen1ForCausalLM(ImageInputs, Qwen2ForCausalLM):
         alphas = [1.0]
         if not self.training and end > self.config.seq_length:
             if layout is not None or (attention_mask is not None and attention_mask.dim() == 4):
-                raise ValueError(
+                raise UserError(
                     f"packed questions of {end} tokens: beyond {self.config.seq_length} Qwen v1 places tokens by the "
                     f"length of the whole prompt; lower data.max_length to {self.config.seq_length}"
                 )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
-from config import require_complete
+from errors import UserError, require_complete
 from qwen import qwen1
 from qwen.attention import ATTENTION, register_attention
 from qwen.Mqwen import LANGUAGE_MODELS, SupervisedRows
@@ -26,7 +26,7 @@ def loading_options(
         quantization: nf4 as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314), with its double quantisation.
 
     Raises:
-        ValueError: quantisation without bitsandbytes.
+        UserError: quantisation without bitsandbytes.
     """
     options = {
         "dtype": dtype,
@@ -35,7 +35,7 @@ def loading_options(
     if quantization == "none":
         return options
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
+        raise UserError(
             f"'llm.quantization' is {quantization}, which needs bitsandbytes: pip install bitsandbytes==0.50.2, or set "
             "llm.quantization=none"
         )
@@ -68,13 +68,13 @@ def load_language_model(
             has fewer rows.
 
     Raises:
-        ValueError: an unsupported architecture, tensors that are missing, left over or of the wrong shape, or
+        UserError: an unsupported architecture, tensors that are missing, left over or of the wrong shape, or
             quantisation without bitsandbytes.
     """
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type not in LANGUAGE_MODELS:
         known = ", ".join(LANGUAGE_MODELS)
-        raise ValueError(f"'llm.path': {folder} is of type '{model_type}'; supported: {known}")
+        raise UserError(f"'llm.path': {folder} is of type '{model_type}'; supported: {known}")
     model_class = LANGUAGE_MODELS[model_type]
     if model_type == "qwen":
         config = qwen1.read_config(folder)

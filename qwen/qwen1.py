@@ -15,6 +15,8 @@ from transformers import Qwen2Config
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
+from errors import UserError
+
 # the published code has a table of log-n factors for so many positions and fails beyond it
 MAX_LENGTH = 32767
 # settings of the published checkpoints that the mapping onto Qwen2 stands on
@@ -42,12 +44,12 @@ def read_config(folder: Path) -> Qwen1Config:
     """The `config.json` of a Qwen v1 checkpoint in Qwen2's terms.
 
     Raises:
-        ValueError: a setting that no published Qwen v1 checkpoint has; names it.
+        UserError: a setting that no published Qwen v1 checkpoint has; names it.
     """
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for key, value in REQUIRED.items():
         if raw[key] != value:
-            raise ValueError(f"'llm.path': {folder / 'config.json'} has {key}={raw[key]}, only {value} is supported")
+            raise UserError(f"'llm.path': {folder / 'config.json'} has {key}={raw[key]}, only {value} is supported")
     return Qwen1Config(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
@@ -115,11 +117,11 @@ def logn_scale(position_ids: torch.Tensor, config: Qwen1Config) -> torch.Tensor 
     """Factors of the queries at `position_ids` (B, T), of the same shape; None where log-n is off.
 
     Raises:
-        ValueError: positions beyond `MAX_LENGTH`.
+        UserError: positions beyond `MAX_LENGTH`.
     """
     length = int(position_ids.max()) + 1
     if length > MAX_LENGTH:
-        raise ValueError(f"{length} tokens: Qwen v1 reads at most {MAX_LENGTH}, its code has no factors beyond that")
+        raise UserError(f"{length} tokens: Qwen v1 reads at most {MAX_LENGTH}, its code has no factors beyond that")
     if not config.use_logn_attn:
         return None
     return ((position_ids + 1).double().log() / math.log(config.seq_length)).clamp(min=1.0).float()

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from config import IMAGE_TAG
+from errors import UserError
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 TIKTOKEN_FILE = "qwen.tiktoken"
@@ -29,19 +30,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer in `folder`, with `<|extra_0|>` as a special token.
 
     Raises:
-        ValueError: no tokenizer files, damaged ones, or a vocabulary without the ChatML control tokens.
+        UserError: no tokenizer files, damaged ones, or a vocabulary without the ChatML control tokens.
     """
     if (folder / TIKTOKEN_FILE).exists():
         return read_tiktoken(folder / TIKTOKEN_FILE)
     if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
-        raise ValueError(
+        raise UserError(
             f"{folder}: no tokenizer.json, vocab.json or {TIKTOKEN_FILE}: copy the tokenizer files beside the weights"
         )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in CONTROL_TOKENS if token not in vocabulary]
     if missing:
-        raise ValueError(f"{folder}: the tokenizer lacks {', '.join(missing)}: it is not that of a Qwen chat model")
+        raise UserError(f"{folder}: the tokenizer lacks {', '.join(missing)}: it is not that of a Qwen chat model")
     if IMAGE_TAG not in vocabulary:
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TAG]}, replace_extra_special_tokens=False)
     return tokenizer
@@ -56,7 +57,7 @@ def read_tiktoken(file: Path) -> PreTrainedTokenizerFast:
     """Qwen v1's tokenizer from its table of byte strings and ranks.
 
     Raises:
-        ValueError: a line is not a base64 string and a rank, or the ranks are not 0, 1, 2, …
+        UserError: a line is not a base64 string and a rank, or the ranks are not 0, 1, 2, …
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
@@ -64,9 +65,9 @@ def read_tiktoken(file: Path) -> PreTrainedTokenizerFast:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise ValueError(f"{file}, line {number}: not a token and its rank: fetch the file again") from error
+            raise UserError(f"{file}, line {number}: not a token and its rank: fetch the file again") from error
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise ValueError(f"{file}: ranks are missing, so it is cut short or damaged: fetch it again")
+        raise UserError(f"{file}: ranks are missing, so it is cut short or damaged: fetch it again")
     letters = bytes_to_unicode()  # the printable letter that stands for each byte in a byte-level vocabulary
     text = {token: "".join(letters[byte] for byte in token) for token in ranks}
     # tiktoken joins whatever two neighbours make a token, the lowest rank first: so every way to cut a token is a merge

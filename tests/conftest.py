@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-from config import REPO_ROOT
+from paths import REPO_ROOT
 from tests.tiny import tiny_config, write_qwen, write_records, write_siglip
 from training.loop import Trainer
 

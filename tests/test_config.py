@@ -2,7 +2,8 @@
 
 import pytest
 
-from config import REPO_ROOT, existing_path, key_paths, load_config, parse_config, parse_overrides
+from config import key_paths, load_config, parse_config, parse_overrides
+from paths import REPO_ROOT, existing_path
 
 GOOD = {"visual": {"path": "v"}, "llm": {"path": "l"}}
 

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from config import REPO_ROOT, load_config
+from config import load_config
 from demo.make_data import make_data
+from paths import REPO_ROOT
 from process_image import main as process_image
 from training.loop import Trainer
 

@@ -9,8 +9,8 @@ import yaml
 from PIL import Image
 
 import process_image
-from config import REPO_ROOT
 from dataset.records import read_records
+from paths import REPO_ROOT
 
 TAG = "<|extra_0|>"
 

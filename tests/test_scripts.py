@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
-from config import REPO_ROOT
 from dataset.image_caption_dataset import ImageCaptionDataset, entry_messages
 from dataset.records import read_records
 from model.answer import Answerer
 from model.model import MMultiModal
+from paths import REPO_ROOT
 from tests.tiny import tiny_config
 
 

@@ -8,11 +8,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from config import Config, existing_path, resolve_path
+from config import Config
 from dataset.image_caption_dataset import ImageCaptionDataset
 from dataset.records import Entry, Photo, read_records, split_entries
+from errors import UserError
 from model.backbone import backbone_fingerprint
 from model.model import MMultiModal
+from paths import existing_path, resolve_path
 from visual.transform import load_image
 
 
@@ -37,18 +39,18 @@ def read_split(config: Config) -> tuple[dict[int, Photo], list[Entry], list[Entr
     """Photos by ID, training entries, validation entries.
 
     Raises:
-        ValueError: the two files are missing or wrong, or nothing is left to train on.
+        UserError: the two files are missing or wrong, or nothing is left to train on.
     """
     for key in ("image_map", "captions"):
         file = resolve_path(getattr(config.data, key))
         if not file.is_file():
-            raise ValueError(f"'data.{key}': {file} not found: make it with python process_image.py --config FILE")
+            raise UserError(f"'data.{key}': {file} not found: make it with python process_image.py --config FILE")
     photos, entries = read_records(
         existing_path(config.data.image_map, "data.image_map"), existing_path(config.data.captions, "data.captions")
     )
     train, val = split_entries(photos, entries, config.data.val_fraction)
     if not train:
-        raise ValueError(f"'data.captions': {config.data.captions} leaves no training sample (val: {len(val)})")
+        raise UserError(f"'data.captions': {config.data.captions} leaves no training sample (val: {len(val)})")
     return photos, train, val
 
 
@@ -100,7 +102,7 @@ class _Pixels(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor | str:
         try:
             return self.load(self.photos[index])
-        except ValueError as error:
+        except UserError as error:
             return str(error)
 
 
@@ -108,7 +110,7 @@ def cached_features(model: MMultiModal, photos: list[Photo], config: Config) -> 
     """Encode every photo once; later runs with the same encoder and photos read the file.
 
     Raises:
-        ValueError: a broken photo.
+        UserError: a broken photo.
     """
     digest = hashlib.sha256(
         f"{backbone_fingerprint(model.visual_folder)} {model.transform.fingerprint()} {model.num_image_tokens} "
@@ -118,7 +120,7 @@ def cached_features(model: MMultiModal, photos: list[Photo], config: Config) -> 
         try:
             state = photo.path.stat()
         except OSError as error:
-            raise ValueError(f"photo {photo.path} cannot be read: {error.strerror}") from error
+            raise UserError(f"photo {photo.path} cannot be read: {error.strerror}") from error
         digest.update(f"{photo.key} {state.st_size} {state.st_mtime_ns}\n".encode())
     shape = (model.num_image_tokens, model.encoder.config.hidden_size)
     file = resolve_path(config.data.feature_cache) / f"{digest.hexdigest()[:16]}.bf16"
@@ -134,7 +136,7 @@ def cached_features(model: MMultiModal, photos: list[Photo], config: Config) -> 
         for batch in tqdm(pixels, desc="encoding photos", unit="batch", dynamic_ncols=True):
             for item in batch:
                 if isinstance(item, str):
-                    raise ValueError(item)
+                    raise UserError(item)
             features = model.encode_image(torch.stack(batch).to(model.device))  # (8, N, Dv)
             stream.write(features.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     temporary.replace(file)
@@ -170,7 +172,7 @@ class _Lengths(Dataset):
     def __getitem__(self, index: int) -> int:
         try:
             return len(self.dataset.tokens(index)["input_ids"])
-        except ValueError:  # training reports it when it comes to this sample
+        except UserError:  # training reports it when it comes to this sample
             return 0
 
 

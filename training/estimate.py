@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import gather_object
 
 from dataset.image_caption_dataset import ImageCaptionDataset, collate
+from errors import UserError
 from qwen.chat import IGNORE_INDEX
 from training.costs import PeakMemory
 
@@ -133,7 +134,7 @@ def choose_setting(trainer: "Trainer") -> Setting:
     """What the config says, with its `auto` replaced by the largest micro-batch that fits.
 
     Raises:
-        ValueError: not even one sample fits.
+        UserError: not even one sample fits.
     """
     train = trainer.config.train
     if train.micro_batch != "auto" and train.gradient_checkpointing != "auto":
@@ -150,7 +151,7 @@ def choose_setting(trainer: "Trainer") -> Setting:
     trainer.model.zero_grad()
     choices = gather_object([setting])  # all processes do as the one with the least memory
     if None in choices:
-        raise ValueError(
+        raise UserError(
             f"one training sample of {estimate.longest:,} tokens does not fit into the {estimate.limit / 2**30:.1f} "
             "GiB that can be used here: lower train.max_questions or data.max_length, set "
             "train.gradient_checkpointing=on or llm.quantization=nf4, or take a smaller language model"

@@ -25,10 +25,12 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import REPO_ROOT, Config, resolve_path
+from config import Config
 from dataset.image_caption_dataset import ImageCaptionDataset, collate
+from errors import UserError
 from model.checkpoint import check_complete, list_checkpoints, restore_weights, save_checkpoint
 from model.model import DTYPES, MMultiModal, pick_device, pick_precision
+from paths import REPO_ROOT, resolve_path
 from qwen.chat import IGNORE_INDEX
 from training.costs import Arithmetic, matrix_peak, peak_memory
 from training.data import build_datasets, data_hash, epoch_order, micro_batches, read_split, sample_lengths
@@ -60,26 +62,26 @@ class Trainer:
         resume: a checkpoint folder to go on from, `"auto"` for the newest of `train.output_dir`, None to start anew.
 
     Raises:
-        ValueError: wrong data, backbones or checkpoint; an output folder that holds checkpoints when starting anew.
+        UserError: wrong data, backbones or checkpoint; an output folder that holds checkpoints when starting anew.
     """
 
     def __init__(self, config: Config, resume: str | None = None) -> None:
         self.config = config
         if config.llm.device_map is not None:
-            raise ValueError(
+            raise UserError(
                 "'llm.device_map': auto is for answering; in training each GPU holds the language model whole: set "
                 "llm.device_map=null, and llm.quantization=nf4 if it does not fit"
             )
         device = pick_device()
         self.precision = pick_precision(config.train.precision, device)
         if config.train.attention == "flex" and device.type != "cuda":
-            raise ValueError("'train.attention': flex needs a CUDA GPU, elsewhere it has no backward pass; use sdpa")
+            raise UserError("'train.attention': flex needs a CUDA GPU, elsewhere it has no backward pass; use sdpa")
         self.accelerator = accelerate.Accelerator(
             cpu=device.type == "cpu", mixed_precision="no" if self.precision == "float32" else self.precision
         )
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if self.accelerator.num_processes != launched:
-            raise ValueError(f"{launched} processes were launched but {self.accelerator.num_processes} joined the run")
+            raise UserError(f"{launched} processes were launched but {self.accelerator.num_processes} joined the run")
         self.output_dir = resolve_path(config.train.output_dir)
         resumed = self._find_checkpoint(resume)
         state = None if resumed is None else self._read_state(resumed / "trainer_state")
@@ -169,7 +171,7 @@ class Trainer:
                 if step % self.config.train.save_steps == 0 or last:
                     self.save()
                     saved = step
-        except (KeyboardInterrupt, ValueError, torch.OutOfMemoryError) as error:
+        except (KeyboardInterrupt, UserError, torch.OutOfMemoryError) as error:
             self.optimizer.zero_grad()
             # where one of several processes fails, the others are not there to save with
             together = self.accelerator.num_processes == 1 or isinstance(error, KeyboardInterrupt)
@@ -177,7 +179,7 @@ class Trainer:
                 self.save()
                 bar.write(f"interrupted: {self.checkpoint_folder()} holds all so far, go on with --resume auto")
             if isinstance(error, torch.OutOfMemoryError):
-                raise ValueError(
+                raise UserError(
                     f"out of memory at step {self.position['step'] + 1}: lower train.micro_batch and raise "
                     "train.accumulation by as much, or set train.gradient_checkpointing=on or llm.quantization=nf4, or "
                     "lower train.max_questions or data.max_length (train.py --dry-run tells what fits)"
@@ -188,7 +190,7 @@ class Trainer:
             if main:
                 log.close()
         if saved == -1 and self.position["step"] < self.total_steps:
-            raise ValueError("no step was made: the training set is smaller than one micro-batch per process")
+            raise UserError("no step was made: the training set is smaller than one micro-batch per process")
         return self.checkpoint_folder()
 
     def checkpoint_folder(self) -> Path:
@@ -283,9 +285,9 @@ class Trainer:
         }
 
     def checked(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A sample or batch itself; ValueError where it stands for a photo that could not be read."""
+        """A sample or batch itself; UserError where it stands for a photo that could not be read."""
         if "error" in batch:
-            raise ValueError(f"{batch['error']} (python process_image.py with data.check_images=open finds all such)")
+            raise UserError(f"{batch['error']} (python process_image.py with data.check_images=open finds all such)")
         return batch
 
     def forward(self, batch: dict[str, Any], num_items_in_batch: int | None) -> torch.Tensor:
@@ -320,7 +322,7 @@ class Trainer:
             total += loss.detach()
         loss_value = self.accelerator.reduce(total, reduction="mean").item()
         if not math.isfinite(loss_value):
-            raise ValueError(
+            raise UserError(
                 f"the loss became {loss_value} at step {self.position['step'] + 1}: lower train.projector_lr and "
                 "train.lora_lr, or set train.precision=float32"
             )
@@ -390,7 +392,7 @@ class Trainer:
         existing = list_checkpoints(self.output_dir)
         if resume is None:
             if existing:
-                raise ValueError(
+                raise UserError(
                     f"'train.output_dir': {self.output_dir} already holds {existing[-1].name}: go on from it with "
                     "--resume auto, or set another train.output_dir"
                 )
@@ -402,7 +404,7 @@ class Trainer:
     def _read_state(self, folder: Path) -> dict[str, Any]:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if state["processes"] != self.accelerator.num_processes:
-            raise ValueError(
+            raise UserError(
                 f"{folder.parent.name} was written by {state['processes']} processes, this run has "
                 f"{self.accelerator.num_processes}: resume with as many, or start from its weights with train.init_from"
             )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from config import require_complete
+from errors import UserError, require_complete
 from visual.CLIP_VIT import CLIPViT
 from visual.SigLIP_VIT import SigLIPViT
 
@@ -25,16 +25,16 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> SigLIPViT | CLIPViT:
     The text tower and the other parts that have no use here are never read into memory; the classes name them.
 
     Raises:
-        ValueError: another kind of model, or tensors missing, left over or of the wrong shape.
+        UserError: another kind of model, or tensors missing, left over or of the wrong shape.
     """
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type in NAFLEX:
-        raise ValueError(
+        raise UserError(
             f"'visual.path': {folder} is a NaFlex SigLIP 2, whose pictures change in size; use one of fixed "
             "resolution, for example google/siglip2-so400m-patch14-384"
         )
     if model_type not in ENCODERS:
-        raise ValueError(f"'visual.path': {folder} is of type '{model_type}'; supported: {', '.join(ENCODERS)}")
+        raise UserError(f"'visual.path': {folder} is of type '{model_type}'; supported: {', '.join(ENCODERS)}")
     encoder_class = ENCODERS[model_type]
     config = encoder_class.config_class.from_pretrained(folder)
     if encoder_class is SigLIPViT:

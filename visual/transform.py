@@ -16,6 +16,8 @@ from PIL import ExifTags, Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from errors import UserError
+
 PREPROCESSOR_FILE = "preprocessor_config.json"
 LONGEST_ASPECT = 100  # long edge / short edge up to which CLIP's own way is taken: 34 MB a copy at 336 px
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
@@ -49,7 +51,7 @@ def load_image(file: str | Path | BinaryIO | Image.Image) -> Image.Image:
     Transparency is laid on white, 16-bit gray is scaled to 8 bit, and of an animation the first frame is taken.
 
     Raises:
-        ValueError: no such file, empty, not an image, cut off, too large, or of a kind that has no clear RGB form; the
+        UserError: no such file, empty, not an image, cut off, too large, or of a kind that has no clear RGB form; the
             message names the file.
     """
     if isinstance(file, Image.Image):
@@ -58,9 +60,9 @@ def load_image(file: str | Path | BinaryIO | Image.Image) -> Image.Image:
         return _open(file, "the given file")
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"photo not found: {path}")
+        raise UserError(f"photo not found: {path}")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty, fetch the photo again")
+        raise UserError(f"{path}: the file is empty, fetch the photo again")
     return _open(path, str(path))
 
 
@@ -68,11 +70,11 @@ def _open(file: Path | BinaryIO, name: str) -> Image.Image:
     try:
         image = Image.open(file)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not an image in a format that Pillow reads") from error
+        raise UserError(f"{name}: not an image in a format that Pillow reads") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name}: too many pixels, make the photo smaller ({error})") from error
+        raise UserError(f"{name}: too many pixels, make the photo smaller ({error})") from error
     except Exception as error:  # on damaged headers Pillow raises anything from OSError to RuntimeError
-        raise ValueError(f"{name}: cannot be read ({error}), fetch the photo again") from error
+        raise UserError(f"{name}: cannot be read ({error}), fetch the photo again") from error
     with image:
         return _decode(image, name)
 
@@ -81,9 +83,9 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # and so it does on damaged pixels
-        raise ValueError(f"{name}: damaged or cut off ({error}), fetch the photo again") from error
+        raise UserError(f"{name}: damaged or cut off ({error}), fetch the photo again") from error
     if image.mode in ("F", "LAB") or (image.mode == "I" and image.getextrema()[1] > 65535):
-        raise ValueError(f"{name}: pixels of kind {image.mode} have no plain RGB form, save it with 8 or 16 bit")
+        raise UserError(f"{name}: pixels of kind {image.mode} have no plain RGB form, save it with 8 or 16 bit")
     return _to_rgb(_upright(image))
 
 
@@ -116,7 +118,7 @@ class ImageTransform:
     def __init__(self, processor: SiglipImageProcessorPil | CLIPImageProcessorPil) -> None:
         output = processor.crop_size if processor.do_center_crop else processor.size
         if not (processor.do_resize and output and output["height"] and output["width"]):
-            raise ValueError(f"gives photos no fixed height and width: do_resize {processor.do_resize}, size {output}")
+            raise UserError(f"gives photos no fixed height and width: do_resize {processor.do_resize}, size {output}")
         self.processor = processor
         self.size: tuple[int, int] = (output["height"], output["width"])
 
@@ -125,24 +127,24 @@ class ImageTransform:
         """The transform that `preprocessor_config.json` in a checkpoint's folder describes.
 
         Raises:
-            ValueError: the file is missing, not JSON, of another kind of processor, or gives no fixed output size.
+            UserError: the file is missing, not JSON, of another kind of processor, or gives no fixed output size.
         """
         file = Path(folder) / PREPROCESSOR_FILE
         if not file.is_file():
-            raise ValueError(f"{file} not found: copy it from the vision checkpoint, it says how photos are resized")
+            raise UserError(f"{file} not found: copy it from the vision checkpoint, it says how photos are resized")
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file}: not valid JSON ({error}), fetch it again") from error
+            raise UserError(f"{file}: not valid JSON ({error}), fetch it again") from error
         if not isinstance(settings, dict):
-            raise ValueError(f"{file}: expected an object, found {type(settings).__name__}")
+            raise UserError(f"{file}: expected an object, found {type(settings).__name__}")
         kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
         if kind not in PROCESSORS:
-            raise ValueError(f"{file}: image processor {kind!r} is not supported, only {', '.join(PROCESSORS)}")
+            raise UserError(f"{file}: image processor {kind!r} is not supported, only {', '.join(PROCESSORS)}")
         try:
             return cls(PROCESSORS[kind](**settings))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise UserError(f"{file}: {error}") from error
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Resize, scale and normalise.

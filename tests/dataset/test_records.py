@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import REPO_ROOT
 from dataset.records import Entry, Photo, Turn, read_records, split_entries, write_records
+from paths import REPO_ROOT
 
 TAG = "<|extra_0|>"
 PHOTOS = {

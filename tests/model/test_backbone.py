@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from config import REPO_ROOT
 from model.backbone import backbone_fingerprint, locate_backbone
 from model.download import main as download
 from model.model import MMultiModal
+from paths import REPO_ROOT
 from tests.tiny import tiny_config, write_qwen, write_siglip
 
 WEIGHTS = "model.safetensors"

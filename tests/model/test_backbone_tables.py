@@ -14,8 +14,8 @@ import torch
 from transformers import CLIPVisionConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers import SiglipVisionConfig as SiglipConfig
 
-from config import REPO_ROOT
 from model.model import MMultiModal
+from paths import REPO_ROOT
 from tests.tiny import tiny_config, write_clip, write_qwen, write_siglip
 from visual.CLIP_VIT import CLIPViT
 from visual.SigLIP_VIT import SigLIPViT

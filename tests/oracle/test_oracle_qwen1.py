@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from config import REPO_ROOT, Prompt
+from config import Prompt
 from model.answer import Answerer
 from model.model import MMultiModal
+from paths import REPO_ROOT
 from qwen.chat import ChatFormat, Message
 from qwen.loading import load_language_model
 from qwen.tokenizer import load_tokenizer

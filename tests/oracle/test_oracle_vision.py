@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from config import REPO_ROOT
+from paths import REPO_ROOT
 from visual.encoder import load_encoder
 from visual.transform import ImageTransform, load_image
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, Qwen2ForCausalLM
 
-from config import REPO_ROOT
+from paths import REPO_ROOT
 from qwen.attention import PackedLayout
 from qwen.loading import load_language_model
 from qwen.qwen1 import MAX_LENGTH, logn_scale, ntk_alpha, read_config

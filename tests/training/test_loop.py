@@ -10,10 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from config import REPO_ROOT
 from model.answer import Answerer
 from model.checkpoint import list_checkpoints
 from model.model import MMultiModal
+from paths import REPO_ROOT
 from training.data import epoch_order, micro_batches, sample_lengths
 from training.estimate import describe_run
 from training.loop import Trainer

@@ -1,0 +1,53 @@
+"""Two kinds of error: `UserError` is for the user to mend, everything else is a defect and keeps its traceback.
+
+Library errors are translated here or at the one place that calls the library, never by catching `ValueError` far above.
+"""
+
+from pathlib import Path
+from typing import Any
+
+LONGEST_VALUE = 200  # characters of a wrong value that a message repeats
+
+
+class UserError(ValueError):
+    """A mistake in the user's files, settings or input: one sentence with what is wrong, where, and what to do."""
+
+
+def shortened(text: object, longest: int = LONGEST_VALUE) -> str:
+    """`text` as a string of at most `longest` characters; the middle of a longer one is left out."""
+    text = str(text)
+    if len(text) <= longest:
+        return text
+    half = (longest - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
+def file_error(error: OSError, file: str | Path | None = None, advice: str = "") -> UserError:
+    """The sentence for an operating system error (disk full, no permission, name too long); `file` replaces its own."""
+    name = file if file is not None else error.filename
+    what = error.strerror or str(error) or type(error).__name__
+    place = f"{shortened(name)}: " if name is not None else ""
+    return UserError(f"{place}{what}{'; ' + advice if advice else ''}")
+
+
+def require_complete(loading_info: dict[str, Any], key: str, folder: Path) -> None:
+    """Check what transformers' `from_pretrained(…, output_loading_info=True)` reports; `key` named the folder.
+
+    Raises:
+        UserError: tensors missing, left over or of the wrong shape; lists their names.
+    """
+    names = {"missing_keys": "missing", "unexpected_keys": "left over", "mismatched_keys": "of the wrong shape"}
+    problems = [
+        f"{meaning}: {_tensor_names(loading_info[name])}" for name, meaning in names.items() if loading_info[name]
+    ]
+    if problems:
+        raise UserError(f"'{key}': the weights in {folder} do not fit their config.json; tensors {'; '.join(problems)}")
+
+
+def _tensor_names(items: set[str] | set[tuple]) -> str:
+    # a tensor of the wrong shape comes as (name, shape in the file, shape the model has)
+    names = sorted(
+        item if isinstance(item, str) else f"{item[0]} {[*item[1]]} instead of {[*item[2]]}" for item in items
+    )
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
