@@ -18,27 +18,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print sizes, token statistics, memory and time; no training"
     )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume although data, split, seeds, packing, weights or prompt changed; the provenance records it",
+    )
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
 
-    from training.estimate import describe_run
+    from training.agreement import lost_processes
+    from training.dry_run import describe_run
     from training.loop import Trainer
 
     resume = args.resume if args.resume in (None, "auto") else str(Path(args.resume).absolute())
-    trainer = Trainer(config, resume)
-    if args.dry_run:
-        print(describe_run(trainer))
-        return
-    if trainer.accelerator.is_main_process:
-        print(trainer.model.parameter_summary())
-        print(
+    with lost_processes():
+        trainer = Trainer(config, resume, args.accept_changes, args.dry_run)
+        if args.dry_run:
+            print(describe_run(trainer))
+            return
+        trainer.say(trainer.model.parameter_summary())
+        trainer.say(
             f"{len(trainer.train_set.entries):,} questions in {len(trainer.train_set):,} samples, "
             f"{trainer.total_steps:,} steps in {trainer.precision}, {trainer.setting.micro_batch} × "
             f"{trainer.setting.accumulation} samples a step on each process"
         )
-    folder = trainer.run()
-    if trainer.accelerator.is_main_process:
-        print(f"trained: {folder}\nask it:  python predict.py --checkpoint {folder} --image FILE --question TEXT")
+        folder = trainer.run()
+        trainer.say(f"trained: {folder}\nask it:  python predict.py --checkpoint {folder} --image FILE --question TEXT")
 
 
 if __name__ == "__main__":

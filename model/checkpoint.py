@@ -6,41 +6,51 @@ Written by `training/loop.py`, read by every script.
     adapter_config.json          LoRA in peft's own layout
     adapter_model.safetensors
     feature_proj.safetensors     the projector
-    provenance.json              fingerprints of backbones, prompt and transform; versions, commit, data hash
+    provenance.json              format version, checksums, fingerprints of backbones, prompt and transform; library
+                                 versions, commit, and what shaped the run (data, split, seeds, packing)
     metrics.json                 the last training and validation figures
     trainer_state/               optimizer, scheduler, random generators, position in the data
 
 Frozen weights are not in it. The layout of the course report's published checkpoint is read too
-(`model/report_layout.py`). A folder is written under a temporary name, flushed to disk and renamed, so one that bears
+(`model/report_layout.py`). A folder is written under a temporary name, flushed to disk and renamed, so a folder with
 its final name is complete.
 """
 
+import io
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from config import Config, load_config
-from errors import UserError
+from errors import UserError, file_error
 from model import report_layout
 from model.backbone import backbone_fingerprint
-from paths import REPO_ROOT, nearest_name_hint
+from model.checkpoint_folder import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    METRICS_FILE,
+    PROJECTOR_FILE,
+    PROVENANCE_FILE,
+    STATE_FILE,
+    changed,
+    check_complete,
+    checksum,
+    flush,
+    put_in_place,
+    read_provenance,
+)
+from paths import REPO_ROOT
 
 if TYPE_CHECKING:
     from model.model import MMultiModal
-
-CONFIG_FILE = "config.yaml"
-PROJECTOR_FILE = "feature_proj.safetensors"
-PROVENANCE_FILE = "provenance.json"
-METRICS_FILE = "metrics.json"
-REQUIRED_FILES = (CONFIG_FILE, PROJECTOR_FILE, PROVENANCE_FILE, "adapter_config.json", "adapter_model.safetensors")
 
 
 def portable_config(config: Config) -> dict[str, Any]:
@@ -85,69 +95,68 @@ def save_checkpoint(
     folder: Path,
     metrics: dict[str, Any],
     provenance: dict[str, Any],
-    save_trainer_state: Callable[[Path], None],
+    trainer_state: dict[str, Any],
 ) -> None:
-    """Write a checkpoint folder atomically.
+    """Write a checkpoint folder atomically; whatever fails, an existing folder of that name stays as it was.
 
     Args:
-        folder: final name; an existing complete folder of that name is replaced.
-        provenance: versions, commit, data hash; fingerprints are added here.
-        save_trainer_state: writes its files into the folder it is given.
+        folder: final name; its parent exists. An existing checkpoint of that name is replaced.
+        provenance: versions, commit, shape of the run; format version, fingerprints and checksums are added here.
+        trainer_state: tensors and plain values, for resuming.
+
+    Raises:
+        UserError: the disk is full, the parent is gone, or writing is not permitted.
     """
     temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "trainer_state").mkdir(parents=True)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write_files(model, temporary, metrics, provenance, trainer_state)
+        for file in temporary.rglob("*"):
+            flush(file)
+        put_in_place(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UserError(
+            f"the checkpoint {folder} could not be written ({reason}); earlier checkpoints are as they were. Make room "
+            "or restore the folder, then continue with --resume auto"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # a half-written folder would keep a full disk full
+
+
+def _write_files(
+    model: "MMultiModal",
+    folder: Path,
+    metrics: dict[str, Any],
+    provenance: dict[str, Any],
+    trainer_state: dict[str, Any],
+) -> None:
+    (folder / STATE_FILE).parent.mkdir()
     # the embedding is never trained, so peft is told not to look on the hub whether it was resized
-    model.LLM.save_pretrained(temporary, save_embedding_layers=False)
-    adapter_config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+    model.LLM.save_pretrained(folder, save_embedding_layers=False)
+    adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     adapter_config["base_model_name_or_path"] = portable_config(model.config)["llm"]["path"]  # peft's is absolute
-    _write_json(temporary / "adapter_config.json", adapter_config)
-    (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in model.feature_proj.state_dict().items()},
-        temporary / PROJECTOR_FILE,
-    )
-    (temporary / CONFIG_FILE).write_text(
+    _write_json(folder / "adapter_config.json", adapter_config)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    projector = {name: tensor.detach().cpu().contiguous() for name, tensor in model.feature_proj.state_dict().items()}
+    (folder / PROJECTOR_FILE).write_bytes(save(projector))
+    state = io.BytesIO()  # torch.save to a file turns a full disk into a RuntimeError
+    torch.save(trainer_state, state)
+    (folder / STATE_FILE).write_bytes(state.getbuffer())
+    (folder / CONFIG_FILE).write_text(
         yaml.safe_dump(portable_config(model.config), allow_unicode=True, sort_keys=False), encoding="utf-8"
     )
-    _write_json(temporary / PROVENANCE_FILE, {**provenance, "fingerprints": fingerprints(model)})
-    _write_json(temporary / METRICS_FILE, metrics)
-    save_trainer_state(temporary / "trainer_state")
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with open(file, "rb+") as stream:
-                os.fsync(stream.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    # safetensors gives its files to the owner alone; they get the permissions of the others
+    (folder / ADAPTER_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
+    _write_json(folder / METRICS_FILE, metrics)
+    checksums = {name: checksum(folder / name) for name in (ADAPTER_FILE, PROJECTOR_FILE, STATE_FILE)}
+    head = {"format_version": FORMAT_VERSION, "fingerprints": fingerprints(model), "checksums": checksums}
+    _write_json(folder / PROVENANCE_FILE, head | provenance)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
-
-
-def check_complete(folder: Path) -> Path:
-    """`folder` itself if it holds a whole checkpoint.
-
-    Raises:
-        UserError: it does not exist or lacks files; names them.
-    """
-    folder = REPO_ROOT / folder
-    if not folder.is_dir():
-        raise UserError(f"checkpoint folder not found: {folder}. {nearest_name_hint(folder)}".rstrip())
-    required = report_layout.REQUIRED_FILES if report_layout.is_report_checkpoint(folder) else REQUIRED_FILES
-    missing = [name for name in required if not (folder / name).is_file()]
-    if missing:
-        inside = sorted(child.name for child in folder.glob("checkpoint-*"))
-        hint = f"; did you mean {folder / inside[-1]}?" if inside else ""
-        raise UserError(f"{folder} is not a complete checkpoint, it lacks {', '.join(missing)}{hint}")
-    return folder
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first; unfinished ones (`.tmp`) are not among them."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
@@ -155,6 +164,7 @@ def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config
     folder = check_complete(folder)
     if report_layout.is_report_checkpoint(folder):
         return report_layout.read_report_config(folder, overrides or {})
+    read_provenance(folder)  # first: a newer version may have other keys in its config
     return load_config(folder / CONFIG_FILE, overrides)
 
 
@@ -162,20 +172,21 @@ def restore_weights(model: "MMultiModal", folder: Path) -> None:
     """Put LoRA and projector of a checkpoint into `model` and check what they were trained on.
 
     Raises:
-        UserError: another backbone, prompt or transform than in training, other LoRA settings, or tensors that do not
-            fit.
+        UserError: another backbone, prompt or transform than in training, other LoRA settings, damaged files, or
+            tensors that do not fit.
     """
     folder = check_complete(folder)
+    checksums: dict[str, str] = {}
     if report_layout.is_report_checkpoint(folder):
         lora = report_layout.lora_settings(folder)
         adapter, projector = report_layout.read_report_tensors(folder)
         files = ("adapter_model.bin", report_layout.PROJECTOR_FILE)
     else:
+        checksums = read_provenance(folder).get("checksums", {})
         _check_fingerprints(model, folder)
-        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        lora = {"r": saved["r"], "alpha": saved["lora_alpha"], "target_modules": saved["target_modules"]}
-        adapter, projector = load_file(folder / "adapter_model.safetensors"), load_file(folder / PROJECTOR_FILE)
-        files = ("adapter_model.safetensors", PROJECTOR_FILE)
+        lora = _saved_lora(folder / "adapter_config.json")
+        files = (ADAPTER_FILE, PROJECTOR_FILE)
+        adapter, projector = (_read_tensors(folder / name) for name in files)
     ours = model.config.llm.lora
     if (ours.r, ours.alpha, set(ours.target_modules)) != (lora["r"], lora["alpha"], set(lora["target_modules"])):
         raise UserError(
@@ -183,12 +194,37 @@ def restore_weights(model: "MMultiModal", folder: Path) -> None:
             f"target_modules={sorted(lora['target_modules'])}"
         )
     own = {name.replace(".default", ""): tensor for name, tensor in model.LLM.named_parameters() if "lora_" in name}
-    _copy_exactly(own, adapter, folder / files[0])
-    _copy_exactly(dict(model.feature_proj.named_parameters()), projector, folder / files[1])
+    trained = ((own, adapter, files[0]), (dict(model.feature_proj.named_parameters()), projector, files[1]))
+    for parameters, tensors, name in trained:
+        _check_shapes(parameters, tensors, folder / name)
+    altered = [problem for name in files if name in checksums and (problem := changed(folder, name, checksums))]
+    if altered:
+        raise UserError(f"{folder} is damaged: {'; '.join(altered)}. Copy it again or use another checkpoint")
+    with torch.no_grad():
+        for parameters, tensors, _ in trained:
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+
+
+def _saved_lora(file: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return {"r": saved["r"], "alpha": saved["lora_alpha"], "target_modules": saved["target_modules"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}): copy it again or use another checkpoint") from error
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged or cut short ({error}): copy it again or use another checkpoint") from error
+    except OSError as error:
+        raise file_error(error, file) from error
 
 
 def _check_fingerprints(model: "MMultiModal", folder: Path) -> None:
-    expected = orjson.loads((folder / PROVENANCE_FILE).read_bytes())["fingerprints"]
+    expected = read_provenance(folder)["fingerprints"]
     actual = fingerprints(model)
     places = {"visual": ("visual.path", model.visual_folder), "llm": ("llm.path", model.llm_folder)}
     for part, (key, backbone) in places.items():
@@ -203,7 +239,7 @@ def _check_fingerprints(model: "MMultiModal", folder: Path) -> None:
         raise UserError(f"{folder} was trained with other preprocessor settings than {model.visual_folder} has now")
 
 
-def _copy_exactly(parameters: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], file: Path) -> None:
+def _check_shapes(parameters: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], file: Path) -> None:
     own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = [f"missing: {name}" for name in sorted(own.keys() - saved.keys())]
@@ -216,6 +252,3 @@ def _copy_exactly(parameters: dict[str, torch.Tensor], tensors: dict[str, torch.
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{file} does not fit the model: {'; '.join(problems[:5])}{more}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])

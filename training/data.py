@@ -209,3 +209,7 @@ def micro_batches(
             batches[-1].append(index)
             room -= lengths[index]
     return batches[: max(len(batches) // processes, 1) * processes]
+
+
+def validation_sample(dataset: ImageCaptionDataset, count: int, seed: int) -> list[int]:
+    return sorted(random.Random(seed).sample(range(len(dataset)), min(count, len(dataset))))

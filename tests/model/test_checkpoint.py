@@ -8,7 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model.checkpoint import list_checkpoints, portable_config, save_checkpoint
+from model.checkpoint import portable_config, save_checkpoint
+from model.checkpoint_folder import list_checkpoints
 from model.model import MMultiModal
 from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen
 
@@ -25,7 +26,7 @@ def model(backbones):
 
 @pytest.fixture
 def folder(model, tmp_path):
-    save_checkpoint(model, tmp_path / "checkpoint-1", {"loss": 1.0}, {"commit": None}, lambda state: None)
+    save_checkpoint(model, tmp_path / "checkpoint-1", {"loss": 1.0}, {"commit": None}, {})
     return tmp_path / "checkpoint-1"
 
 

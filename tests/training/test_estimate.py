@@ -6,7 +6,7 @@ import yaml
 
 import training.estimate
 from config import parse_config
-from model.checkpoint import list_checkpoints
+from model.checkpoint_folder import list_checkpoints
 from training.estimate import Estimate, Line, Setting, describe_run, longest_sample
 from training.loop import Trainer
 
@@ -88,7 +88,7 @@ def test_out_of_memory_is_one_sentence_and_keeps_what_is_there(configure, monkey
     forward = trainer.forward
 
     def fails_at_step_3(*arguments):
-        if trainer.position["step"] == 2:
+        if trainer.progress.step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(*arguments)
 

@@ -11,11 +11,11 @@ import yaml
 from safetensors.torch import load_file
 
 from model.answer import Answerer
-from model.checkpoint import list_checkpoints
+from model.checkpoint_folder import list_checkpoints
 from model.model import MMultiModal
 from paths import REPO_ROOT
 from training.data import epoch_order, micro_batches, sample_lengths
-from training.estimate import describe_run
+from training.dry_run import describe_run
 from training.loop import Trainer
 from training.optimizer import build_optimizer, build_schedule
 
@@ -50,7 +50,7 @@ def test_resume_equals_uninterrupted(configure, tmp_path, budget):
     (tmp_path / "parts" / "checkpoint-7.tmp").mkdir()
     torch.rand(5)
     resumed = Trainer(configure(llm=dropout, output_dir=str(tmp_path / "parts"), **settings), resume="auto")
-    assert resumed.position["step"] == 3
+    assert resumed.progress.step == 3
     parts = resumed.run()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "parts")) == 8
@@ -131,7 +131,7 @@ def test_old_checkpoints_go_and_a_second_run_does_not_overwrite(configure):
 def test_init_from_starts_with_the_weights_of_a_checkpoint(configure, tmp_path):
     first = Trainer(configure(max_steps=2)).run()
     second = Trainer(configure(output_dir=str(tmp_path / "second"), init_from=str(first), max_steps=2))
-    assert second.position["step"] == 0
+    assert second.progress.step == 0
     expected = load_file(first / "feature_proj.safetensors")
     assert all(torch.equal(second.model.feature_proj.state_dict()[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match="'llm.lora' differs from the adapter"):
@@ -149,7 +149,7 @@ def test_a_broken_photo_ends_the_run_with_its_name_and_a_checkpoint(configure, t
     with pytest.raises(ValueError, match=r"broken\.png") as caught:
         trainer.run()
     assert "\n" not in str(caught.value)
-    if trainer.position["step"]:
+    if trainer.progress.step:
         assert list_checkpoints(trainer.output_dir)[-1].name == f"checkpoint-{trainer.position['step']}"
 
 
@@ -194,11 +194,11 @@ def test_token_budget_fills_micro_batches_and_keeps_the_order(configure):
     trainer = Trainer(configure(tokens_per_batch=300, workers=1))
     lengths = [len(trainer.train_set.tokens(index)["input_ids"]) for index in range(len(trainer.train_set))]
     assert sample_lengths(trainer.train_set, workers=1) == lengths
-    batches = trainer._epoch_batches(0)
+    batches = trainer.epoch_batches(0, 0)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     assert max(map(len, batches)) > 1
     assert all(len(batch) == 1 or sum(lengths[index] for index in batch) <= 300 for batch in batches)
-    assert batches == trainer._epoch_batches(0) != trainer._epoch_batches(1)
+    assert batches == trainer.epoch_batches(0, 0) != trainer.epoch_batches(1, 0)
 
 
 def test_flex_attention_is_refused_without_cuda(configure, monkeypatch):

@@ -1,0 +1,144 @@
+"""The checkpoint folder as files: its names, what is missing or damaged, and how one replaces another without loss.
+
+`model/checkpoint.py` fills the folder and reads it; `training/state.py` chooses among several.
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+
+from errors import UserError, file_error
+from model import report_layout
+from paths import REPO_ROOT, nearest_name_hint
+
+CONFIG_FILE = "config.yaml"
+PROJECTOR_FILE = "feature_proj.safetensors"
+PROVENANCE_FILE = "provenance.json"
+METRICS_FILE = "metrics.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+STATE_FILE = "trainer_state/state.pt"
+REQUIRED_FILES = (CONFIG_FILE, PROJECTOR_FILE, PROVENANCE_FILE, "adapter_config.json", ADAPTER_FILE)
+# 1: no checksums, the position in the data counted in micro-batches. 2: checksums, position in samples
+FORMAT_VERSION = 2
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Give a complete folder its final name; at every moment the old or the new one has a name that `recover` knows."""
+    aside = folder.with_name(f"{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+    os.replace(temporary, folder)
+    flush(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(output_dir: Path) -> None:
+    """Clear what a killed process left: half-written folders go, a checkpoint that was about to be replaced returns."""
+    for aside in output_dir.glob("checkpoint-*.old"):
+        final = aside.with_suffix("")
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(aside, final)
+    for temporary in output_dir.glob("checkpoint-*.tmp"):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Force a file's bytes, or a folder's names, to the disk."""
+    if path.is_dir() and os.name != "posix":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """`provenance.json` of a checkpoint.
+
+    Raises:
+        UserError: it is damaged, or a newer version of this code wrote it.
+    """
+    file = folder / PROVENANCE_FILE
+    try:
+        provenance = orjson.loads(file.read_bytes())
+        fingerprint_names = set(provenance["fingerprints"])
+        version = int(provenance.get("format_version", 1))
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}): use another checkpoint") from error
+    except OSError as error:
+        raise file_error(error, file) from error
+    if fingerprint_names != {"visual", "llm", "prompt", "transform"}:
+        raise UserError(f"{file} is damaged (fingerprints of {sorted(fingerprint_names)}): use another checkpoint")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has format version {version}, this code reads up to {FORMAT_VERSION}: update the code"
+        )
+    return provenance
+
+
+def damage(folder: Path) -> list[str]:
+    """What keeps a run from being resumed from `folder`, file by file; empty for a sound checkpoint."""
+    missing = [name for name in (*REQUIRED_FILES, STATE_FILE) if not (folder / name).is_file()]
+    problems = [f"{name} is missing" for name in missing]
+    for name in {CONFIG_FILE, "adapter_config.json"} - set(missing):
+        try:
+            content = yaml.safe_load((folder / name).read_text(encoding="utf-8"))  # JSON is YAML
+        except (yaml.YAMLError, UnicodeDecodeError, OSError):
+            content = None
+        if not isinstance(content, dict):
+            problems.append(f"{name} is damaged")
+    if PROVENANCE_FILE not in missing:
+        try:
+            checksums = read_provenance(folder).get("checksums", {})
+            problems += [problem for name in checksums if (problem := changed(folder, name, checksums))]
+        except UserError as error:
+            problems.append(str(error))
+    return sorted(problems)
+
+
+def changed(folder: Path, name: str, checksums: dict[str, str]) -> str | None:
+    """A sentence if a file is there and is not what was written."""
+    try:
+        if not (folder / name).is_file() or checksum(folder / name) == checksums[name]:
+            return None
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return f"{name} is not what was written (its checksum differs)"
+
+
+def check_complete(folder: Path) -> Path:
+    """`folder` itself if it holds a whole checkpoint.
+
+    Raises:
+        UserError: it does not exist or lacks files; names them.
+    """
+    folder = REPO_ROOT / folder
+    if not folder.is_dir():
+        raise UserError(f"checkpoint folder not found: {folder}. {nearest_name_hint(folder)}".rstrip())
+    required = report_layout.REQUIRED_FILES if report_layout.is_report_checkpoint(folder) else REQUIRED_FILES
+    missing = [name for name in required if not (folder / name).is_file()]
+    if missing:
+        inside = sorted(child.name for child in folder.glob("checkpoint-*"))
+        hint = f"; did you mean {folder / inside[-1]}?" if inside else ""
+        raise UserError(f"{folder} is not a complete checkpoint, it lacks {', '.join(missing)}{hint}")
+    return folder
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first; unfinished ones (`.tmp`) are not among them."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))

@@ -1,0 +1,75 @@
+"""Batches on their way from the data set to the loss: loader, checks, forward pass.
+
+Used by `loop.py`, `validation.py` and, for its trial passes, `build.py`.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dataset.image_caption_dataset import collate
+from errors import UserError
+from qwen.chat import IGNORE_INDEX
+from training.signals import ignore_terminal
+
+
+def make_loader(
+    dataset: Dataset,
+    batches: list[list[int]],
+    workers: int,
+    device: torch.device,
+    at_once: int = 1,
+    persistent: bool = False,
+) -> DataLoader:
+    """A loader that hands out `batches` of sample indices, collated.
+
+    Args:
+        at_once: micro-batches that a step asks for together; so many are prefetched.
+        persistent: keep the workers for the next time it is iterated.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        prefetch_factor=max(2, math.ceil(at_once / workers) + 1) if workers else None,
+        persistent_workers=persistent and workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # without one, each epoch would move the global generator
+        worker_init_fn=ignore_terminal,
+    )
+
+
+def checked(batch: dict[str, Any]) -> dict[str, Any]:
+    """A sample or batch itself.
+
+    Raises:
+        UserError: it stands for a photo that could not be read, or a question that is too long.
+    """
+    if "error" in batch:
+        raise UserError(f"{batch['error']} (python process_image.py with data.check_images=open finds all such photos)")
+    return batch
+
+
+def supervised_tokens(batch: dict[str, Any]) -> int:
+    """Number of labels the loss of a batch is summed over."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def batch_loss(
+    model: torch.nn.Module, batch: dict[str, Any], device: torch.device, num_items_in_batch: int | None
+) -> torch.Tensor:
+    """Summed loss of a collated batch divided by `num_items_in_batch` (None: by its own labels); a scalar.
+
+    Args:
+        model: an `MMultiModal`, or what wraps it for several processes.
+    """
+    inputs = {
+        name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+        for name, value in batch.items()
+        if name != "replaced"
+    }
+    pixels = inputs.pop("pixel_values", None)
+    return model(pixels, **inputs, supervised_only=True, num_items_in_batch=num_items_in_batch).loss

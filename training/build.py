@@ -1,0 +1,270 @@
+"""From the config to the parts of a run: processes, model, data, setting, optimizer. `loop.py` puts them to work."""
+
+import math
+import os
+import platform
+import subprocess
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import torch
+import transformers
+from accelerate.utils import gather_object
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from config import Config
+from dataset.image_caption_dataset import ImageCaptionDataset
+from errors import UserError
+from model.checkpoint import fingerprints, read_config, restore_weights
+from model.checkpoint_folder import check_complete
+from model.model import MMultiModal, pick_device, pick_precision
+from paths import REPO_ROOT, resolve_path
+from training import state
+from training.agreement import all_or_none
+from training.batches import batch_loss, checked
+from training.costs import Arithmetic, PeakMemory
+from training.data import (
+    build_datasets,
+    data_hash,
+    epoch_order,
+    micro_batches,
+    read_split,
+    sample_lengths,
+    validation_sample,
+)
+from training.estimate import Estimate, Setting, Trial, choose_setting, longest_sample, usable_memory
+from training.optimizer import build_optimizer, build_schedule
+
+# keys that decide how a step is cut; unless one of them changes, a resumed run keeps what `auto` chose
+SETTING_KEYS = ("micro_batch", "accumulation", "samples_per_step", "tokens_per_batch", "gradient_checkpointing")
+
+
+class Run:
+    """The parts of one run.
+
+    Args:
+        config: the run.
+        resume: a checkpoint folder to go on from, `"auto"` for the newest of `train.output_dir`, None to start anew.
+        accept_changes: resume although data, split, seeds, packing, weights or prompt differ from the checkpoint's.
+        dry_run: nothing will be trained: existing checkpoints do not matter, and no feature cache is filled.
+
+    Attributes:
+        accelerator, precision: the processes of the run, and the dtype they compute in.
+        model, wrapped: the model, and what synchronises its gradients over processes.
+        train_set, val_set: the data; `val_samples` are the indices that each validation reads.
+        setting: how a step is cut into micro-batches.
+        optimizer, schedule: of the trained parts.
+        progress: where the run stands.
+        steps_per_epoch, total_steps: optimizer steps.
+
+    Raises:
+        UserError: wrong data, backbones or checkpoint; an output folder that holds checkpoints when starting anew.
+    """
+
+    def __init__(
+        self, config: Config, resume: str | None = None, accept_changes: bool = False, dry_run: bool = False
+    ) -> None:
+        self.config = config
+        self.accelerator, self.precision = make_accelerator(config)
+        self.output_dir = resolve_path(config.train.output_dir)
+        resumed = None if dry_run else state.find_checkpoint(self.accelerator, self.output_dir, resume)
+        saved = None if resumed is None else state.read_state(resumed, self.accelerator)
+        photos, train, val = read_split(config)
+        self.provenance = make_provenance(config)
+        if resumed is not None:
+            accepted = state.accepted_changes(resumed, self.provenance["shape"], accept_changes)
+            self.provenance["accepted_changes"] = accepted
+
+        self.model = MMultiModal.from_config(config, self.accelerator.device)
+        origin = resumed or (config.train.init_from and check_complete(Path(config.train.init_from)))
+        if origin:
+            restore_weights(self.model, origin)
+        if config.train.compile:
+            compile_layers(self.model.LLM.get_base_model())
+        self._same_on_all_processes()
+        with self.accelerator.main_process_first():  # the first one writes the feature cache, the others read it
+            self.train_set, self.val_set = build_datasets(config, self.model, photos, train, val)
+        self.weights = {source.name: source.weight for source in config.data.sources}
+        self.val_samples = validation_sample(self.val_set, config.train.eval_samples, config.train.seed)
+
+        self.wrapped = wrap(self.accelerator, self.model)
+        self.setting = self._setting(saved, resumed)
+        self.set_checkpointing(self.setting.checkpointing)
+        self.steps_per_epoch = math.ceil(len(self.epoch_batches(0, 0)) / self.batches_per_step)
+        self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
+        optimizer = build_optimizer(self.model, config.train)
+        self.schedule = build_schedule(optimizer, config.train, self.total_steps)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.arithmetic = Arithmetic(self.model)
+        torch.manual_seed(config.train.seed + self.accelerator.process_index)  # dropout, another on each process
+        self.whole_step = True  # False while some weights are those of the next step
+        self.last_figures: dict[str, Any] = {}
+        self.progress = state.Progress() if saved is None else state.restore(self, saved)
+        self.progress.note_generators(self.accelerator.device)
+
+    @property
+    def batches_per_step(self) -> int:
+        """Micro-batches of an optimizer step over all processes."""
+        return self.setting.accumulation * self.accelerator.num_processes
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """Memory and time of micro-batches of any size, measured when first asked."""
+        sample = checked(self.train_set[longest_sample(self.train_set)])
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        limit = usable_memory(self.accelerator.device)
+        return Estimate(make_trial(self), sample, limit, trained, self.config.train.tokens_per_batch)
+
+    def _setting(self, saved: dict[str, Any] | None, resumed: Path | None) -> Setting:
+        if saved is not None:
+            before, now = read_config(resumed).train, self.config.train
+            if all(getattr(before, key) == getattr(now, key) for key in SETTING_KEYS):
+                return Setting(**saved["setting"])
+        setting = choose_setting(self.config.train, lambda: self.estimate)
+        self.model.zero_grad()
+        return setting
+
+    def _same_on_all_processes(self) -> None:
+        """Refuse processes that have other files: their gradients would be averaged all the same."""
+        own = {"backbones and prompt": fingerprints(self.model), "data and config": self.provenance["shape"]}
+        first = gather_object([own])[0]
+        different = [name for name in own if own[name] != first[name]]
+        problem = f"has other {' and '.join(different)} than process 0: give all machines the same files"
+        all_or_none(self.accelerator, problem if different else None)
+
+    def say(self, sentence: str) -> None:
+        """Print a line on the first process, above its progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(sentence)
+
+    def agree(self, problem: str | None) -> None:
+        """Carry on if no process has a problem; else all raise the first as a UserError."""
+        all_or_none(self.accelerator, problem)
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute the language model's activations in the backward pass, or keep them."""
+        language_model = self.model.LLM.get_base_model()
+        if on:
+            language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            language_model.gradient_checkpointing_disable()
+
+    def training_mode(self) -> None:
+        """Dropout on, except in the encoder."""
+        self.wrapped.train()
+        self.model.encoder.eval()
+
+    def forward(self, batch: dict[str, Any], num_items_in_batch: int | None) -> torch.Tensor:
+        """The loss of a collated batch, through what synchronises the gradients; see `batch_loss`."""
+        return batch_loss(self.wrapped, batch, self.accelerator.device, num_items_in_batch)
+
+    def val_source(self, index: int) -> str:
+        """The source that a validation sample belongs to."""
+        return self.val_set.entries[self.val_set.groups[index][0]].source
+
+    def cut(self, dataset: ImageCaptionDataset, order: list[int], processes: int = 1) -> list[list[int]]:
+        """Sample indices to micro-batches, in their order."""
+        train = self.config.train
+        lengths = None if train.tokens_per_batch is None else sample_lengths(dataset, train.workers)
+        return micro_batches(order, self.setting.micro_batch, processes, lengths, train.tokens_per_batch)
+
+    def epoch_batches(self, epoch: int, samples: int) -> list[list[int]]:
+        """Micro-batches of an epoch after its first `samples` samples, for all processes in turn."""
+        self.train_set.set_epoch(epoch)
+        order = epoch_order(self.train_set, self.weights, self.config.train.seed, epoch)
+        return self.cut(self.train_set, order[samples:], self.accelerator.num_processes)
+
+
+def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
+    """The processes of the run, and the precision they compute in.
+
+    Raises:
+        UserError: settings that this device or training cannot have, or processes that did not find each other.
+    """
+    if config.llm.device_map is not None:
+        raise UserError(
+            "'llm.device_map': auto is for answering; in training each GPU holds the language model whole: set "
+            "llm.device_map=null, and llm.quantization=nf4 if it does not fit"
+        )
+    device = pick_device()
+    precision = pick_precision(config.train.precision, device)
+    if config.train.attention == "flex" and device.type != "cuda":
+        raise UserError("'train.attention': flex needs a CUDA GPU, elsewhere it has no backward pass; use sdpa")
+    accelerator = accelerate.Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no" if precision == "float32" else precision
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UserError(f"{launched} processes were launched but {accelerator.num_processes} joined the run")
+    return accelerator, precision
+
+
+def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Module:
+    """The model as the accelerator runs it; frozen tensors are the same everywhere and are never sent."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
+    return accelerator.prepare(model)
+
+
+def compile_layers(language_model: torch.nn.Module) -> None:
+    """`torch.compile` for attention, MLP and norms of every decoder layer, in place, for any length of batch.
+
+    The parts and not the layer: gradient checkpointing wraps that, and inside a wrapped one nothing would be compiled.
+    """
+    for layer in language_model.model.layers:
+        for part in layer.children():
+            part.compile(dynamic=True)
+
+
+def make_trial(run: Run) -> Trial:
+    """What measures a batch for `Estimate`: the quicker of two passes; the gradients stay, as they do between the
+    micro-batches of a step."""
+
+    def trial(batch: dict[str, Any] | None, checkpointing: bool) -> tuple[int, float]:
+        run.set_checkpointing(checkpointing)
+        run.training_mode()
+        seconds = []
+        with PeakMemory(run.accelerator.device) as peak:
+            for _ in range(2):
+                began = time.perf_counter()
+                if batch is not None:
+                    with run.accelerator.no_sync(run.wrapped):
+                        loss = run.forward(batch, 1)
+                        run.accelerator.backward(loss)
+                    loss.item()  # waits until the device is done
+                seconds.append(time.perf_counter() - began)
+        return peak.bytes, min(seconds)
+
+    return trial
+
+
+def make_provenance(config: Config) -> dict[str, Any]:
+    """What made a checkpoint: library versions, the code's commit, and what shaped the run."""
+    libraries = {"torch": torch, "transformers": transformers, "peft": peft, "accelerate": accelerate}
+    return {
+        "versions": {"python": platform.python_version()} | {name: lib.__version__ for name, lib in libraries.items()},
+        "commit": code_commit(),
+        "shape": state.run_shape(config, data_hash(config)),
+    }
+
+
+def code_commit() -> str | None:
+    """The commit of this code, with `-dirty` behind it where files differ; None without git or outside a clone."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        if git("rev-parse", "--show-toplevel") != REPO_ROOT.as_posix():  # unpacked inside another repository
+            return None
+        commit = git("rev-parse", "--verify", "--quiet", "HEAD")
+        return f"{commit}{'-dirty' if git('status', '--porcelain', '--untracked-files=no') else ''}" if commit else None
+    except OSError:  # no git on this machine
+        return None

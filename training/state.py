@@ -1,0 +1,245 @@
+"""What is saved, resumed, pruned and refused: the life of a run's checkpoints. Called by `build.py` and `loop.py`.
+
+A checkpoint holds the state after a whole step: weights, optimizer, schedule, random generators and the position in the
+data, counted in samples so that a resumed run may cut its steps another way. Only a successful save prunes.
+"""
+
+import dataclasses
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from config import Config
+from errors import UserError
+from model.checkpoint import save_checkpoint
+from model.checkpoint_folder import (
+    CONFIG_FILE,
+    PROVENANCE_FILE,
+    STATE_FILE,
+    check_complete,
+    damage,
+    list_checkpoints,
+    read_provenance,
+    recover,
+)
+from training.agreement import all_or_none, on_main
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands after a whole step.
+
+    Attributes:
+        step: optimizer steps made.
+        epoch, samples: whole epochs done, and samples of the present one that were learned from.
+        generators: state of this process's random generators.
+        window: figures of the steps since the last line of the log.
+        unreadable: sentences about photos that another sample replaced.
+        skipped: steps in a row that fp16's scaler did not make.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    samples: int = 0
+    generators: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    window: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    unreadable: list[str] = dataclasses.field(default_factory=list)
+    skipped: int = 0
+
+    def note_generators(self, device: torch.device) -> None:
+        """Keep the generators' state of this moment; a checkpoint written later, within a step, holds it."""
+        self.generators = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            self.generators["cuda"] = torch.cuda.get_rng_state()
+
+    def restore_generators(self, device: torch.device) -> None:
+        """Set the generators to the kept state."""
+        torch.set_rng_state(self.generators["cpu"])
+        if "cuda" in self.generators and device.type == "cuda":
+            torch.cuda.set_rng_state(self.generators["cuda"])
+
+
+def find_checkpoint(accelerator: Accelerator, output_dir: Path, resume: str | None) -> Path | None:
+    """The checkpoint to resume; the first process decides, for its disk may be the only one that has them.
+
+    Args:
+        resume: `auto` for the newest of `output_dir`, a folder, or None to start anew.
+
+    Raises:
+        UserError: a damaged checkpoint (names the files, and an older one that is sound), one that another process does
+            not see, or checkpoints in the way of a new run.
+    """
+    folder = on_main(accelerator, lambda: _choose(output_dir, resume))
+    unseen = folder is not None and not (folder / PROVENANCE_FILE).is_file()
+    all_or_none(
+        accelerator,
+        f"{folder} is not on this machine: set train.output_dir to a folder that all machines share, or copy it here"
+        if unseen
+        else None,
+    )
+    return folder
+
+
+def _choose(output_dir: Path, resume: str | None) -> Path | None:
+    recover(output_dir)
+    existing = list_checkpoints(output_dir)
+    if resume is None:
+        if existing:
+            raise UserError(
+                f"'train.output_dir': {output_dir} already holds {existing[-1].name}: go on from it with "
+                "--resume auto, or set another train.output_dir"
+            )
+        return None
+    if resume == "auto":
+        if not existing:
+            return None
+        folder = existing[-1]
+    else:
+        folder = check_complete(Path(resume))
+        if existing and folder.resolve() not in [path.resolve() for path in existing]:
+            raise UserError(
+                f"{folder} is not a checkpoint of 'train.output_dir' = {output_dir}, which holds {existing[-1].name}: "
+                "set another train.output_dir, or resume one of its own"
+            )
+    problems = damage(folder)
+    if problems:
+        older = next((path for path in reversed(existing) if path != folder and not damage(path)), None)
+        advice = f"{older} is sound: resume it with --resume {older}" if older else "no other checkpoint here is sound"
+        raise UserError(f"{folder} cannot be resumed: {'; '.join(problems)}. {advice}")
+    return folder
+
+
+def read_state(folder: Path, accelerator: Accelerator) -> dict[str, Any]:
+    """What `save` wrote into a checkpoint.
+
+    Raises:
+        UserError: an older format, a damaged file, or another number of processes.
+    """
+    if read_provenance(folder).get("format_version", 1) < 2:
+        raise UserError(
+            f"{folder} was written by an earlier version of this code, which kept another position in the data: it "
+            f"cannot be resumed, but its weights load; start from them with train.init_from={folder}"
+        )
+    file = folder / STATE_FILE
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}): resume an older checkpoint") from error
+    if state["processes"] != accelerator.num_processes:
+        raise UserError(
+            f"{folder.name} was written by {state['processes']} processes, this run has "
+            f"{accelerator.num_processes}: resume with as many, or start from its weights with train.init_from"
+        )
+    return state
+
+
+def run_shape(config: Config, data: str) -> dict[str, Any]:
+    """What decides which sample a run learns from when, and how it is asked; a resumed run must agree.
+
+    Args:
+        data: hash of the two record files.
+    """
+    train = config.train
+    return {
+        "data": data,
+        "data.val_fraction": config.data.val_fraction,
+        "data.seed": config.data.seed,
+        "data.max_length": config.data.max_length,
+        "train.seed": train.seed,
+        "train.max_questions": train.max_questions if train.pack_questions else 1,
+        "weights of the sources": {source.name: source.weight for source in config.data.sources},
+        "prompt": config.prompt.model_dump(),
+    }
+
+
+def accepted_changes(folder: Path, shape: dict[str, Any], accept: bool) -> list[dict[str, Any]]:
+    """The changes of shape that a run was resumed with so far, this time's included; goes into the provenance.
+
+    Raises:
+        UserError: the run would be resumed with another shape and `accept` is false; gives both values.
+    """
+    provenance = read_provenance(folder)
+    saved = provenance.get("shape", {})
+    changed = {key: [saved[key], value] for key, value in shape.items() if key in saved and saved[key] != value}
+    earlier = provenance.get("accepted_changes", [])
+    if not changed:
+        return earlier
+    if not accept:
+        differences = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in changed.items())
+        raise UserError(
+            f"{folder} belongs to another run: {differences}. Set these back, or resume all the same with "
+            "--resume auto --accept-changes: the position in the data then means other samples"
+        )
+    return [*earlier, {"checkpoint": folder.name, "changes": changed}]
+
+
+def set_newer_aside(output_dir: Path, step: int) -> list[str]:
+    """Rename checkpoints beyond `step`, which the run is about to make again; returns their new names."""
+    names = []
+    for folder in list_checkpoints(output_dir):
+        if int(folder.name.removeprefix("checkpoint-")) > step:
+            number, aside = 1, folder.with_name(f"{folder.name}.superseded")
+            while aside.exists():
+                number += 1
+                aside = folder.with_name(f"{folder.name}.superseded-{number}")
+            folder.rename(aside)
+            names.append(aside.name)
+    return names
+
+
+def prune(output_dir: Path, keep: int, newest: Path) -> None:
+    """Delete the checkpoints that were written first until `keep` are left; `newest` always stays."""
+    others = [folder for folder in list_checkpoints(output_dir) if folder != newest]
+    others.sort(key=lambda folder: (folder / CONFIG_FILE).stat().st_mtime_ns if (folder / CONFIG_FILE).is_file() else 0)
+    for folder in others[: max(len(others) - keep + 1, 0)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save(run, progress: Progress, figures: dict[str, Any], pruning: bool = True) -> Path:
+    """Write `checkpoint-<step>`, then prune; all processes call it together.
+
+    Args:
+        run: a `training.build.Run`.
+        figures: go into `metrics.json`.
+        pruning: False when saving because something went wrong.
+
+    Raises:
+        UserError: it could not be written; all processes raise it, and nothing was deleted.
+    """
+    folder = run.output_dir / f"checkpoint-{progress.step}"
+    all_generators = gather_object([progress.generators])
+
+    def write() -> None:
+        scaler = run.accelerator.scaler
+        state = {
+            "progress": {**dataclasses.asdict(progress), "generators": all_generators},
+            "setting": dataclasses.asdict(run.setting),
+            "processes": run.accelerator.num_processes,
+            "optimizer": run.optimizer.state_dict(),
+            "schedule": run.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        position = {"step": progress.step, "epoch": progress.epoch, "samples": progress.samples}
+        save_checkpoint(run.model, folder, position | figures, run.provenance, state)
+        if pruning:
+            prune(run.output_dir, run.config.train.save_total_limit, newest=folder)
+
+    on_main(run.accelerator, write)
+    return folder
+
+
+def restore(run, state: dict[str, Any]) -> Progress:
+    """Put the saved optimizer, schedule, scaler and generators back; returns where the run stands."""
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.schedule.load_state_dict(state["schedule"])
+    if state["scaler"] is not None and run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    saved = state["progress"]
+    progress = Progress(**saved | {"generators": saved["generators"][run.accelerator.process_index]})
+    progress.restore_generators(run.accelerator.device)
+    return progress

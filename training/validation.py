@@ -1,0 +1,42 @@
+"""The validation loss, over all processes and by source. Called by `loop.py`."""
+
+import torch
+
+from training.batches import batch_loss, make_loader, supervised_tokens
+from training.build import Run
+
+
+@torch.no_grad()
+def validate(run: Run) -> dict[str, float]:
+    """Mean loss per supervised token on `run.val_samples`: `val_loss`, and `val_loss/<source>` where there are several.
+
+    Each process reads its share. The model is called without what wraps it, so a process without a share enters no
+    collective but the sum at the end.
+    """
+    dataset, train = run.val_set, run.config.train
+    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
+    sources = sorted({run.val_source(index) for index in run.val_samples})
+    batches = [
+        (number, batch)
+        for number, source in enumerate(sources)
+        for batch in run.cut(dataset, [index for index in run.val_samples if run.val_source(index) == source])
+    ][rank::processes]
+    device = run.accelerator.device
+    sums = torch.zeros(len(sources), 2, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    run.model.eval()
+    loader = make_loader(dataset, [batch for _, batch in batches], train.workers, device)
+    problem = None
+    for (number, _), batch in zip(batches, loader, strict=True):
+        if "error" in batch:
+            problem = batch["error"]
+            break
+        loss = batch_loss(run.model, batch, device, 1)
+        sums[number] += torch.tensor([loss.item(), supervised_tokens(batch)], dtype=sums.dtype)
+    run.agree(problem)
+    totals = run.accelerator.reduce(sums.to(device)).cpu()  # (sources, 2)
+    loss, tokens = totals.sum(dim=0).tolist()
+    losses = {"val_loss": loss / max(tokens, 1)}
+    if len(sources) > 1:
+        for source, (own_loss, own_tokens) in zip(sources, totals.tolist(), strict=True):
+            losses[f"val_loss/{source}"] = own_loss / max(own_tokens, 1)
+    return losses
