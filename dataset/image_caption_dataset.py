@@ -30,8 +30,8 @@ class CompactList(Sequence):
     """A list as one block of bytes, decoded item by item.
 
     Reading a Python object changes its reference count, so each forked worker ends with its own copy of every page that
-    holds one: 470 MiB a worker for 310,000 entries and photos. A block has no counts: 85 MiB. Where workers are spawned
-    they get the block as it is, while pickling and reading the objects takes 10 s for each worker.
+    holds one: 540 MiB a worker for 310,000 entries and their photos. A block has no counts: 84 MiB. Spawned workers get
+    the block as it is, while pickling and reading the objects takes 10 s for each worker.
     """
 
     def __init__(self, items: Iterable[Any]) -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from config import Config
 from dataset.image_caption_dataset import CompactList, ImageCaptionDataset
 from dataset.records import Entry, Photo, read_records, split_entries
-from errors import UserError
+from errors import UserError, shortened
 from model.model import MMultiModal
 from paths import existing_path, resolve_path
 from training.feature_cache import PixelLoader, cached_features
@@ -55,7 +55,7 @@ def build_datasets(
             replace_broken,
         )
 
-    weights = source_weights(config)
+    weights = source_weights(config, {entry.source for entry in [*train, *val]})
     train_set = dataset(train, {entry.source: weights.get(entry.source, 1.0) for entry in train}, True)
     epoch_order(train_set, weights, config.train.seed, 0)  # so that a wrong weight is an error before the first step
     # its loss is told by source, and a photo that cannot be read would make two losses incomparable
@@ -63,8 +63,22 @@ def build_datasets(
     return train_set, val_set
 
 
-def source_weights(config: Config) -> dict[str, float]:
-    """`data.sources[].weight` by the source's name."""
+def source_weights(config: Config, prepared: set[str]) -> dict[str, float]:
+    """`data.sources[].weight` by the source's name.
+
+    Args:
+        prepared: the sources of the entries.
+
+    Raises:
+        UserError: a weight is given to a source that has no entry, so that it would do nothing.
+    """
+    for source in config.data.sources:
+        if source.weight != 1 and source.name not in prepared:
+            raise UserError(
+                f"'data.sources': source '{shortened(source.name)}' has weight {source.weight} but no entry in "
+                f"{config.data.captions} (there: {shortened(', '.join(sorted(prepared)))}): correct its name, or run "
+                "process_image.py again"
+            )
     return {source.name: source.weight for source in config.data.sources}
 
 

@@ -186,6 +186,9 @@ def test_a_weight_that_draws_nothing_is_an_error_at_build_time(configure):
     source = {"name": "tiny", "format": "jsonl", "annotations": "a", "images": "b", "weight": 0.01}
     with pytest.raises(UserError, match="weight 0.01 of source 'tiny' draws none"):
         built(configure(data={"sources": [source]}))
+    with pytest.raises(UserError, match="'tine' has weight 2.0 but no entry in .*captions.json .there: tiny."):
+        built(configure(data={"sources": [source | {"name": "tine", "weight": 2.0}]}))
+    built(configure(data={"sources": [source | {"name": "tine", "weight": 1.0}]}))
 
 
 def test_a_photo_that_turned_bad_is_replaced_in_training(configure, workshop, tmp_path):
