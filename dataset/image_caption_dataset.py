@@ -6,8 +6,11 @@ photo (`dataset/packing.py`).
 Shapes: B samples, K photos of a sample, T tokens, N image tokens of a photo, Dv encoder width.
 """
 
+import itertools
+import pickle
 import random
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +22,31 @@ from dataset.records import Entry, Photo
 from errors import UserError
 from qwen.attention import PackedLayout
 from qwen.chat import IGNORE_INDEX, ChatFormat, Message
+
+REPLACEMENTS = 8  # other samples tried in place of one whose photo cannot be read
+
+
+class CompactList(Sequence):
+    """A list as one block of bytes, decoded item by item.
+
+    Reading a Python object changes its reference count, so each forked worker ends with its own copy of every page that
+    holds one: 540 MiB a worker for 310,000 entries and their photos. A block has no counts: 84 MiB. Spawned workers get
+    the block as it is, while pickling and reading the objects takes 10 s for each worker.
+    """
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        pickles = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
+        self.ends = array("q", itertools.accumulate(map(len, pickles)))
+        self.block = b"".join(pickles)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):  # `for item in …` ends here
+            raise IndexError(index)
+        start = self.ends[index - 1] if index else 0
+        return pickle.loads(self.block[start : self.ends[index]])
 
 
 def entry_messages(entry: Entry, chat: ChatFormat, answers: list[str]) -> list[Message]:
@@ -39,7 +67,7 @@ class ImageCaptionDataset(Dataset):
     """Samples of photos and dialogues.
 
     Args:
-        photos: by ID.
+        photos: by ID, from 0 without gaps.
         entries: the records to learn from.
         chat: prompt format of the model.
         load_photo: photo → pixels (3, H, W) float32, or its cached features (N, Dv); UserError for a broken photo.
@@ -47,29 +75,43 @@ class ImageCaptionDataset(Dataset):
         max_length: longest dialogue in tokens; longer ones lose whole turns from the end, then the end of the answer.
         max_questions: how many questions of a photo ride in one sequence; 1: no packing.
         seed: of the choice among several accepted answers, together with epoch and index.
+        keep_apart: see `group_entries`.
+        replace_broken: draw another sample where a photo cannot be read.
 
+    Attributes:
+        groups: the numbers of the entries of each sample.
+        sources: names of the sources; `source(index)` is that of a sample.
     """
 
     def __init__(
         self,
-        photos: dict[int, Photo],
-        entries: list[Entry],
+        photos: Mapping[int, Photo] | Sequence[Photo],
+        entries: Sequence[Entry],
         chat: ChatFormat,
         load_photo: Callable[[Photo], torch.Tensor],
         photo_key: str = "pixel_values",
         max_length: int = 2048,
         max_questions: int = 1,
         seed: int = 0,
+        keep_apart: Mapping[str, Hashable] | None = None,
+        replace_broken: bool = False,
     ) -> None:
-        self.photos = photos
-        self.entries = entries
+        by_ID = photos if isinstance(photos, CompactList) else CompactList(photos[ID] for ID in range(len(photos)))
+        self.photos = by_ID
+        self.entries = entries if isinstance(entries, CompactList) else CompactList(entries)
         self.chat = chat
         self.load_photo = load_photo
         self.photo_key = photo_key
         self.max_length = max_length
         self.seed = seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes outlive an epoch
-        self.groups = group_entries(entries, chat.prompt.image_first, max_questions)
+        groups = group_entries(entries, chat.prompt.image_first, max_questions, keep_apart)
+        self.groups = CompactList(groups)
+        by_group = [entries[group[0]].source for group in groups]
+        self.sources = sorted(set(by_group))
+        number_of = {source: number for number, source in enumerate(self.sources)}
+        self._source_numbers = torch.tensor([number_of[source] for source in by_group], dtype=torch.int64)
+        self.replace_broken = replace_broken
 
     def set_epoch(self, epoch: int) -> None:
         """Choose anew among accepted answers."""
@@ -78,24 +120,60 @@ class ImageCaptionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.groups)
 
+    def source(self, index: int) -> str:
+        """Source of sample `index`: that of its first question."""
+        return self.sources[int(self._source_numbers[index])]
+
+    def samples_by_source(self) -> dict[str, list[int]]:
+        """Indices of the samples of each source, in rising order."""
+        return {
+            source: (self._source_numbers == number).nonzero().flatten().tolist()
+            for number, source in enumerate(self.sources)
+        }
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`pixel_values` (3, H, W) ((K, 3, H, W) for several photos, absent without) or `image_features` likewise,
         `photo_ids` with the K IDs, and what `tokens` gives.
 
-        A photo that cannot be read, or a dialogue too long, gives `{"error": sentence}`, for the training process to
-        raise; out of a worker it would come wrapped in a traceback.
+        Where a photo cannot be read and `replace_broken` is on, this is another sample, and `replaced` lists a sentence
+        for each photo that was given up. If all are broken, or the dialogue is too long, it is `{"error": sentence}`
+        for the training process to raise; out of a worker the error would come wrapped in a traceback.
         """
-        group = self.groups[index]
-        entry = self.entries[group[0]]
+        broken: list[str] = []
         try:
-            loaded = [self.load_photo(self.photos[ID]) for ID in entry.images]
-            sample = self.tokens(index)
+            sample = self._sample(index, broken)
+            if sample is None and self.replace_broken:
+                others = (self._sample(other, broken) for other in self._replacements(index))
+                sample = next((other for other in others if other is not None), None)
         except UserError as error:
             return {"error": str(error)}
-        if loaded:
-            sample[self.photo_key] = loaded[0] if len(loaded) == 1 else torch.stack(loaded)
-            sample["photo_ids"] = entry.images
+        if sample is None:
+            return {"error": broken[0]}
+        return sample | ({"replaced": broken} if broken else {})
+
+    def _sample(self, index: int, broken: list[str]) -> dict[str, Any] | None:
+        """A sample; None where one of its photos cannot be read, which appends the sentence to `broken`."""
+        images = self.entries[self.groups[index][0]].images
+        try:
+            photos = [self.load_photo(self.photos[ID]) for ID in images]
+        except UserError as error:
+            broken.append(str(error))
+            return None
+        sample = self.tokens(index)
+        if photos:
+            sample[self.photo_key] = photos[0] if len(photos) == 1 else torch.stack(photos)
+            sample["photo_ids"] = images
         return sample
+
+    def _replacements(self, index: int) -> list[int]:
+        """Other samples of the same source, the same ones for an epoch and index. Those no longer than sample `index`
+        come first, then the shortest: a token budget counted on its length."""
+        numbers = (self._source_numbers == self._source_numbers[index]).nonzero().flatten().tolist()
+        others = [number for number in numbers if number != index]
+        choose = random.Random(f"{self.seed} {int(self.epoch)} replacement {index}")
+        drawn = choose.sample(others, min(REPLACEMENTS, len(others)))
+        length = len(self.tokens(index)["input_ids"])
+        return sorted(drawn, key=lambda other: max(len(self.tokens(other)["input_ids"]) - length, 0))
 
     def tokens(self, index: int) -> dict[str, Any]:
         """The text side of a sample, without its photo: `input_ids` and `labels` (T,) int64, and `lengths`, those of
@@ -132,10 +210,18 @@ class ImageCaptionDataset(Dataset):
         return input_ids, labels
 
 
-def group_entries(entries: list[Entry], image_first: bool, max_questions: int) -> list[list[int]]:
+def group_entries(
+    entries: Sequence[Entry],
+    image_first: bool,
+    max_questions: int,
+    keep_apart: Mapping[str, Hashable] | None = None,
+) -> list[list[int]]:
     """Indices of entries that can share one sequence: same photos, same text before the last of them.
 
     Text-only entries stay alone: there is no photo whose cost they could share.
+
+    Args:
+        keep_apart: a value for each source; entries of sources with different values share no sequence.
     """
     groups: list[list[int]] = []
     open_groups: dict[tuple, list[int]] = {}
@@ -144,7 +230,7 @@ def group_entries(entries: list[Entry], image_first: bool, max_questions: int) -
             groups.append([number])
             continue
         before = () if image_first else tuple(entry.turns[0].question.split(IMAGE_TAG, len(entry.images))[:-1])
-        key = (entry.images, before)
+        key = (entry.images, before, None if keep_apart is None else keep_apart[entry.source])
         if key not in open_groups or len(open_groups[key]) >= max_questions:
             open_groups[key] = []
             groups.append(open_groups[key])
@@ -158,8 +244,9 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         `input_ids`, `labels` and `position_ids` (1, T) int64; `layout`, what stands where in the row; and unless all
         samples are text only, `pixel_values` (B_img, 3, H, W) or `image_features` (B_img, N, Dv), each distinct photo
-        once, and `photo_index` (placeholders' photos,) int64, which of them stands where, in reading order. If a photo
-        was broken: `{"error": sentence}` alone.
+        once, and `photo_index` (placeholders' photos,) int64, which of them stands where, in reading order; `replaced`,
+        a sentence for each photo that could not be read, where samples were replaced. If a sample is an error:
+        `{"error": sentence}` alone.
     """
     for sample in samples:
         if "error" in sample:
@@ -185,4 +272,5 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
             rows = {ID: row for row, ID in enumerate(distinct)}
             batch[key] = torch.stack(list(distinct.values()))
             batch["photo_index"] = torch.tensor([rows[ID] for ID, _ in shown])
-    return batch
+    replaced = [sentence for sample in samples for sentence in sample.get("replaced", ())]
+    return batch | ({"replaced": replaced} if replaced else {})

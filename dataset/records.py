@@ -5,6 +5,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -178,14 +179,50 @@ def _fail(file: Path, where: str, problem: str) -> NoReturn:
 def split_entries(
     photos: dict[int, Photo], entries: list[Entry], val_fraction: float
 ) -> tuple[list[Entry], list[Entry]]:
-    """Split into (train, val) by a hash of the first photo's key, or of the first question where there is no photo.
+    """Split into (train, val) by a hash of the photo's key, or of the first question where there is no photo.
 
-    All questions on a photo stay on one side, and adding data moves nothing. `val_fraction` is in [0, 1); the share is
-    met on average, so a small set may get no validation part.
+    Photos that share an entry stay together, and so do those that share others with them: the first of their keys in
+    order of the alphabet decides for all. So no photo is on both sides, all questions on a photo stay on one, and
+    adding data moves nothing that it does not link. Linked photos that are more than half of all train, since held out
+    they would leave too little. `val_fraction` is in [0, 1); the share is met on average, so a small set may get no
+    validation part.
+
+    Raises:
+        UserError: entries link all photos, so that none can be held out.
     """
+    key_of = _deciding_keys(photos, entries)
+    linked = Counter(key_of.values())
+    largest, size = max(linked.items(), key=lambda item: item[1], default=("", 0))
+    total = len({ID for entry in entries for ID in entry.images})
+    if val_fraction > 0 and 1 < size == total:
+        raise UserError(
+            f"'data.val_fraction' = {val_fraction}: entries with several photos link all {size} photos to one another, "
+            "so none can be held out: set it to 0, or leave some of these entries out"
+        )
     train, val = [], []
     for entry in entries:
-        name = photos[entry.images[0]].key if entry.images else entry.turns[0].question
+        first = entry.images[0] if entry.images else None
+        name = entry.turns[0].question if first is None else key_of.get(first, photos[first].key)
         digest = hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest()
-        (val if int.from_bytes(digest, "big") < val_fraction * 2**64 else train).append(entry)
+        held_out = int.from_bytes(digest, "big") < val_fraction * 2**64
+        if first in key_of and name == largest and 2 * size > total and size > 1:
+            held_out = False
+        (val if held_out else train).append(entry)
     return train, val
+
+
+def _deciding_keys(photos: dict[int, Photo], entries: list[Entry]) -> dict[int, str]:
+    """The smallest key among the photos linked to a photo, by its ID; photos that share no entry are left out."""
+    parent: dict[int, int] = {}
+
+    def root(ID: int) -> int:
+        while parent.setdefault(ID, ID) != ID:
+            parent[ID] = parent[parent[ID]]  # halves the way for the next time
+            ID = parent[ID]
+        return ID
+
+    for entry in entries:
+        for ID in entry.images[1:]:
+            first, second = sorted((root(entry.images[0]), root(ID)), key=lambda ID: photos[ID].key)
+            parent[second] = first  # so that a root has the smallest key of its photos
+    return {ID: photos[root(ID)].key for ID in list(parent)}

@@ -2,37 +2,84 @@
 
 import hashlib
 import random
-from pathlib import Path
+from collections.abc import Hashable
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from config import Config
-from dataset.image_caption_dataset import ImageCaptionDataset
+from dataset.image_caption_dataset import CompactList, ImageCaptionDataset
 from dataset.records import Entry, Photo, read_records, split_entries
-from errors import UserError
-from model.backbone import backbone_fingerprint
+from errors import UserError, shortened
 from model.model import MMultiModal
 from paths import existing_path, resolve_path
-from visual.transform import load_image
+from training.feature_cache import PixelLoader, cached_features
 
 
-def build_datasets(config: Config, model: MMultiModal, photos: dict[int, Photo], train: list[Entry], val: list[Entry]):
-    """Training and validation `ImageCaptionDataset`; encodes all photos first where `data.cache_features` is on."""
-    photo_key = "image_features" if config.data.cache_features else "pixel_values"
+def build_datasets(
+    config: Config,
+    model: MMultiModal,
+    photos: dict[int, Photo],
+    train: list[Entry],
+    val: list[Entry],
+    encode: bool = True,
+) -> tuple[ImageCaptionDataset, ImageCaptionDataset]:
+    """Training and validation set; encodes all photos first where `data.cache_features` is on.
+
+    Args:
+        encode: False: read the photos' pixels where there is no feature cache yet, for a dry run.
+
+    Raises:
+        UserError: a source whose weight draws none of its samples; what `cached_features` raises.
+    """
+    features = None
     if config.data.cache_features:
         used = sorted({ID for entry in [*train, *val] for ID in entry.images})
-        load_photo = cached_features(model, [photos[ID] for ID in used], config)
-    else:
-        load_photo = PixelLoader(model.transform)
+        features = cached_features(model, [photos[ID] for ID in used], config, encode)
+    load_photo = PixelLoader(model.transform) if features is None else features
+    photo_key = "pixel_values" if features is None else "image_features"
     max_questions = config.train.max_questions if config.train.pack_questions else 1
-    return tuple(
-        ImageCaptionDataset(
-            photos, entries, model.chat, load_photo, photo_key, config.data.max_length, max_questions, config.data.seed
+    compact_photos = CompactList(photos[ID] for ID in range(len(photos)))
+
+    def dataset(entries: list[Entry], keep_apart: dict[str, Hashable], replace_broken: bool) -> ImageCaptionDataset:
+        return ImageCaptionDataset(
+            compact_photos,
+            entries,
+            model.chat,
+            load_photo,
+            photo_key,
+            config.data.max_length,
+            max_questions,
+            config.data.seed,
+            keep_apart,
+            replace_broken,
         )
-        for entries in (train, val)
-    )
+
+    weights = source_weights(config, {entry.source for entry in [*train, *val]})
+    train_set = dataset(train, {entry.source: weights.get(entry.source, 1.0) for entry in train}, True)
+    epoch_order(train_set, weights, config.train.seed, 0)  # so that a wrong weight is an error before the first step
+    # its loss is told by source, and a photo that cannot be read would make two losses incomparable
+    val_set = dataset(val, {entry.source: entry.source for entry in val}, False)
+    return train_set, val_set
+
+
+def source_weights(config: Config, prepared: set[str]) -> dict[str, float]:
+    """`data.sources[].weight` by the source's name.
+
+    Args:
+        prepared: the sources of the entries.
+
+    Raises:
+        UserError: a weight is given to a source that has no entry, so that it would do nothing.
+    """
+    for source in config.data.sources:
+        if source.weight != 1 and source.name not in prepared:
+            raise UserError(
+                f"'data.sources': source '{shortened(source.name)}' has weight {source.weight} but no entry in "
+                f"{config.data.captions} (there: {shortened(', '.join(sorted(prepared)))}): correct its name, or run "
+                "process_image.py again"
+            )
+    return {source.name: source.weight for source in config.data.sources}
 
 
 def read_split(config: Config) -> tuple[dict[int, Photo], list[Entry], list[Entry]]:
@@ -62,104 +109,46 @@ def data_hash(config: Config) -> str:
     return digest.hexdigest()[:16]
 
 
-class PixelLoader:
-    """Photo → pixels (3, H, W); a class, so that worker processes can receive it."""
-
-    def __init__(self, transform) -> None:
-        self.transform = transform
-
-    def __call__(self, photo: Photo) -> torch.Tensor:
-        return self.transform(load_image(photo.path))
-
-
-class FeatureLoader:
-    """Photo → cached encoder features (N, Dv) bf16, read from a memory-mapped file."""
-
-    def __init__(self, file: Path, IDs: list[int], shape: tuple[int, int]) -> None:
-        self.file = file
-        self.row_of = {ID: row for row, ID in enumerate(IDs)}
-        self.shape = shape
-        self._features: torch.Tensor | None = None
-
-    def __call__(self, photo: Photo) -> torch.Tensor:
-        if self._features is None:  # opened by each worker for itself
-            size = len(self.row_of) * self.shape[0] * self.shape[1]
-            mapped = torch.from_file(str(self.file), shared=False, size=size, dtype=torch.bfloat16)
-            self._features = mapped.view(len(self.row_of), *self.shape)
-        return self._features[self.row_of[photo.ID]]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_features": None}
-
-
-class _Pixels(Dataset):
-    def __init__(self, photos: list[Photo], load: PixelLoader) -> None:
-        self.photos, self.load = photos, load
-
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def __getitem__(self, index: int) -> torch.Tensor | str:
-        try:
-            return self.load(self.photos[index])
-        except UserError as error:
-            return str(error)
-
-
-def cached_features(model: MMultiModal, photos: list[Photo], config: Config) -> FeatureLoader:
-    """Encode every photo once; later runs with the same encoder and photos read the file.
-
-    Raises:
-        UserError: a broken photo.
-    """
-    digest = hashlib.sha256(
-        f"{backbone_fingerprint(model.visual_folder)} {model.transform.fingerprint()} {model.num_image_tokens} "
-        f"{config.visual.drop_first_token} {model.encoder.dtype}".encode()
-    )
-    for photo in photos:
-        try:
-            state = photo.path.stat()
-        except OSError as error:
-            raise UserError(f"photo {photo.path} cannot be read: {error.strerror}") from error
-        digest.update(f"{photo.key} {state.st_size} {state.st_mtime_ns}\n".encode())
-    shape = (model.num_image_tokens, model.encoder.config.hidden_size)
-    file = resolve_path(config.data.feature_cache) / f"{digest.hexdigest()[:16]}.bf16"
-    loader = FeatureLoader(file, [photo.ID for photo in photos], shape)
-    if file.exists() and file.stat().st_size == len(photos) * shape[0] * shape[1] * 2:
-        return loader
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    pixels = DataLoader(
-        _Pixels(photos, PixelLoader(model.transform)), batch_size=8, num_workers=config.train.workers, collate_fn=list
-    )
-    with open(temporary, "wb") as stream:
-        for batch in tqdm(pixels, desc="encoding photos", unit="batch", dynamic_ncols=True):
-            for item in batch:
-                if isinstance(item, str):
-                    raise UserError(item)
-            features = model.encode_image(torch.stack(batch).to(model.device))  # (8, N, Dv)
-            stream.write(features.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    temporary.replace(file)
-    return loader
-
-
 def epoch_order(dataset: ImageCaptionDataset, weights: dict[str, float], seed: int, epoch: int) -> list[int]:
     """Sample indices of one epoch in random order.
 
     Args:
-        weights: by source; 2.0 draws each sample of it twice, 0.5 half of them, another half each epoch.
+        weights: by source; 2.0 draws each sample of it twice, 0.5 half of them. Each epoch draws by itself, so the
+            halves of two epochs overlap.
+
+    Raises:
+        UserError: there is no sample, or a weight is so small that it draws none of its source.
     """
     choose = random.Random(f"{seed} {epoch}")
-    by_source: dict[str, list[int]] = {}
-    for index, group in enumerate(dataset.groups):
-        by_source.setdefault(dataset.entries[group[0]].source, []).append(index)
     order = []
-    for source, indices in sorted(by_source.items()):
+    for source, indices in dataset.samples_by_source().items():
         weight = weights.get(source, 1.0)
-        order += indices * int(weight)
-        order += choose.sample(indices, round(len(indices) * (weight % 1)))
+        drawn = indices * int(weight) + choose.sample(indices, round(len(indices) * (weight % 1)))
+        if not drawn:
+            raise UserError(
+                f"'data.sources': weight {weight} of source '{source}' draws none of its {len(indices)} training "
+                f"samples: set it to {1 / len(indices):.2g} or more, or leave the source out"
+            )
+        order += drawn
+    if not order:
+        raise UserError("'data.captions': there is no training sample, so an epoch is empty")
     choose.shuffle(order)
     return order
+
+
+def validation_sample(dataset: ImageCaptionDataset, count: int, seed: int) -> list[int]:
+    """Indices of at most `count` samples, in rising order, the same for a seed.
+
+    Each source has its share of them (by Sainte-Laguë's method: the next place goes to the source with most samples
+    for each of its places, the new one counted half), and at least one where `count` is enough for that.
+    """
+    choose = random.Random(f"{seed} validation")
+    by_source = dataset.samples_by_source()
+    places = dict.fromkeys(by_source, int(count >= len(by_source)))
+    while sum(places.values()) < min(count, len(dataset)):
+        first = max(by_source, key=lambda source: len(by_source[source]) / (2 * places[source] + 1))
+        places[first] += 1
+    return sorted(index for source, indices in by_source.items() for index in choose.sample(indices, places[source]))
 
 
 class _Lengths(Dataset):
@@ -189,27 +178,41 @@ def sample_lengths(dataset: ImageCaptionDataset, workers: int) -> list[int]:
 
 
 def micro_batches(
-    order: list[int], size: int, processes: int, lengths: list[int] | None = None, tokens: int | None = None
+    order: list[int],
+    size: int,
+    processes: int,
+    lengths: list[int] | None = None,
+    tokens: int | None = None,
+    start: int = 0,
 ) -> list[list[int]]:
-    """Cut `order` into micro-batches, as many as all processes can share; at most `processes - 1` are left out.
+    """Cut `order[start:]` into micro-batches, as many as all processes can share; at most `processes - 1` are left out.
+
+    Begun again after any of its steps (`start` samples on), the cut goes on as it would have.
 
     Args:
+        order: sample indices of a whole epoch.
         size: samples of a micro-batch, unless there is a token budget.
         lengths: tokens of each sample, by its index.
         tokens: the budget: a micro-batch goes on until the next sample would exceed it; a longer sample goes alone.
+        start: samples of the epoch that were taken before.
+
+    Raises:
+        UserError: the whole epoch has fewer micro-batches than there are processes.
     """
     if tokens is None:
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        batches = [order[first : first + size] for first in range(start, len(order), size)]
     else:
         batches, room = [], 0
-        for index in order:
+        for index in order[start:]:
             if not batches or lengths[index] > room:
                 batches.append([])
                 room = tokens
             batches[-1].append(index)
             room -= lengths[index]
-    return batches[: max(len(batches) // processes, 1) * processes]
-
-
-def validation_sample(dataset: ImageCaptionDataset, count: int, seed: int) -> list[int]:
-    return sorted(random.Random(seed).sample(range(len(dataset)), min(count, len(dataset))))
+    if start == 0 and 0 < len(batches) < processes:
+        setting = f"train.micro_batch (now {size})" if tokens is None else f"train.tokens_per_batch (now {tokens})"
+        raise UserError(
+            f"an epoch of {len(order)} samples has {len(batches)} micro-batches, fewer than the {processes} processes: "
+            f"lower {setting} or start fewer processes"
+        )
+    return batches[: len(batches) // processes * processes]

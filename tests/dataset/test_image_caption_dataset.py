@@ -1,11 +1,15 @@
 """Samples, the choice of answers, length limits and batches."""
 
+import pickle
+
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from config import Prompt
-from dataset.image_caption_dataset import ImageCaptionDataset, collate
+from dataset.image_caption_dataset import CompactList, ImageCaptionDataset, collate
 from dataset.records import Entry, Photo, Turn
+from errors import UserError
 from qwen.chat import IGNORE_INDEX, ChatFormat
 from qwen.tokenizer import load_tokenizer
 from tests.tiny import write_tokenizer
@@ -83,9 +87,89 @@ def test_batch_is_one_row_with_each_photo_once(chat):
     assert {"pixel_values", "photo_index"}.isdisjoint(collate([dataset[1]]))
 
 
-def test_broken_photo_becomes_a_sentence_not_a_worker_traceback(chat):
-    def broken(photo):
-        raise ValueError(f"photo {photo.ID} is cut off")
+def broken_except(*whole):
+    def load(photo):
+        if photo.ID not in whole:
+            raise UserError(f"photo {photo.ID} is cut off")
+        return pixels_of(photo)
 
-    dataset = ImageCaptionDataset(PHOTOS, [one(1, f"{TAG}\nQ", "a"), one(None, "Q", "a")], chat, broken)
+    return load
+
+
+def test_broken_photo_becomes_a_sentence_not_a_worker_traceback(chat):
+    dataset = ImageCaptionDataset(PHOTOS, [one(1, f"{TAG}\nQ", "a"), one(None, "Q", "a")], chat, broken_except())
     assert collate([dataset[1], dataset[0]]) == {"error": "photo 1 is cut off"}
+
+
+def test_a_broken_photo_is_replaced_by_the_same_other_sample_of_its_source(chat):
+    def entry(ID, source="s"):
+        return Entry((ID,), source, source, (Turn(f"{TAG}\n{ID}?", (f"{ID}",)),))
+
+    photos = {ID: Photo(ID, f"{ID}", f"{ID}", None) for ID in range(12)}
+    entries = [entry(ID) for ID in range(11)] + [entry(11, "other")]
+    load = broken_except(*range(1, 12))
+    dataset = ImageCaptionDataset(photos, entries, chat, load, replace_broken=True)
+    again = ImageCaptionDataset(photos, entries, chat, load, replace_broken=True)
+    drawn = []
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        again.set_epoch(epoch)
+        sample, same = dataset[0], again[0]
+        assert sample["replaced"] == same["replaced"] == ["photo 0 is cut off"]
+        assert sample["photo_ids"] == same["photo_ids"]
+        drawn += sample["photo_ids"]
+        shown = int(sample["pixel_values"][0, 0, 0])
+        assert chat.tokenizer.decode(sample["input_ids"]).endswith(f"{shown}<|im_end|>\n")
+    assert set(drawn) <= set(range(1, 11))
+    assert len(set(drawn)) > 5
+    batch = collate([dataset[0], dataset[1], dataset[0]])
+    assert batch["replaced"] == ["photo 0 is cut off"] * 2
+    assert "replaced" not in collate([dataset[1]])
+
+
+def test_only_broken_photos_are_replaced(chat):
+    entries = [one(0, f"{TAG}\nQ", "a"), one(1, f"{TAG}\nQ", "a"), one(None, "Hello", "hi")]
+    alone = make(chat, entries[:1], replace_broken=True)
+    alone.load_photo = broken_except()
+    assert alone[0] == {"error": "photo 0 is cut off"}
+    text = ImageCaptionDataset(PHOTOS, entries, chat, broken_except(), replace_broken=True)[0]
+    assert set(text["replaced"]) <= {"photo 0 is cut off", "photo 1 is cut off"}
+    assert "pixel_values" not in text
+    hopeless = make(chat, entries, max_length=16, replace_broken=True)
+    assert "max_length" in hopeless[0]["error"]
+
+    def defect(photo):
+        raise ValueError("not enough values to unpack")
+
+    with pytest.raises(ValueError, match="not enough values"):
+        ImageCaptionDataset(PHOTOS, entries, chat, defect, replace_broken=True)[0]
+
+
+def test_a_replacement_is_no_longer_than_what_it_replaces_where_one_is_drawn(chat):
+    photos = {ID: Photo(ID, f"{ID}", f"{ID}", None) for ID in range(10)}
+    entries = [one(ID, f"{TAG}\nQ", "a" * (5 if ID < 4 else 40)) for ID in range(9)] + [one(9, f"{TAG}\nQ", "a" * 90)]
+    dataset = ImageCaptionDataset(photos, entries, chat, broken_except(*range(1, 10)), replace_broken=True)
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        assert dataset[0]["photo_ids"][0] in (1, 2, 3)
+
+
+def test_compact_list_holds_what_was_put_in():
+    items = [one(0, f"{TAG}\n照片?", "a", "b"), PHOTOS[1], [1, 2], None]
+    compact = CompactList(items)
+    assert list(compact) == items
+    assert len(compact) == 4
+    assert compact[1] == items[1]
+    assert list(CompactList([])) == []
+    assert list(pickle.loads(pickle.dumps(compact))) == items
+    for index in (-1, 4):
+        with pytest.raises(IndexError):
+            compact[index]
+
+
+def test_spawned_workers_give_the_same_samples(chat):
+    entries = [one(ID % 3, f"{TAG}\n{ID}?", *"abcd") for ID in range(6)]
+    dataset = make(chat, entries)
+    loader = DataLoader(dataset, batch_size=2, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
+    for batch, start in zip(loader, (0, 2, 4), strict=True):
+        assert torch.equal(batch["input_ids"], collate([dataset[start], dataset[start + 1]])["input_ids"])

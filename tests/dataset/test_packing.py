@@ -103,6 +103,14 @@ def test_groups_share_photo_and_text_before_it():
     assert group_entries(entries, False, 1) == [[0], [1], [2], [3], [4], [5]]
 
 
+def test_groups_keep_sources_apart_that_differ():
+    entries = [entry(0, f"<|extra_0|>\n{number}?", "x", source) for number, source in enumerate("abcab")]
+    assert group_entries(entries, False, 8) == [[0, 1, 2, 3, 4]]
+    assert group_entries(entries, False, 8, {"a": 1.0, "b": 1.0, "c": 1.0}) == [[0, 1, 2, 3, 4]]
+    assert group_entries(entries, False, 8, {"a": 1.0, "b": 0.5, "c": 1.0}) == [[0, 2, 3], [1, 4]]
+    assert group_entries(entries, False, 8, {"a": "a", "b": "b", "c": "c"}) == [[0, 3], [1, 4], [2]]
+
+
 TAG = "<|extra_0|>"
 
 

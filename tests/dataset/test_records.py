@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset.records import Entry, Photo, Turn, read_records, split_entries, write_records
+from errors import UserError
 from paths import REPO_ROOT
 
 TAG = "<|extra_0|>"
@@ -191,6 +192,46 @@ def test_split_is_the_same_in_every_release():
     photos = numbered_photos(60)
     _, val = split_entries(photos, [entry(ID) for ID in photos], 0.05)
     assert [e.images[0] for e in val] == [2, 9]
+
+
+def linked(*IDs):
+    return Entry(IDs, "s", "s", (Turn(TAG * len(IDs) + "Same?", ("No.",)),))
+
+
+@given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=3), min_size=1), st.floats(0, 0.99))
+def test_no_photo_is_on_both_sides(image_lists, fraction):
+    photos = numbered_photos(31)
+    entries = [linked(*IDs) for IDs in image_lists]
+    try:
+        train, val = split_entries(photos, entries, fraction)
+    except UserError:  # all photos are one component
+        reached = set(image_lists[0])
+        for _ in image_lists:
+            reached |= {ID for IDs in image_lists if reached & set(IDs) for ID in IDs}
+        assert reached == {ID for IDs in image_lists for ID in IDs}
+        return
+    assert sorted(train + val, key=repr) == sorted(entries, key=repr)
+    assert {ID for e in train for ID in e.images}.isdisjoint({ID for e in val for ID in e.images})
+
+
+def test_the_first_key_of_linked_photos_decides():
+    photos = numbered_photos(60)  # of which 2 and 9 are held out by themselves, see above
+    singles = [entry(ID) for ID in photos]
+    pairs = [linked(9, 10), linked(10, 11), linked(2, 1), linked(40, 40)]
+    train, val = split_entries(photos, [*singles, *pairs], 0.05)
+    assert val == [entry(9), entry(10), entry(11), linked(9, 10), linked(10, 11)]
+    assert len(train) + len(val) == 64
+
+
+def test_linked_photos_that_are_most_of_all_train():
+    photos = numbered_photos(60)
+    chain = [linked(ID, ID + 1) for ID in range(2, 59)]  # 2 is the key that decides, and would be held out
+    train, val = split_entries(photos, [entry(0), entry(1), *chain], 0.05)
+    assert train == [entry(0), entry(1), *chain]
+    assert val == []
+    with pytest.raises(UserError, match="'data.val_fraction' = 0.05: entries with several photos link all 58 photos"):
+        split_entries(photos, chain, 0.05)
+    assert split_entries(photos, chain, 0.0) == (chain, [])
 
 
 json_values = st.recursive(

@@ -1,0 +1,211 @@
+"""Encoder features of all photos in one file, made once and read by every later run. Called by `training/data.py`.
+
+Layout: the features (photos, N, Dv) in bf16, then a CRC-32 of each photo's block (photos,) as uint32, then `END`.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import sys
+import time
+import zlib
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from config import Config
+from dataset.records import Photo
+from errors import UserError, file_error
+from model.backbone import backbone_fingerprint
+from model.model import MMultiModal
+from paths import resolve_path
+from visual.transform import load_image
+
+END = b"features complete 1"
+CHECKED = 64  # photos whose checksum is compared before a file is used; each is compared again when it is read
+ABANDONED_SECONDS = 3600  # a temporary file that grew last so long ago belongs to a run that was killed
+
+
+class PixelLoader:
+    """Photo → pixels (3, H, W); a class, so that worker processes can receive it."""
+
+    def __init__(self, transform) -> None:
+        self.transform = transform
+
+    def __call__(self, photo: Photo) -> torch.Tensor:
+        return self.transform(load_image(photo.path))
+
+
+class FeatureLoader:
+    """Photo → cached encoder features (N, Dv) bf16, read from the file and compared with their checksum.
+
+    Args:
+        file: the cache.
+        IDs: of the photos in it, in rising order.
+        shape: (N, Dv).
+    """
+
+    def __init__(self, file: Path, IDs: list[int], shape: tuple[int, int]) -> None:
+        self.file = file
+        self.IDs = array("q", IDs)
+        self.shape = shape
+        self.photo_bytes = shape[0] * shape[1] * 2
+        self.size = len(IDs) * (self.photo_bytes + 4) + len(END)  # bytes of a complete file
+
+    def __call__(self, photo: Photo) -> torch.Tensor:
+        try:
+            block = self._block(bisect_left(self.IDs, photo.ID))
+        except OSError as error:
+            raise file_error(error, self.file) from error
+        if block is None:
+            raise UserError(f"{self.file}: the features of {photo.path} are damaged: delete the file and start again")
+        return torch.frombuffer(block, dtype=torch.bfloat16).view(self.shape)
+
+    def _block(self, row: int) -> bytearray | None:
+        """The bytes of a photo's features; None where they do not match their checksum."""
+        block = bytearray(self.photo_bytes)
+        # opened anew each time (0.02 ms), because forked workers would share the position in an open file, and reading
+        # a mapped one that was cut would end the process
+        with open(self.file, "rb") as stream:
+            stream.seek(row * self.photo_bytes)
+            stream.readinto(block)
+            stream.seek(len(self.IDs) * self.photo_bytes + row * 4)
+            checksum = stream.read(4)
+        return block if zlib.crc32(block).to_bytes(4, "little") == checksum else None
+
+    def problem(self) -> str | None:
+        """What is wrong with the file; None if it is complete and a sample of its photos matches their checksums."""
+        size = self.file.stat().st_size
+        if size != self.size:
+            return f"it has {size:,} bytes and not {self.size:,}"
+        with open(self.file, "rb") as stream:
+            stream.seek(-len(END), os.SEEK_END)
+            if stream.read() != END:
+                return "its end is missing"
+        count = len(self.IDs)
+        rows = sorted({number * (count - 1) // (CHECKED - 1) for number in range(CHECKED)}) if count else []
+        damaged = next((row for row in rows if self._block(row) is None), None)
+        return None if damaged is None else f"the features of photo {self.IDs[damaged]} do not match their checksum"
+
+
+class _Pixels(Dataset):
+    def __init__(self, photos: list[Photo], load: PixelLoader) -> None:
+        self.photos, self.load = photos, load
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> torch.Tensor | str:
+        try:
+            return self.load(self.photos[index])
+        except UserError as error:
+            return str(error)
+
+
+def cached_features(
+    model: MMultiModal, photos: list[Photo], config: Config, encode: bool = True
+) -> FeatureLoader | None:
+    """Encode every photo once; later runs with the same encoder and photos read the file.
+
+    Several runs may fill one cache at the same time: each writes a file of its own, and the first complete one is used.
+
+    Args:
+        photos: in rising order of their IDs.
+        encode: False: None where there is no sound file yet.
+
+    Raises:
+        UserError: a broken photo; a folder that cannot be written to; not enough room on the disk.
+    """
+    shape = (model.num_image_tokens, model.encoder.config.hidden_size)
+    folder = resolve_path(config.data.feature_cache)
+    loader = FeatureLoader(folder / f"{_digest(model, photos, config)}.bf16", [photo.ID for photo in photos], shape)
+    try:
+        problem = loader.problem() if loader.file.exists() else ""
+        if problem is None:
+            return loader
+        if not encode:
+            return None
+        if problem:
+            tqdm.write(f"{loader.file}: {problem}; all photos are encoded again", file=sys.stderr)
+        _fill(loader, model, photos, config)
+    except OSError as error:
+        advice = (
+            "'data.feature_cache' must be a folder that can be written to and has room for the "
+            f"{loader.size / 2**20:,.0f} MiB that the features of {len(photos):,} photos take"
+        )
+        raise file_error(error, error.filename or loader.file, advice) from error
+    return loader
+
+
+def _fill(loader: FeatureLoader, model: MMultiModal, photos: list[Photo], config: Config) -> None:
+    """Write the file under a name of its own, then rename it."""
+    file = loader.file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(file)
+    if shutil.disk_usage(file.parent).free < loader.size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    # a process on another machine may have the same number
+    temporary = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    checksums = []
+    try:
+        with open(temporary, "wb") as stream:
+            for block in _encoded(model, photos, config):
+                stream.write(block)
+                checksums.append(zlib.crc32(block).to_bytes(4, "little"))
+            stream.write(b"".join([*checksums, END]))
+            stream.flush()
+            os.fsync(stream.fileno())
+        # another run may have been quicker; Windows does not replace a file that is being read
+        if not (file.exists() and loader.problem() is None):
+            temporary.replace(file)
+    finally:
+        with contextlib.suppress(OSError):  # the first error says more
+            temporary.unlink(missing_ok=True)
+
+
+def _digest(model: MMultiModal, photos: list[Photo], config: Config) -> str:
+    digest = hashlib.sha256(
+        f"{backbone_fingerprint(model.visual_folder)} {model.transform.fingerprint()} {model.num_image_tokens} "
+        f"{config.visual.drop_first_token} {model.encoder.dtype}".encode()
+    )
+    for photo in photos:
+        try:
+            state = photo.path.stat()
+        except OSError as error:
+            raise UserError(f"photo {photo.path} cannot be read: {error.strerror}") from error
+        digest.update(f"{photo.key} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _encoded(model: MMultiModal, photos: list[Photo], config: Config) -> Iterator[Any]:
+    """The bytes of each photo's features, photo by photo."""
+    pixels = DataLoader(
+        _Pixels(photos, PixelLoader(model.transform)),
+        batch_size=8,
+        num_workers=config.train.workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # without one, it would move the global generator
+    )
+    for batch in tqdm(pixels, desc="encoding photos", unit="batch", dynamic_ncols=True):
+        for item in batch:
+            if isinstance(item, str):
+                raise UserError(item)
+        features = model.encode_image(torch.stack(batch).to(model.device))  # (8, N, Dv)
+        yield from features.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).flatten(1).numpy()
+
+
+def _remove_abandoned(file: Path) -> None:
+    """Delete what killed runs left of this cache, so that it does not fill the disk."""
+    for temporary in file.parent.glob(f"{file.name}.*.tmp"):
+        with contextlib.suppress(OSError):  # another run may delete it at the same time
+            if time.time() - temporary.stat().st_mtime > ABANDONED_SECONDS:
+                temporary.unlink()
