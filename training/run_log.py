@@ -46,7 +46,8 @@ def check_trackers(train: Train) -> None:
         UserError: one is not; names the package.
     """
     for name in train.trackers:
-        if find_spec(name) is None:
+        package = find_spec(name)
+        if package is None or package.origin is None:  # a folder wandb/ of old runs counts as a package without origin
             others = [other for other in train.trackers if other != name]
             raise UserError(
                 f"'train.trackers': {name} is not installed: pip install {name}, "

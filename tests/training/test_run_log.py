@@ -5,7 +5,6 @@ import json
 import logging
 import sys
 import types
-from importlib.machinery import ModuleSpec
 
 import pytest
 from PIL import Image
@@ -48,7 +47,6 @@ class FakeRun:
 def fake_wandb(monkeypatch):
     """A stand-in for the package, used through accelerate's own tracker; `broken`: everything after the start fails."""
     module = types.ModuleType("wandb")
-    module.__spec__ = ModuleSpec("wandb", None)
     module.started, module.logged, module.finished, module.broken = [], [], 0, False
 
     def init(**settings):
@@ -177,8 +175,12 @@ def test_swanlab_goes_through_its_tracker(tmp_path, monkeypatch):
     assert [step for step, _ in logged] == [1]
 
 
-def test_trackers_that_are_unknown_or_not_installed_are_named_at_the_start(monkeypatch):
-    monkeypatch.setattr(run_log, "find_spec", lambda name: None if name == "swanlab" else object())
+@pytest.mark.parametrize("folder", [False, True])
+def test_trackers_that_are_unknown_or_not_installed_are_named_at_the_start(monkeypatch, tmp_path, folder):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # where nothing is installed
+    monkeypatch.delitem(sys.modules, "swanlab", raising=False)
+    if folder:
+        (tmp_path / "swanlab").mkdir()
     check_trackers(Train())
     with pytest.raises(UserError, match=r"pip install swanlab, or set train\.trackers=\[tensorboard\]"):
         check_trackers(Train(trackers=["tensorboard", "swanlab"]))
