@@ -165,7 +165,7 @@ class RunLog:
         """Run `action`; whether it succeeded. Its first failure is logged under `name`."""
         try:
             action()
-        except Exception as error:  # foreign code and the network: whatever they raise, training is worth more
+        except Exception as error:  # foreign code and the network may raise anything, and training is worth more
             if name not in self._warned:
                 self._warned.add(name)
                 logger.warning(

@@ -1,4 +1,4 @@
-"""The log of a run survives crashes, and trackers that fail; its curves can be drawn from whatever it holds."""
+"""The log of a run survives crashes, and trackers that fail; its curves can be drawn from any of its states."""
 
 import io
 import json
