@@ -119,6 +119,7 @@ class Train(Section):
     seed: int = Field(0, ge=0)
     workers: int = Field(2, ge=0)
     log_steps: int = Field(10, ge=1)
+    trackers: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(default_factory=lambda: ["tensorboard"])
     eval_steps: int | None = Field(None, ge=1)
     eval_samples: int = Field(64, ge=1)
     save_steps: int = Field(500, ge=1)

@@ -64,15 +64,22 @@ def write_json(file: Path, trained: Result, blind: Result | None, **facts: Any) 
     write_json_files({file: facts | {"trained": trained, "blind": blind}})
 
 
+def text_font(size: int) -> tuple[Font, bool]:
+    """A font of `size` pixels, and whether it has Chinese characters."""
+    file = next((path for path in _CJK_FONTS if Path(path).is_file()), None)
+    if file is None:
+        return ImageFont.load_default(size), False
+    return ImageFont.truetype(file, size, _CJK_FONTS[file]), True
+
+
 def draw_gallery(file: Path, result: Result, photos: dict[int, Photo]) -> None:
     """Draw eight photos with question, truth and answer, a green tick or a red cross at each, as PNG.
 
     Without a font for Chinese, questions that hold Chinese are left out.
     """
-    font_file = next((path for path in _CJK_FONTS if Path(path).is_file()), None)
-    font = ImageFont.load_default(16) if font_file is None else ImageFont.truetype(font_file, 16, _CJK_FONTS[font_file])
+    font, chinese = text_font(16)
     answers = [answer for answer in result.answers if answer.images]
-    if font_file is None:
+    if not chinese:
         answers = [a for a in answers if "".join([a.question, a.references[0], a.answer]).isascii()]
     page = Image.new("RGB", (_COLUMNS * (_PHOTO + _GAP) + _GAP, _ROWS * (_PHOTO + _TEXT_HEIGHT + _GAP) + _GAP), _PAPER)
     for cell, answer in enumerate(_choose(answers, _COLUMNS * _ROWS)):

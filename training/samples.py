@@ -1,0 +1,236 @@
+"""Shows what a model is taught and what it answers: one marked sample, and the page `samples.html` of a run folder.
+
+The training loop prints `describe_sample` at its start and calls `SampleSheet.update` at every evaluation.
+"""
+
+import base64
+import io
+import logging
+import random
+from collections import Counter
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from PIL import Image
+
+from config import IMAGE_TAG
+from dataset.image_caption_dataset import ImageCaptionDataset, entry_messages
+from dataset.records import Entry, Photo
+from errors import UserError
+from evaluation import metrics
+from model.answer import Answerer
+from model.model import MMultiModal
+from qwen.chat import IGNORE_INDEX, ChatFormat
+from training.run_log import write_whole
+from training.sample_page import Attempt, Sample, render_page
+from visual.transform import load_image
+
+OPEN, CLOSE = "⟦", "⟧"  # around what is supervised; readable without colours, and no punctuation of any language
+SHOWN_QUESTIONS = 4  # of a packed sample: one with sixteen would fill the screen
+MAX_NEW_TOKENS = 64  # of an answer: it is to be seen, not scored
+THUMBNAIL = 480  # pixels of the longer edge
+
+logger = logging.getLogger(__name__)
+
+
+def describe_sample(dataset: ImageCaptionDataset, index: int) -> str:
+    """A sample as the model sees it: special tokens spelt, photos as `<|extra_0|> × N`, `⟦…⟧` around what it learns.
+
+    The questions of a packed sample come one after another, each below a line with its number.
+    """
+    try:
+        sample = dataset.tokens(index)
+    except UserError as error:
+        return f"sample {index} cannot be shown: {error}"
+    ids, labels, lengths = sample["input_ids"].tolist(), sample["labels"].tolist(), sample["lengths"]
+    supervised = sum(label != IGNORE_INDEX for label in labels)
+    lines = [f"sample {index}: {len(ids)} tokens, the {supervised} in double brackets are supervised"]
+    start = 0
+    for number, length in enumerate(lengths[: SHOWN_QUESTIONS + 1]):
+        if number:
+            lines.append(f"--- question {number} of {len(lengths) - 1} on the same photo ---")
+        end = start + length
+        lines.append(_marked(dataset.chat, ids[start:end], labels[start:end]).strip("\n"))
+        start = end
+    if len(lengths) > SHOWN_QUESTIONS + 1:
+        lines.append(f"--- and {len(lengths) - 1 - SHOWN_QUESTIONS} more questions ---")
+    return "\n".join(lines)
+
+
+def _marked(chat: ChatFormat, ids: list[int], labels: list[int]) -> str:
+    """Text of `ids`, decoded in runs of one kind: a character may be made of several tokens."""
+    kinds = [
+        "photo" if token == chat.image_token_id else "text" if label == IGNORE_INDEX else "supervised"
+        for token, label in zip(ids, labels, strict=True)
+    ]
+    text, start = "", 0
+    for end in range(1, len(ids) + 1):
+        if end < len(ids) and kinds[end] == kinds[start]:
+            continue
+        if kinds[start] == "photo":
+            text += f"{IMAGE_TAG} × {chat.num_image_tokens}" * ((end - start) // chat.num_image_tokens)
+        else:
+            run = chat.tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text += OPEN + run + CLOSE if kinds[start] == "supervised" else run
+        start = end
+    return text
+
+
+def choose_entries(entries: list[Entry], count: int, seed: int) -> list[Entry]:
+    """Draw up to `count` entries: sources in turn, in each source its question types in turn, photos once if they can.
+
+    The same entries and seed give the same choice.
+    """
+    shuffled = random.Random(f"samples {seed}").sample(entries, len(entries))
+    of_kind: Counter[tuple[str, str]] = Counter()
+    by_source: dict[str, list[tuple[int, Entry]]] = {}
+    for entry in shuffled:
+        kind = (entry.source, entry.turns[0].type or entry.type)
+        by_source.setdefault(entry.source, []).append((of_kind[kind], entry))
+        of_kind[kind] += 1
+    queues = [
+        [entry for _, entry in sorted(queue, key=lambda numbered: numbered[0])]
+        for _, queue in sorted(by_source.items())
+    ]
+    dealt = [entry for entry in chain.from_iterable(zip_longest(*queues)) if entry is not None]
+    chosen, again, seen = [], [], set()
+    for entry in dealt:
+        (again if seen.intersection(entry.images) else chosen).append(entry)
+        seen.update(entry.images)
+        if len(chosen) == count:
+            break
+    return (chosen + again)[:count]
+
+
+class SampleSheet:
+    """`samples.html`: a few fixed questions with photo, truth, and what the model answered at every evaluation.
+
+    `samples.json` beside it keeps the answers for `--resume`. For the first process alone. What cannot be shown, a bad
+    photo or a failed answer, is said in its place on the page; nothing here stops a run.
+
+    Args:
+        folder: the run folder; exists.
+        train: entries to take questions from where there is no validation set; the page says so.
+        val: entries of the validation set.
+        photos: by ID.
+        seed: of the choice of questions.
+        resumed_step: answers of later steps belong to work that is repeated, and go; 0: a new sheet.
+        count: how many questions.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        train: list[Entry],
+        val: list[Entry],
+        photos: dict[int, Photo],
+        seed: int,
+        resumed_step: int = 0,
+        count: int = 10,
+    ) -> None:
+        self.folder = folder
+        self.held_out = bool(val)
+        self._warned = False
+        self._entries = choose_entries(val or train, count, seed)
+        self._photos = photos
+        self.samples = [_sample(entry, photos) for entry in self._entries]
+        if resumed_step:
+            self._read_answers(resumed_step)
+
+    @torch.no_grad()
+    def update(self, model: MMultiModal, step: int) -> None:
+        """Ask the questions, greedily and for at most 64 tokens each, and write the page.
+
+        Consumes no random numbers, so training is the same with and without it.
+
+        Args:
+            model: not wrapped (DDP), in eval mode; the caller puts it back into training mode. Its weights are used
+                as they are, outside of autocast, as in `predict.py`.
+            step: under which the answers are shown; asking again at a step replaces its answers.
+        """
+        assert not model.training, "a model that answers must be in eval mode"
+        settings = model.config.generate
+        limit = min(MAX_NEW_TOKENS, settings.max_new_tokens)
+        answerer = Answerer(model, settings.model_copy(update={"temperature": 0.0, "max_new_tokens": limit}))
+        # with train.compile, each length of an answer could start another compilation
+        with torch.compiler.set_stance("force_eager"):
+            for entry, sample in zip(self._entries, self.samples, strict=True):
+                sample.attempts[step] = self._attempt(answerer, entry)
+        try:
+            self._write()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                logger.warning("%s cannot be written (%s); training continues", self.folder / "samples.html", error)
+
+    def _attempt(self, answerer: Answerer, entry: Entry) -> Attempt:
+        messages = entry_messages(entry, answerer.model.chat, [])[:1]
+        try:
+            images = [load_image(self._photos[ID].path) for ID in entry.images]
+            text = "".join(answerer.stream_messages(images, messages))
+        except UserError as error:
+            return Attempt(str(error), failed=True)
+        except Exception as error:  # a page for people to look at: training is worth more, and the page shows it
+            logger.warning("a question of samples.html got no answer", exc_info=error)
+            return Attempt(f"{type(error).__name__}: {error}", failed=True)
+        return Attempt(text, right=metrics.accuracy(text, entry.turns[0].answers) >= 0.5)
+
+    def _write(self) -> None:
+        state = [{"key": sample.key, "attempts": _to_json(sample.attempts)} for sample in self.samples]
+        write_whole(self.folder / "samples.json", orjson.dumps(state, option=orjson.OPT_INDENT_2))
+        page = render_page(self.folder.name, self.samples, self.held_out)
+        write_whole(self.folder / "samples.html", page.encode("utf-8", errors="replace"))
+
+    def _read_answers(self, resumed_step: int) -> None:
+        """Take over the answers up to `resumed_step` to questions that are still the same."""
+        file = self.folder / "samples.json"
+        try:
+            state = orjson.loads(file.read_bytes())
+            kept = {item["key"]: _from_json(item["attempts"], resumed_step) for item in state}
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s cannot be read (%s): samples.html begins anew", file, error)
+            return
+        for sample in self.samples:
+            sample.attempts |= kept.get(sample.key, {})
+
+
+def _to_json(attempts: dict[int, Attempt]) -> dict[str, Any]:
+    return {str(step): [attempt.text, attempt.right, attempt.failed] for step, attempt in attempts.items()}
+
+
+def _from_json(attempts: dict[str, Any], last: int) -> dict[int, Attempt]:
+    return {
+        int(step): Attempt(str(text), bool(right), bool(failed))
+        for step, (text, right, failed) in attempts.items()
+        if int(step) <= last
+    }
+
+
+def _sample(entry: Entry, photos: dict[int, Photo]) -> Sample:
+    turn = entry.turns[0]
+    pictures = [_picture(photos[ID]) for ID in entry.images]
+    return Sample(
+        key=" ".join([*(photos[ID].key for ID in entry.images), turn.question, *turn.answers]),
+        source=entry.source,
+        type=turn.type or entry.type,
+        pictures=pictures,
+        question=turn.question.replace(IMAGE_TAG, "", len(entry.images)).strip(),
+        truths=turn.answers,
+    )
+
+
+def _picture(photo: Photo) -> str:
+    """A photo as a small JPEG in a data URI, or the sentence why there is none."""
+    try:
+        image = load_image(photo.path)
+    except (UserError, OSError) as error:
+        return str(error)
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
