@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import time
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,12 @@ from training.data import (
     micro_batches,
     read_split,
     sample_lengths,
+    source_weights,
     validation_sample,
 )
 from training.estimate import Estimate, Setting, Trial, choose_setting, longest_sample, usable_memory
 from training.optimizer import build_optimizer, build_schedule
+from training.run_log import check_trackers
 
 # keys that decide how a step is cut; unless one of them changes, a resumed run keeps what `auto` chose
 SETTING_KEYS = ("micro_batch", "accumulation", "samples_per_step", "tokens_per_batch", "gradient_checkpointing")
@@ -69,6 +72,7 @@ class Run:
     def __init__(
         self, config: Config, resume: str | None = None, accept_changes: bool = False, dry_run: bool = False
     ) -> None:
+        check_trackers(config.train)
         self.config = config
         self.accelerator, self.precision = make_accelerator(config)
         self.output_dir = resolve_path(config.train.output_dir)
@@ -87,15 +91,16 @@ class Run:
         if config.train.compile:
             compile_layers(self.model.LLM.get_base_model())
         self._same_on_all_processes()
-        with self.accelerator.main_process_first():  # the first one writes the feature cache, the others read it
-            self.train_set, self.val_set = build_datasets(config, self.model, photos, train, val)
-        self.weights = {source.name: source.weight for source in config.data.sources}
+        # the first process of those that share a disk writes the feature cache, the others read it
+        with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
+            self.train_set, self.val_set = build_datasets(config, self.model, photos, train, val, encode=not dry_run)
+        self.weights = source_weights(config, {entry.source for entry in [*train, *val]})
         self.val_samples = validation_sample(self.val_set, config.train.eval_samples, config.train.seed)
 
         self.wrapped = wrap(self.accelerator, self.model)
         self.setting = self._setting(saved, resumed)
         self.set_checkpointing(self.setting.checkpointing)
-        self.steps_per_epoch = math.ceil(len(self.epoch_batches(0, 0)) / self.batches_per_step)
+        self.steps_per_epoch = math.ceil(len(self.epoch_batches(0)) / self.batches_per_step)
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         optimizer = build_optimizer(self.model, config.train)
         self.schedule = build_schedule(optimizer, config.train, self.total_steps)
@@ -163,21 +168,19 @@ class Run:
         """The loss of a collated batch, through what synchronises the gradients; see `batch_loss`."""
         return batch_loss(self.wrapped, batch, self.accelerator.device, num_items_in_batch)
 
-    def val_source(self, index: int) -> str:
-        """The source that a validation sample belongs to."""
-        return self.val_set.entries[self.val_set.groups[index][0]].source
-
-    def cut(self, dataset: ImageCaptionDataset, order: list[int], processes: int = 1) -> list[list[int]]:
-        """Sample indices to micro-batches, in their order."""
+    def cut(
+        self, dataset: ImageCaptionDataset, order: list[int], processes: int = 1, start: int = 0
+    ) -> list[list[int]]:
+        """Sample indices from position `start` of `order` to micro-batches; see `micro_batches`."""
         train = self.config.train
         lengths = None if train.tokens_per_batch is None else sample_lengths(dataset, train.workers)
-        return micro_batches(order, self.setting.micro_batch, processes, lengths, train.tokens_per_batch)
+        return micro_batches(order, self.setting.micro_batch, processes, lengths, train.tokens_per_batch, start)
 
-    def epoch_batches(self, epoch: int, samples: int) -> list[list[int]]:
+    def epoch_batches(self, epoch: int, samples: int = 0) -> list[list[int]]:
         """Micro-batches of an epoch after its first `samples` samples, for all processes in turn."""
         self.train_set.set_epoch(epoch)
         order = epoch_order(self.train_set, self.weights, self.config.train.seed, epoch)
-        return self.cut(self.train_set, order[samples:], self.accelerator.num_processes)
+        return self.cut(self.train_set, order, self.accelerator.num_processes, samples)
 
 
 def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
@@ -195,8 +198,12 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
     precision = pick_precision(config.train.precision, device)
     if config.train.attention == "flex" and device.type != "cuda":
         raise UserError("'train.attention': flex needs a CUDA GPU, elsewhere it has no backward pass; use sdpa")
+    # encoding a large data set on one process may take longer than the others wait by default
+    patience = [accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=6))] if config.data.cache_features else []
     accelerator = accelerate.Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no" if precision == "float32" else precision
+        cpu=device.type == "cpu",
+        mixed_precision="no" if precision == "float32" else precision,
+        kwargs_handlers=patience,
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from errors import UserError
 from model.model import DTYPES
@@ -20,10 +19,10 @@ from training.batches import make_loader
 from training.build import Run
 from training.costs import matrix_peak, peak_memory
 from training.figures import summarise
-from training.run_log import RunLog
 from training.signals import StopSignals
 from training.step import NonFiniteError, optimizer_step
 from training.validation import validate
+from training.watch import Watch
 
 
 class Trainer(Run):
@@ -40,13 +39,12 @@ class Trainer(Run):
             SystemExit: 128 + the number of a signal, after a checkpoint of the last whole step.
             UserError: a bad photo or question, a non-finite loss, too little memory, or a disk without room.
         """
-        log = self._start()
-        self.stop, self.saved_step = StopSignals(), self.progress.step
-        self.bar = tqdm(total=self.total_steps, initial=self.progress.step, disable=log is None, dynamic_ncols=True)
+        state.make_ready(self)
+        self.stop, self.saved_step, self.watch = StopSignals(), self.progress.step, Watch(self)
         try:
             with self.stop:
                 for figures in self.steps():
-                    self._after_step(figures, log)
+                    self._after_step(figures)
                     if figures["signal"]:
                         self._save_before_ending("stopped by a signal")
                         raise SystemExit(128 + figures["signal"])
@@ -56,6 +54,8 @@ class Trainer(Run):
             together = self.accelerator.num_processes == 1 or isinstance(error, AgreedError)
             if together and self.whole_step and not isinstance(error, NonFiniteError):
                 self._save_before_ending("interrupted")
+            if self.stop.received:  # it took the workers along, before the step could be finished
+                raise SystemExit(128 + self.stop.received) from None
             if isinstance(error, torch.OutOfMemoryError):
                 raise UserError(
                     f"out of memory at step {self.progress.step + 1}: lower train.micro_batch and raise "
@@ -64,41 +64,28 @@ class Trainer(Run):
                 ) from None
             raise
         finally:
-            self.bar.close()
-            if log is not None:
-                log.close()
+            self.watch.close()
         return self.output_dir / f"checkpoint-{self.progress.step}"
 
-    def _start(self) -> RunLog | None:
-        """Make the run folder ready on the first process; checkpoints that will be made again move aside."""
-        if not self.accelerator.is_main_process:
-            return None
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        for name in state.set_newer_aside(self.output_dir, self.progress.step):
-            self.say(f"{name}: a checkpoint beyond the resumed step, kept under this name")
-        return RunLog(self.output_dir, self.progress.step)
-
-    def _after_step(self, figures: dict[str, Any], log: RunLog | None) -> None:
+    def _after_step(self, figures: dict[str, Any]) -> None:
         """Log, validate and save where it is due."""
         train, step, device = self.config.train, self.progress.step, self.accelerator.device
         last = step == self.total_steps
         self.progress.window.append(figures)
         peak = matrix_peak(device, DTYPES[self.precision]) if device.type == "cuda" else None
         line = summarise(self.progress.window, peak, peak_memory(device))
-        validating = last or (train.eval_steps is not None and step % train.eval_steps == 0)
-        validating = validating and bool(self.val_samples) and not figures["signal"]
-        if validating:
-            line |= validate(self)
+        self.watch.step(figures, line)
+        evaluating = last or (train.eval_steps is not None and step % train.eval_steps == 0)
+        if evaluating := evaluating and not figures["signal"]:
+            line |= validate(self) if self.val_samples else {}
+            self.watch.ask(self)
         self.last_figures |= line
-        self.bar.update()
-        shown = {"loss": f"{figures['loss']:.3f}", "lr": f"{figures['projector_lr']:.1e}"}
-        self.bar.set_postfix(shown | {"questions_s": f"{line['questions_per_second']:.1f}"})
-        if validating or last or step == 1 or step % train.log_steps == 0:
-            if log is not None:
-                log.write(step, line)
+        if evaluating or step == 1 or step % train.log_steps == 0:
+            self.watch.write(step, line)
             self.progress.window.clear()
         if last or step % train.save_steps == 0:
             self._save()
+            self.watch.draw()
 
     def _save(self, pruning: bool = True) -> Path:
         self.saved_step = self.progress.step  # also if it fails: there is no second attempt
@@ -108,6 +95,15 @@ class Trainer(Run):
         if self.progress.step != self.saved_step:
             folder = self._save(pruning=False)
             self.say(f"{reason}: {folder} holds all so far, continue with --resume auto")
+
+    def _fetch(self, loader: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+        try:
+            return [next(loader) for _ in range(count)]
+        except RuntimeError:
+            if not self.stop.received:
+                raise
+            # a scheduler's SIGTERM reaches the workers too; all processes hear of it before they learn anything
+            return [{"error": "the processes that read photos were ended by the signal"}]
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """Make optimizer steps until the run is over, yielding the figures of each (see `figures.summarise`)."""
@@ -129,7 +125,7 @@ class Trainer(Run):
             for start in range(0, len(remaining), self.batches_per_step):
                 began = time.perf_counter()
                 indices = remaining[start : start + self.batches_per_step]
-                batches = [next(loader) for _ in indices[rank::processes]]
+                batches = self._fetch(loader, len(indices[rank::processes]))
                 waited = time.perf_counter() - began
                 figures = optimizer_step(self, batches, indices, self.stop.received)
                 progress.step += 1

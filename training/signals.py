@@ -14,8 +14,8 @@ LAUNCHER_SECONDS = 2.0
 
 
 def ignore_terminal(worker: int) -> None:
-    """`worker_init_fn` of data loaders: Ctrl-C and a closed terminal reach the whole process group, but the workers must
-    stay so that the training process can finish its step. SIGTERM is what ends them, so they keep torch's handler."""
+    """`worker_init_fn` of data loaders: keep them through Ctrl-C and a closed terminal, which reach the whole process
+    group, so that the training process can finish its step. SIGTERM is what ends them, so it keeps torch's handler."""
     for number in SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)

@@ -8,14 +8,14 @@ import dataclasses
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from config import Config
-from errors import UserError
+from errors import UserError, file_error
 from model.checkpoint import save_checkpoint
 from model.checkpoint_folder import (
     CONFIG_FILE,
@@ -28,6 +28,9 @@ from model.checkpoint_folder import (
     recover,
 )
 from training.agreement import all_or_none, on_main
+
+if TYPE_CHECKING:
+    from training.build import Run
 
 
 @dataclasses.dataclass
@@ -178,8 +181,27 @@ def accepted_changes(folder: Path, shape: dict[str, Any], accept: bool) -> list[
     return [*earlier, {"checkpoint": folder.name, "changes": changed}]
 
 
+def make_ready(run: "Run") -> None:
+    """Make the run folder on the first process; checkpoints that the run is about to make again move aside.
+
+    Raises:
+        UserError: the folder cannot be made or changed.
+    """
+
+    def make() -> None:
+        try:
+            run.output_dir.mkdir(parents=True, exist_ok=True)
+            names = set_newer_aside(run.output_dir, run.progress.step)
+        except OSError as error:
+            raise file_error(error, run.output_dir, "set another train.output_dir") from error
+        for name in names:
+            run.say(f"{name}: a checkpoint beyond the resumed step, kept under this name")
+
+    on_main(run.accelerator, make)
+
+
 def set_newer_aside(output_dir: Path, step: int) -> list[str]:
-    """Rename checkpoints beyond `step`, which the run is about to make again; returns their new names."""
+    """Rename checkpoints beyond `step`; returns their new names."""
     names = []
     for folder in list_checkpoints(output_dir):
         if int(folder.name.removeprefix("checkpoint-")) > step:
@@ -200,7 +222,7 @@ def prune(output_dir: Path, keep: int, newest: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save(run, progress: Progress, figures: dict[str, Any], pruning: bool = True) -> Path:
+def save(run: "Run", progress: Progress, figures: dict[str, Any], pruning: bool = True) -> Path:
     """Write `checkpoint-<step>`, then prune; all processes call it together.
 
     Args:
@@ -233,7 +255,7 @@ def save(run, progress: Progress, figures: dict[str, Any], pruning: bool = True)
     return folder
 
 
-def restore(run, state: dict[str, Any]) -> Progress:
+def restore(run: "Run", state: dict[str, Any]) -> Progress:
     """Put the saved optimizer, schedule, scaler and generators back; returns where the run stands."""
     run.optimizer.load_state_dict(state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])

@@ -15,11 +15,11 @@ def validate(run: Run) -> dict[str, float]:
     """
     dataset, train = run.val_set, run.config.train
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
-    sources = sorted({run.val_source(index) for index in run.val_samples})
+    sources = sorted({dataset.source(index) for index in run.val_samples})
     batches = [
         (number, batch)
         for number, source in enumerate(sources)
-        for batch in run.cut(dataset, [index for index in run.val_samples if run.val_source(index) == source])
+        for batch in run.cut(dataset, [index for index in run.val_samples if dataset.source(index) == source])
     ][rank::processes]
     device = run.accelerator.device
     sums = torch.zeros(len(sources), 2, dtype=torch.float32 if device.type == "mps" else torch.float64)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from training.batches import supervised_tokens
 from training.costs import PeakMemory, matrix_peak
-from training.loop import Trainer, supervised_tokens
+from training.loop import Trainer
 
 
 def log_lines(trainer):

@@ -7,28 +7,26 @@ import yaml
 import training.estimate
 from config import parse_config
 from model.checkpoint_folder import list_checkpoints
-from training.estimate import Estimate, Line, Setting, describe_run, longest_sample
+from training.dry_run import describe_run
+from training.estimate import Estimate, Line, Setting, longest_sample
 from training.loop import Trainer
 
 
-class Linear(Estimate):
+def linear_trial(run):
     """Instead of a trial: 10 bytes of weights, 4 a sample, half of that with checkpointing."""
 
-    limit_bytes = 0
+    def trial(batch, checkpointing):
+        samples = 0 if batch is None else len(batch["layout"].samples)
+        return 10 + samples * (2 if checkpointing else 4), 0.5 + samples
 
-    def __init__(self, trainer):
-        super().__init__(trainer)
-        self.limit = self.limit_bytes
-
-    def trial(self, copies, checkpointing):
-        return 10 + copies * (2 if checkpointing else 4), 0.5 + copies
+    return trial
 
 
 @pytest.fixture
 def limit(monkeypatch):
-    monkeypatch.setattr("training.loop.Estimate", Linear)
+    monkeypatch.setattr("training.build.make_trial", linear_trial)
     monkeypatch.setattr(training.estimate, "ADAMW_BYTES", 0)
-    return lambda size: monkeypatch.setattr(Linear, "limit_bytes", size)
+    return lambda size: monkeypatch.setattr("training.build.usable_memory", lambda device: size)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +79,22 @@ def test_trial_passes_change_nothing_and_cost_is_linear(configure):
     assert trainer.estimate.seconds(2000, True) > 0
     line = Line.through((10, 5.0), (20, 7.0))
     assert (line(10), line(30)) == (5.0, 9.0)
+
+
+def test_trials_of_several_samples_may_fail(configure):
+    """The memory of two samples was predicted to fit and does not: the single sample gives both lines."""
+    run = Trainer(configure(max_steps=1))
+    sample = run.train_set[longest_sample(run.train_set)]
+
+    def trial(batch, checkpointing):
+        samples = 0 if batch is None else len(batch["layout"].samples)
+        if samples > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 10 + 4 * samples, 0.5 + samples
+
+    estimate = Estimate(trial, sample, limit=1000, trained=0, budget=None)
+    assert estimate.memory(estimate.longest, False) == pytest.approx(14)
+    assert estimate.memory(2 * estimate.longest, False) == pytest.approx(18)
 
 
 def test_out_of_memory_is_one_sentence_and_keeps_what_is_there(configure, monkeypatch):
