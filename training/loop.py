@@ -127,19 +127,15 @@ class Trainer(Run):
                 indices = remaining[start : start + self.batches_per_step]
                 batches = self._fetch(loader, len(indices[rank::processes]))
                 waited = time.perf_counter() - began
-                figures = optimizer_step(self, batches, indices, self.stop.received)
-                progress.step += 1
-                progress.samples += sum(map(len, indices))
-                figures |= {
-                    "epoch": progress.epoch + progress.samples / epoch_samples,
+                last_of_epoch = start + self.batches_per_step >= len(remaining)
+                epoch = progress.epoch + (progress.samples + sum(map(len, indices))) / epoch_samples
+                figures = optimizer_step(self, batches, indices, last_of_epoch, self.stop)
+                yield figures | {
+                    "epoch": epoch,
                     "questions": sum(len(self.train_set.groups[index]) for batch in indices for index in batch),
                     "seconds": time.perf_counter() - began,
                     "waited": waited,
                 }
-                if start + self.batches_per_step >= len(remaining):
-                    progress.epoch, progress.samples = progress.epoch + 1, 0
-                progress.note_generators(self.accelerator.device)
-                yield figures
                 if progress.step >= self.total_steps:
                     return
             if not remaining:  # a resumed run that cuts its steps another way may find too little left of an epoch

@@ -54,6 +54,12 @@ class Progress:
     unreadable: list[str] = dataclasses.field(default_factory=list)
     skipped: int = 0
 
+    def advance(self, samples: int, last_of_epoch: bool, device: torch.device) -> None:
+        """Count a step over `samples` samples."""
+        self.step += 1
+        self.epoch, self.samples = (self.epoch + 1, 0) if last_of_epoch else (self.epoch, self.samples + samples)
+        self.note_generators(device)
+
     def note_generators(self, device: torch.device) -> None:
         """Keep the generators' state of this moment; a checkpoint written later, within a step, holds it."""
         self.generators = {"cpu": torch.get_rng_state()}

@@ -12,7 +12,7 @@ from errors import UserError
 from training.agreement import AgreedError
 from training.batches import supervised_tokens
 from training.build import Run
-from training.signals import SIGNALS
+from training.signals import SIGNALS, StopSignals
 
 UNREADABLE_SHARE = 0.001  # of the training samples; a run that meets more photos it cannot read stops
 MOST_SKIPPED = 50  # fp16's scaler halves its scale at each step it skips: by then it has fallen by 2 ** 50
@@ -22,13 +22,15 @@ class NonFiniteError(UserError):
     """The loss or its gradient is not a number; the weights are still those of the step before."""
 
 
-def optimizer_step(run: Run, batches: list[dict[str, Any]], indices: list[list[int]], received: int) -> dict[str, Any]:
-    """Learn from the micro-batches of this process and return the figures of the step.
+def optimizer_step(
+    run: Run, batches: list[dict[str, Any]], indices: list[list[int]], last_of_epoch: bool, stop: StopSignals
+) -> dict[str, Any]:
+    """Learn from the micro-batches of this process, move `run.progress` on, and return the figures of the step.
 
     Args:
         batches: from the loader; all processes have equally many.
         indices: samples of all processes' micro-batches, in turn.
-        received: number of a signal that this process got, or 0; `figures["signal"]` is what any process got.
+        stop: holds the signal that this process got; `figures["signal"]` is what any process got, or 0.
 
     Raises:
         NonFiniteError: nothing was learned; names the samples.
@@ -47,30 +49,37 @@ def optimizer_step(run: Run, batches: list[dict[str, Any]], indices: list[list[i
             run.accelerator.backward(loss)
         total += loss.detach()
         finite.append(loss.detach().isfinite())
-    signals = torch.tensor([float(received == number) for number in SIGNALS], device=device)
+    signals = torch.tensor([float(stop.received == number) for number in SIGNALS], device=device)
     loss_value, *signals = run.accelerator.reduce(torch.cat([total.unsqueeze(0), signals]), reduction="mean").tolist()
     gradient_norm = float(run.accelerator.clip_grad_norm_(run.wrapped.parameters(), run.config.train.max_grad_norm))
     _require_finite(run, loss_value, gradient_norm, torch.stack(finite).tolist(), indices)
-    rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
-    run.whole_step = False  # until all weights have changed, no checkpoint can be made
-    run.optimizer.step()
-    run.schedule.step()
-    run.whole_step = True
-    run.optimizer.zero_grad()
-    encoded = sum(len(batch["pixel_values"]) for batch in batches if "pixel_values" in batch)
-    cached = sum(len(batch["image_features"]) for batch in batches if "image_features" in batch)
-    own_tokens = sum(batch["input_ids"].numel() for batch in batches)
-    own_supervised = sum(map(supervised_tokens, batches))
-    return {
+    figures = _figures(run, batches) | {
         "loss": loss_value,
         "grad_norm": gradient_norm,
-        "projector_lr": rates.get("projector", 0.0),
-        "lora_lr": rates.get("lora", 0.0),
         "supervised_tokens": supervised,
         "tokens": tokens,
-        "operations": run.arithmetic.operations(own_tokens, own_supervised, encoded + cached, encoded),
-        "replaced_photos": len(run.progress.unreadable),
         "signal": next((int(number) for number, count in zip(SIGNALS, signals, strict=True) if count), 0),
+    }
+    run.whole_step = False  # while weights and position change, no checkpoint can be made
+    run.optimizer.step()
+    run.schedule.step()
+    run.progress.advance(sum(map(len, indices)), last_of_epoch, device)
+    run.whole_step = True
+    run.optimizer.zero_grad()
+    return figures
+
+
+def _figures(run: Run, batches: list[dict[str, Any]]) -> dict[str, Any]:
+    rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
+    encoded = sum(len(batch["pixel_values"]) for batch in batches if "pixel_values" in batch)
+    cached = sum(len(batch["image_features"]) for batch in batches if "image_features" in batch)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    supervised = sum(map(supervised_tokens, batches))
+    return {
+        "projector_lr": rates.get("projector", 0.0),
+        "lora_lr": rates.get("lora", 0.0),
+        "operations": run.arithmetic.operations(tokens, supervised, encoded + cached, encoded),
+        "replaced_photos": len(run.progress.unreadable),
     }
 
 

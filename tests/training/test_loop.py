@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from errors import UserError
 from model.answer import Answerer
 from model.checkpoint_folder import list_checkpoints
 from model.model import MMultiModal
@@ -138,19 +139,37 @@ def test_init_from_starts_with_the_weights_of_a_checkpoint(configure, tmp_path):
         Trainer(configure(output_dir=str(tmp_path / "third"), init_from=str(first), llm={"lora": {"r": 2, "alpha": 8}}))
 
 
-def test_a_broken_photo_ends_the_run_with_its_name_and_a_checkpoint(configure, tmp_path, workshop):
+def break_photos(workshop, tmp_path, *IDs):
     image_map = json.loads((workshop / "image_map.json").read_text())
-    broken = tmp_path / "broken.png"
-    broken.write_bytes((workshop / "photos" / "3.png").read_bytes()[:60])
-    image_map["photos/3.png"]["path"] = str(broken)
+    for ID in IDs:
+        broken = tmp_path / f"broken-{ID}.png"
+        broken.write_bytes((workshop / "photos" / f"{ID}.png").read_bytes()[:60])
+        image_map[f"photos/{ID}.png"]["path"] = str(broken)
     (tmp_path / "image_map.json").write_text(json.dumps(image_map))
-    config = configure(max_steps=50, micro_batch=1, workers=1, data={"image_map": str(tmp_path / "image_map.json")})
+    return {"image_map": str(tmp_path / "image_map.json")}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_photo_that_turned_bad_is_replaced_counted_and_named(configure, tmp_path, workshop, capsys, workers):
+    config = configure(
+        max_steps=8, micro_batch=1, workers=workers, log_steps=1, data=break_photos(workshop, tmp_path, 3)
+    )
+    folder = Trainer(config).run()
+    lines = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["replaced_photos"] == 1
+    assert capsys.readouterr().out.count("broken-3.png: damaged") == 1  # once, however often it is drawn
+    again = Trainer(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 9})}), "auto")
+    assert len(again.progress.unreadable) == 1
+
+
+def test_too_many_bad_photos_end_the_run_with_a_checkpoint(configure, tmp_path, workshop):
+    config = configure(max_steps=50, micro_batch=1, workers=1, data=break_photos(workshop, tmp_path, 1, 3))
     trainer = Trainer(config)
-    with pytest.raises(ValueError, match=r"broken\.png") as caught:
+    with pytest.raises(UserError, match=r"2 photos of \d training samples cannot be read.*broken-\d\.png") as caught:
         trainer.run()
     assert "\n" not in str(caught.value)
-    if trainer.progress.step:
-        assert list_checkpoints(trainer.output_dir)[-1].name == f"checkpoint-{trainer.position['step']}"
+    assert trainer.progress.step
+    assert list_checkpoints(trainer.output_dir)[-1].name == f"checkpoint-{trainer.progress.step}"
 
 
 def test_missing_record_files_say_what_to_run(configure, tmp_path):

@@ -1,0 +1,437 @@
+"""Failures injected into training: no checkpoint is ever worth less than before, and none is of half a step."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from errors import UserError
+from model.checkpoint_folder import STATE_FILE, damage, list_checkpoints, read_provenance
+from model.model import MMultiModal
+from paths import REPO_ROOT
+from training import build, state, step
+from training.loop import Trainer
+from training.signals import SIGNALS
+from training.step import NonFiniteError
+
+DROPOUT = {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}  # so that the random generators' state matters
+
+
+def weights(folder):
+    return load_file(folder / "feature_proj.safetensors") | load_file(folder / "adapter_model.safetensors")
+
+
+def losses(folder):
+    return {line["step"]: line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+
+
+def same(first, second):
+    first, second = weights(first), weights(second)
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+@pytest.fixture
+def config(configure, tmp_path):
+    """`config(folder, **train)`: a run of four steps with dropout that saves and logs each."""
+
+    def build_config(folder="run", data=None, llm=None, **train):
+        settings = {"save_steps": 1, "log_steps": 1, "save_total_limit": 9, "max_steps": 4} | train
+        return configure(data=data, llm=llm or DROPOUT, output_dir=str(tmp_path / folder), **settings)
+
+    return build_config
+
+
+@pytest.fixture
+def whole(config):
+    """The folder of an uninterrupted run."""
+    return Trainer(config("whole")).run().parent
+
+
+def at_step(trainer, number, action):
+    """Call `action` in the forward pass of optimizer step `number`."""
+    forward = trainer.forward
+
+    def wrapped(*arguments):
+        if trainer.progress.step == number - 1:
+            action()
+        return forward(*arguments)
+
+    trainer.forward = wrapped
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_non_finite_step_changes_and_deletes_nothing(config, what, tmp_path):
+    trainer = Trainer(config(save_total_limit=1, save_steps=2, micro_batch=1))
+    forward = trainer.forward
+
+    def poisoned(batch, count):
+        loss = forward(batch, count)
+        if trainer.progress.step < 2:
+            return loss
+        if what == "loss":
+            return loss * float("nan")
+        # a finite loss with an infinite gradient: the square root at zero
+        return loss + 0 * loss.detach() + (trainer.model.feature_proj[0].weight * 0).sum().abs().sqrt()
+
+    trainer.forward = poisoned
+    with pytest.raises(NonFiniteError, match=rf"the {what} became (nan|inf) at step 3; nothing of it.*photos/.*\.png"):
+        trainer.run()
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+    expected = weights(tmp_path / "run" / "checkpoint-2")
+    own = dict(trainer.model.feature_proj.named_parameters())
+    assert all(torch.equal(own[name].detach(), expected[name]) for name in own)
+
+
+def test_the_sample_with_the_bad_loss_is_named(config):
+    trainer = Trainer(config(micro_batch=1, accumulation=3))
+    bad = []
+    forward = trainer.forward
+
+    def poisoned(batch, count):
+        loss = forward(batch, count)
+        if len(bad) or "photo_index" not in batch:
+            return loss
+        bad.append(batch)
+        return loss * float("inf")
+
+    trainer.forward = poisoned
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.run()
+    assert str(caught.value).count("photos/") + str(caught.value).count("no photo") == 1
+
+
+def test_resuming_an_older_checkpoint_keeps_old_and_new(config, whole):
+    config_ = config("whole", save_total_limit=1, max_steps=6)
+    Trainer(config_, resume=str(whole / "checkpoint-2")).run()
+    # 1 and 2 were pruned once newer ones had been written; what was beyond step 2 is kept under another name
+    assert names(whole) == ["checkpoint-3.superseded", "checkpoint-4.superseded", "checkpoint-6"]
+    assert Trainer(config_, resume="auto").progress.step == 6
+
+
+def test_the_checkpoint_just_written_is_never_pruned(tmp_path):
+    for number, age in ((9, 0), (3, 30), (5, 20), (4, 10)):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text("")
+        os.utime(folder / "config.yaml", (1000 - age, 1000 - age))
+    state.prune(tmp_path, keep=2, newest=tmp_path / "checkpoint-4")
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-9"]  # 9 was written last, whatever its number
+    state.prune(tmp_path, keep=1, newest=tmp_path / "checkpoint-4")
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_after_a_whole_step(config, whole, number, tmp_path):
+    trainer = Trainer(config(save_steps=100, workers=1))
+    at_step(trainer, 2, lambda: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as caught:
+        trainer.run()
+    assert caught.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+    assert same(tmp_path / "run" / "checkpoint-2", whole / "checkpoint-2")
+    Trainer(config(), resume="auto").run()
+    assert same(tmp_path / "run" / "checkpoint-4", whole / "checkpoint-4")
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def lines_of(function):
+    first = function.__code__.co_firstlineno
+    return sorted({line for _, _, line in function.__code__.co_lines() if line is not None and line > first})
+
+
+def at_line(monkeypatch, trainer, line, action):
+    """Call `action` before `line` of `optimizer_step` runs in step 2."""
+    inner = step.optimizer_step
+
+    def tracer(frame, event, argument):
+        if frame.f_code is not inner.__code__:
+            return None
+
+        def local(frame, event, argument):
+            if event == "line" and frame.f_lineno == line:
+                sys.settrace(None)
+                frame.f_trace = None
+                action()
+                return None
+            return local
+
+        return local
+
+    def traced(run, *arguments):
+        if run.progress.step != 1:
+            return inner(run, *arguments)
+        sys.settrace(tracer)
+        try:
+            return inner(run, *arguments)
+        finally:
+            sys.settrace(None)
+
+    monkeypatch.setattr("training.loop.optimizer_step", traced)
+
+
+@pytest.mark.parametrize("line", lines_of(step.optimizer_step))
+def test_interrupted_or_failing_at_any_line_leaves_whole_steps(config, whole, line, tmp_path, monkeypatch):
+    at_line(monkeypatch, None, line, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit):
+        Trainer(config("signal", save_steps=100)).run()
+    (saved,) = list_checkpoints(tmp_path / "signal")
+    assert same(saved, whole / saved.name)
+    assert not damage(saved)
+
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.undo()
+    at_line(monkeypatch, None, line, fail)
+    with pytest.raises(UserError, match="out of memory"):
+        Trainer(config("failure", save_steps=100)).run()
+    for saved in list_checkpoints(tmp_path / "failure"):
+        assert same(saved, whole / saved.name)
+        monkeypatch.undo()
+        Trainer(config("failure"), resume="auto").run()
+        assert same(tmp_path / "failure" / "checkpoint-4", whole / "checkpoint-4")
+
+
+def test_failing_while_weights_change_saves_nothing(config, monkeypatch, tmp_path):
+    trainer = Trainer(config(save_steps=100))
+
+    def half(*_):
+        with torch.no_grad():
+            trainer.model.feature_proj[0].weight.add_(1)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(trainer.optimizer.optimizer, "step", half)
+    with pytest.raises(UserError, match="out of memory at step 1"):
+        trainer.run()
+    assert names(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("fails_at", range(6))
+def test_a_full_disk_is_one_sentence_and_leaves_no_remains(config, fails_at, tmp_path, monkeypatch):
+    trainer = Trainer(config(max_steps=3))
+    write = Path.write_bytes
+    calls = []
+
+    def write_bytes(path, content):
+        if trainer.progress.step == 2 and ".tmp" in str(path.parent):
+            calls.append(path)
+            if len(calls) == fails_at + 1:
+                write(path, content[: len(content) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    if fails_at == 5:  # peft writes the adapter by itself
+        monkeypatch.setattr(trainer.model.LLM, "save_pretrained", lambda *_, **__: write_bytes_fails())
+
+        def write_bytes_fails():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with pytest.raises(UserError, match="No space left"):
+            trainer.run()
+        assert names(tmp_path / "run") == []
+        return
+    with pytest.raises(
+        UserError, match=r"the checkpoint .*checkpoint-2 could not be written \(No space left on"
+    ) as caught:
+        trainer.run()
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path / "run") == ["checkpoint-1"]
+    assert not damage(tmp_path / "run" / "checkpoint-1")
+
+
+FILE_SIZE = """
+import resource, signal, sys
+from cli import run_script
+from config import Config
+from training.loop import Trainer
+def main():
+    trainer = Trainer(Config.model_validate_json(open(sys.argv[1]).read()))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))
+    trainer.run()
+run_script(main)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files")
+def test_the_system_refuses_to_write(config, tmp_path):
+    """The operating system itself refuses what peft, torch and safetensors write."""
+    (tmp_path / "script.py").write_text(FILE_SIZE)
+    (tmp_path / "config.json").write_text(config(trackers=[]).model_dump_json())
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "config.json")],
+        env=os.environ | {"PYTHONPATH": str(REPO_ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "could not be written" in result.stderr.splitlines()[-1]
+    assert names(tmp_path / "run") == []
+
+
+def test_a_vanished_output_folder_is_one_sentence(config, tmp_path):
+    trainer = Trainer(config(trackers=[], log_steps=100, save_steps=3))
+    at_step(trainer, 3, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"could not be written \(No such file or directory\)"):
+        trainer.run()
+
+
+DAMAGE = {
+    "state is missing": lambda folder: (folder / STATE_FILE).unlink(),
+    "state is cut": lambda folder: cut(folder / STATE_FILE),
+    "state is empty": lambda folder: (folder / STATE_FILE).write_bytes(b""),
+    "state is hostile": lambda folder: torch.save(subprocess.run, folder / STATE_FILE),
+    "adapter is cut": lambda folder: cut(folder / "adapter_model.safetensors"),
+    "adapter is missing": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "projector has one other byte": lambda folder: flip(folder / "feature_proj.safetensors"),
+    "provenance is half": lambda folder: (folder / "provenance.json").write_text("{"),
+    "provenance is empty": lambda folder: (folder / "provenance.json").write_text("{}"),
+    "adapter_config is empty": lambda folder: (folder / "adapter_config.json").write_text(""),
+    "config is binary": lambda folder: (folder / "config.yaml").write_bytes(b"\xff\xfe\x00"),
+}
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_an_older_one_offered(config, whole, kind):
+    DAMAGE[kind](whole / "checkpoint-4")
+    with pytest.raises(UserError) as caught:
+        Trainer(config("whole"), resume="auto")
+    message = str(caught.value)
+    assert kind.split()[0] in message.replace("feature_proj", "projector").replace(STATE_FILE, "state")
+    sound = whole / "checkpoint-3"
+    assert f"{sound} is sound: resume it with --resume {sound}" in message
+    assert Trainer(config("whole"), resume=str(sound)).progress.step == 3
+
+
+def test_a_flipped_byte_is_refused_for_answering(config, whole):
+    flip(whole / "checkpoint-4" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"checkpoint-4 is damaged: adapter_model.safetensors is not what was written"):
+        MMultiModal.from_checkpoint(whole / "checkpoint-4", overrides={"model_root": config().model_root})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_files_follow_the_umask(config, tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = Trainer(config(max_steps=1)).run()
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.rglob("*") if file.is_file()} == {0o640}
+
+
+def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.code_commit() is None
+
+
+def test_the_repository_around_us_is_not_ours(monkeypatch, tmp_path):
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / "copy").mkdir()
+    monkeypatch.setattr(build, "REPO_ROOT", tmp_path / "copy")
+    assert build.code_commit() is None
+
+
+def test_the_order_of_samples_survives_another_micro_batch(config, tmp_path, monkeypatch):
+    """After out of memory: what our own sentence advises, with the samples that were due."""
+    seen = []
+    inner = step.optimizer_step
+
+    def noting(run, batches, indices, *rest):
+        seen.append([index for batch in indices for index in batch])
+        return inner(run, batches, indices, *rest)
+
+    monkeypatch.setattr("training.loop.optimizer_step", noting)
+    settings = {"micro_batch": 4, "save_steps": 2, "max_steps": 6, "max_questions": 1}
+    Trainer(config(**settings)).run()
+    expected, seen[:] = list(seen), []
+    for folder in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    lean = settings | {"micro_batch": 1, "accumulation": 4, "gradient_checkpointing": "on"}
+    resumed = Trainer(config(**lean), resume="auto")
+    assert resumed.setting == build.Setting(1, 4, True)
+    resumed.run()
+    assert seen == expected[2:]
+
+
+CHANGES = {
+    "data.val_fraction was 0.0 and is 0.4": {"data": {"val_fraction": 0.4}},
+    "data.seed was 0 and is 5": {"data": {"seed": 5}},
+    "data.max_length was 2048 and is 999": {"data": {"max_length": 999}},
+    "train.seed was 0 and is 5": {"seed": 5},
+    "train.max_questions was 16 and is 1": {"pack_questions": False},
+}
+
+
+@pytest.mark.parametrize("sentence", CHANGES)
+def test_another_run_is_refused_unless_it_is_accepted(config, whole, sentence):
+    changed = config("whole", max_steps=5, **CHANGES[sentence])
+    with pytest.raises(UserError, match=f"checkpoint-4 belongs to another run: {sentence}.*--accept-changes"):
+        Trainer(changed, resume="auto")
+    folder = Trainer(changed, resume="auto", accept_changes=True).run()
+    (accepted,) = read_provenance(folder)["accepted_changes"]
+    key, _, values = sentence.partition(" was ")
+    assert accepted["checkpoint"] == "checkpoint-4"
+    assert [str(value) for value in accepted["changes"][key]] == values.split(" and is ")
+    again = Trainer(config("whole", **{"max_steps": 6} | CHANGES[sentence]), resume="auto")
+    assert again.provenance["accepted_changes"] == [accepted]
+
+
+def test_other_data_are_refused(config, whole, workshop, tmp_path):
+    captions = json.loads((workshop / "captions.json").read_text())
+    captions["0"] = captions["0"][:1]
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    with pytest.raises(UserError, match="belongs to another run: data was '.*' and is '"):
+        Trainer(config("whole", data={"captions": str(tmp_path / "captions.json")}), resume="auto")
+
+
+def test_formats_of_other_versions(config, whole):
+    file = whole / "checkpoint-4" / "provenance.json"
+    provenance = orjson.loads(file.read_bytes())
+    file.write_bytes(orjson.dumps(provenance | {"format_version": 99}))
+    with pytest.raises(UserError, match=r"checkpoint-4 has format version 99, this code reads up to 2: update"):
+        MMultiModal.from_checkpoint(whole / "checkpoint-4")
+    old = {key: value for key, value in provenance.items() if key not in ("format_version", "checksums", "shape")}
+    file.write_bytes(orjson.dumps(old))
+    with pytest.raises(UserError, match=r"earlier version.*cannot be resumed.*start from them with train.init_from="):
+        Trainer(config("whole"), resume="auto")
+    MMultiModal.from_checkpoint(whole / "checkpoint-4", overrides={"model_root": config().model_root})
+
+
+def test_resuming_into_the_folder_of_another_run_is_refused(config, whole):
+    Trainer(config("other", max_steps=1)).run()
+    with pytest.raises(UserError, match="is not a checkpoint of 'train.output_dir'"):
+        Trainer(config("other"), resume=str(whole / "checkpoint-2"))
+
+
+def test_dry_run_of_a_folder_that_was_trained_in(config, whole):
+    run = Trainer(config("whole"), dry_run=True)
+    assert run.progress.step == 0
+    assert names(whole) == [f"checkpoint-{number}" for number in range(1, 5)]
