@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from config import Config, load_config
 from errors import UserError
 from model import report_layout
-from model.backbone import backbone_fingerprint
+from model.backbone import backbone_fingerprint, same_backbone
 from paths import REPO_ROOT, nearest_name_hint
 
 if TYPE_CHECKING:
@@ -189,17 +189,16 @@ def restore_weights(model: "MMultiModal", folder: Path) -> None:
 
 def _check_fingerprints(model: "MMultiModal", folder: Path) -> None:
     expected = orjson.loads((folder / PROVENANCE_FILE).read_bytes())["fingerprints"]
-    actual = fingerprints(model)
     places = {"visual": ("visual.path", model.visual_folder), "llm": ("llm.path", model.llm_folder)}
     for part, (key, backbone) in places.items():
-        if actual[part] != expected[part]:
+        if not same_backbone(backbone, expected[part]):
             raise UserError(
                 f"{folder} was trained on another '{key}': its backbone has the fingerprint {expected[part]}, "
-                f"{backbone} has {actual[part]}. Set {key}=FOLDER to the model it was trained with"
+                f"{backbone} has {backbone_fingerprint(backbone)}. Set {key}=FOLDER to the model it was trained with"
             )
-    if actual["prompt"] != expected["prompt"]:
+    if model.chat.fingerprint() != expected["prompt"]:
         raise UserError(f"{folder} was trained with another prompt: leave prompt.* as in its {CONFIG_FILE}")
-    if actual["transform"] != expected["transform"]:
+    if model.transform.fingerprint() != expected["transform"]:
         raise UserError(f"{folder} was trained with other preprocessor settings than {model.visual_folder} has now")
 
 

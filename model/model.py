@@ -113,12 +113,14 @@ class MMultiModal(nn.Module):
         config: Config,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        run_folder: Path | None = None,
     ) -> "MMultiModal":
         """Load both backbones and add the projector and LoRA, newly initialised from `train.seed`.
 
         Args:
             device: default as `pick_device`.
             dtype: of the frozen backbones; default what `train.precision` says.
+            run_folder: of a checkpoint that `config` is of; says where its backbones were on this machine.
 
         Raises:
             UserError: a backbone is missing, incomplete or of an unknown kind, or the config does not fit it.
@@ -126,8 +128,8 @@ class MMultiModal(nn.Module):
         transformers_logging.disable_progress_bar()
         device = pick_device(device)
         dtype = DTYPES[pick_precision(config.train.precision, device)] if dtype is None else dtype
-        visual_folder = locate_backbone(config.visual.path, config.model_root, "visual.path", config.hub)
-        llm_folder = locate_backbone(config.llm.path, config.model_root, "llm.path", config.hub)
+        visual_folder = locate_backbone(config.visual.path, config.model_root, "visual.path", config.hub, run_folder)
+        llm_folder = locate_backbone(config.llm.path, config.model_root, "llm.path", config.hub, run_folder)
         encoder = load_encoder(visual_folder, dtype)
         tokenizer = load_tokenizer(llm_folder)
         LLM = load_language_model(
@@ -175,13 +177,22 @@ class MMultiModal(nn.Module):
         if dtype is None:
             dtype = DTYPES[pick_precision("auto", device)] if device.type == "cuda" else torch.float32
         config = read_config(folder, overrides)
-        model = cls.from_config(config, device, dtype)
+        model = cls.from_config(config, device, dtype, run_folder=folder.parent)
         restore_weights(model, folder)
         # the trained parts only: `.to(dtype)` of all would round the frequencies of the rotary embedding too
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         return model.eval()
+
+    def freeze_lora(self) -> None:
+        """Leave LoRA as it is: no gradient, so no optimiser state and no part in the norm that clips the projector's.
+
+        For training the projector alone (`train.lora_lr: 0`); to be called before the optimiser is built.
+        """
+        for name, parameter in self.LLM.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
