@@ -6,6 +6,7 @@
 Shapes: B batch, B_img photos, T text and image tokens, N image tokens of a photo, Dv and Dl widths, V vocabulary.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -341,4 +342,6 @@ def _with_lora(LLM: nn.Module, config: Config) -> nn.Module:
     )
     if config.llm.quantization == "none":  # quantised layers have LoRA layers of their own in peft
         settings._register_custom_module({nn.Linear: LoraLinear})
-    return get_peft_model(LLM, settings)
+    with warnings.catch_warnings():  # peft reads what transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(LLM, settings)

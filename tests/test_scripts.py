@@ -76,6 +76,15 @@ def test_predict(tiny_checkpoint, workshop, tmp_path):
     assert "cut.jpg" in answered[1]["error"]
 
 
+def test_a_missing_kernel_of_bitsandbytes_is_not_said():
+    code = (
+        "import cli, logging\nlog = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s.', ImportError('kernels'))\n"
+        "log.warning('another %s', 'message')"
+    )
+    assert script("-c", code).stderr == "another message\n"
+
+
 def test_eval_vqa(tiny_checkpoint, workshop, tmp_path):
     done = script(
         "eval_vqa.py", "--checkpoint", tiny_checkpoint, "--output", tmp_path / "e.json", "--gallery",
