@@ -42,6 +42,21 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def cpu_has_bf16() -> bool:
+    """Whether oneDNN, which computes matrix products in bf16, does it with instructions of this CPU.
+
+    Torch has a private operator only for what oneDNN may use (`ONEDNN_MAX_CPU_ISA` can hide instructions). It says yes
+    for any AVX512, where without the bf16 instructions every product is emulated and slower than in float32; so the
+    CPU is asked too.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
 def pick_precision(precision: Literal["auto", "bf16", "fp16", "float32"], device: torch.device) -> str:
     """`auto` is bf16 where the device computes in it, fp16 on older GPUs, float32 elsewhere.
 
@@ -51,11 +66,7 @@ def pick_precision(precision: Literal["auto", "bf16", "fp16", "float32"], device
     if device.type == "cuda":
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif device.type == "cpu":
-        best = (
-            "bf16"
-            if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            else "float32"
-        )
+        best = "bf16" if cpu_has_bf16() else "float32"
     else:
         best = "float32"
     if precision == "bf16" and device.type == "cuda" and best != "bf16":

@@ -28,10 +28,12 @@ from tqdm import tqdm
 from config import Config
 from dataset.image_caption_dataset import ImageCaptionDataset, collate
 from errors import UserError
+from model.backbone import remember_backbones
 from model.checkpoint import check_complete, list_checkpoints, restore_weights, save_checkpoint
 from model.model import DTYPES, MMultiModal, pick_device, pick_precision
 from paths import REPO_ROOT, resolve_path
 from qwen.chat import IGNORE_INDEX
+from qwen.loading import set_activation_checkpointing
 from training.costs import Arithmetic, matrix_peak, peak_memory
 from training.data import build_datasets, data_hash, epoch_order, micro_batches, read_split, sample_lengths
 from training.estimate import Estimate, Setting, choose_setting
@@ -93,6 +95,8 @@ class Trainer:
         self.model = MMultiModal.from_config(config, self.accelerator.device)
         if origin is not None:
             restore_weights(self.model, origin)
+        if config.train.lora_lr == 0:
+            self.model.freeze_lora()
         if config.train.compile:
             compile_layers(self.model.LLM.get_base_model())
         self.weights = {source.name: source.weight for source in config.data.sources}
@@ -111,6 +115,7 @@ class Trainer:
         self.optimizer = self.accelerator.prepare(optimizer)
         self.position = {"step": 0, "epoch": 0, "micro_batches": 0}
         self.arithmetic = Arithmetic(self.model)
+        self.matrix_peak = matrix_peak(self.accelerator.device, DTYPES[self.precision])
         self.window: list[dict[str, Any]] = []  # the steps since the last line of the log
         self.last_figures: dict[str, Any] = {}
         torch.manual_seed(config.train.seed + self.accelerator.process_index)  # dropout, another on each process
@@ -128,11 +133,7 @@ class Trainer:
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute the language model's activations in the backward pass, or keep them."""
-        language_model = self.model.LLM.get_base_model()
-        if on:
-            language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            language_model.gradient_checkpointing_disable()
+        set_activation_checkpointing(self.model.LLM.get_base_model(), on)
 
     def training_mode(self) -> None:
         """Dropout on, except in the encoder."""
@@ -162,7 +163,7 @@ class Trainer:
                         loss=f"{figures['loss']:.3f}",
                         lr=f"{figures['projector_lr']:.1e}",
                         questions_s=f"{line['questions_per_second']:.1f}",
-                        mfu=f"{line['mfu']:.0%}",
+                        **({} if line["mfu"] is None else {"mfu": f"{line['mfu']:.0%}"}),
                     )
                 if logged:
                     if main:
@@ -267,7 +268,6 @@ class Trainer:
             )
         }
         steps, seconds, last = len(self.window), total["seconds"], self.window[-1]
-        peak = matrix_peak(self.accelerator.device, DTYPES[self.precision])
         return {
             "loss": total["loss"] / steps,
             "grad_norm": total["grad_norm"] / steps,
@@ -279,7 +279,7 @@ class Trainer:
             "questions_per_second": total["questions"] / seconds,
             "tokens_per_second": total["tokens"] / seconds,
             "supervised_tokens_per_second": total["supervised_tokens"] / seconds,
-            "mfu": total["operations"] / seconds / peak,
+            "mfu": None if self.matrix_peak is None else total["operations"] / seconds / self.matrix_peak,
             "data_wait": total["waited"] / seconds,
             "peak_memory_gib": peak_memory(self.accelerator.device) / 2**30,
         }
@@ -335,7 +335,7 @@ class Trainer:
             "loss": loss_value,
             "grad_norm": float(gradient_norm),
             "projector_lr": rates["projector"],
-            "lora_lr": rates["lora"],
+            "lora_lr": rates.get("lora", 0.0),
             "supervised_tokens": supervised,
             "tokens": tokens,
             "operations": self.arithmetic.operations(own_tokens, own_supervised, encoded + cached, encoded),
@@ -383,6 +383,7 @@ class Trainer:
 
             folder = self.checkpoint_folder()
             folder.parent.mkdir(parents=True, exist_ok=True)
+            remember_backbones(self.output_dir, self.model.visual_folder, self.model.llm_folder)
             save_checkpoint(self.model, folder, self.position | self.last_figures, self.provenance, save_state)
             for old in list_checkpoints(self.output_dir)[: -self.config.train.save_total_limit]:
                 shutil.rmtree(old)

@@ -9,7 +9,8 @@ Each line is about the steps since the line before it, over all processes where 
     seconds                        of a step, mean; validation and saving do not count
     questions_per_second, tokens_per_second, supervised_tokens_per_second
                                    tokens are those of text and photos, without padding
-    mfu                            share of the device's measured matrix peak, of the first process (`costs.py`)
+    mfu                            share of the GPU's measured matrix peak, of the first process (`costs.py`); null on
+                                   other devices
     data_wait                      share of the time in which the first process waited for photos and prompts
     peak_memory_gib                of the first process since its start: allocated on the GPU, else resident memory
     val_loss                       on the validation set, where it is due
