@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     folder = trainer.run()
     if trainer.accelerator.is_main_process:
-        print(f"trained: {folder}\nask it:  python predict.py --checkpoint {folder} --image FILE --question TEXT")
+        # in quotes: a folder's name may hold spaces
+        print(f'trained: {folder}\nask it:  python predict.py --checkpoint "{folder}" --image FILE --question TEXT')
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,12 @@ def test_train_from_a_folder_with_spaces_and_chinese(workshop, tmp_path):
     resumed = script("train.py", "--config", folder / "run.yaml", "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert (folder / "run" / "checkpoint-2").is_dir()
+    # what it prints last can be pasted, though the backbones are in no usual place
+    _, *command = shlex.split(resumed.stdout.splitlines()[-1].removeprefix("ask it:"))
+    for placeholder, value in {"FILE": workshop / "photos" / "0.png", "TEXT": "What is it?"}.items():
+        command[command.index(placeholder)] = value
+    asked = script(*command)
+    assert (asked.returncode, asked.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["process_image", "train", "predict", "eval_vqa", "export", "test_gui"])
