@@ -22,8 +22,8 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 DEMO_RUN = "checkpoints/demo"
 WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 CPU_LINE = """
-import cli, torch
-from model.model import cpu_has_bf16
+import torch
+from model.precision import cpu_has_bf16
 has = torch.cpu.get_capabilities()
 bf16, amx = ("yes" if it else "no" for it in (cpu_has_bf16(), has.get("amx_bf16", False)))
 print(f"CPU: {has.get('cpu_name', has['architecture'])}, {torch.get_num_threads()} threads, bf16 {bf16}, amx {amx}")

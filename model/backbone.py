@@ -23,7 +23,7 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 
-from errors import UserError, file_error
+from errors import UserError, file_error, shortened
 from paths import nearest_name_hint, resolve_path
 
 # beside the checkpoints of a run, never in one: where its backbones were found on this machine
@@ -65,7 +65,10 @@ def locate_backbone(
     """
     candidates = [resolve_path(path), resolve_path(model_root) / path, resolve_path(model_root) / Path(path).name]
     remembered = [] if run_folder is None else _remembered_folder(run_folder, path, key)
-    folders = [folder for folder in [*candidates, *remembered] if folder.is_dir()]
+    try:
+        folders = [folder for folder in [*candidates, *remembered] if folder.is_dir()]
+    except OSError as error:  # a name that is too long
+        raise file_error(error, f"'{key}': {shortened(path)}") from error
     if folders:  # a package of ours may bear the name too, so one with a config.json comes first
         folder = next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
         _check_kind(folder, path, key)
@@ -80,9 +83,8 @@ def locate_backbone(
     parent = resolve_path(path).parent
     # an owner's name may be that of a package of ours: ModelScope's qwen/, and on a Mac Qwen/ too
     if not looks_like_hub_id or (parent.is_dir() and not any(parent.glob("*.py"))):
-        raise UserError(
-            f"'{key}': no folder {candidates[0]} nor {candidates[-1]}. {_hint(candidates)}Set it with {key}=FOLDER"
-        )
+        places = f"{shortened(candidates[0])} nor {shortened(candidates[-1])}"
+        raise UserError(f"'{key}': no folder {places}. {_hint(candidates)}Set it with {key}=FOLDER")
     snapshot_download = _downloader(hub, path, model_root, key)
     # small files first: a model that is refused for its config.json costs no time
     folder = snapshot_download(["*.json", "*.txt", "*.jinja", "*.tiktoken"])

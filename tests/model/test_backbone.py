@@ -80,6 +80,13 @@ def test_hint_names_model_folders_or_nothing(folder, tmp_path, monkeypatch):
         locate_backbone("trains", str(tmp_path / "none"), "visual.path")  # beside train.py
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 100_000])
+def test_name_that_is_too_long(name):
+    with pytest.raises(UserError, match=r"^'llm.path': ") as caught:
+        locate_backbone(name, "models", "llm.path")
+    assert len(str(caught.value)) < 600
+
+
 class TestRememberedFolders:
     def found(self, path, run, tmp_path):
         return locate_backbone(path, str(tmp_path / "none"), "llm.path", run_folder=run)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from model.model import cpu_has_bf16, pick_precision
+from model.precision import cpu_has_bf16, pick_precision
 from paths import REPO_ROOT
 from tasks import CPU_LINE, WITHOUT_BF16
 
