@@ -1,11 +1,18 @@
 """What all scripts share: their arguments, and how their errors reach the user."""
 
 import argparse
+import logging
 import sys
 import traceback
 from collections.abc import Callable
 
 from errors import UserError
+
+# peft imports bitsandbytes wherever it is installed. On a CPU with bf16 that complains that a kernel from the hub is
+# missing, which we never use (`qwen/loading.py`). Scripts import this module first, so the filter is there in time.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+)
 
 
 def script_arguments(description: str, default_config: str | None = "config.yaml") -> argparse.ArgumentParser:

@@ -1,6 +1,10 @@
 """The project's commands, on every system: `python tasks.py help`. `make NAME` calls the same.
 
 Each makes `.venv` and installs what it needs first; once that is done, nothing is downloaded again.
+
+`test` and `nightly` take `--without-bf16`: they run as on an x86 CPU without bf16, where `train.precision: auto` is
+float32. Torch and oneDNN, which computes in bf16, read the variables below. bitsandbytes asks the CPU itself; both its
+answers are tried in `tests/training/test_quantization.py` on every machine.
 """
 
 import hashlib
@@ -16,6 +20,14 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 DEMO_RUN = "checkpoints/demo"
+WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+CPU_LINE = """
+import torch
+from model.precision import cpu_has_bf16
+has = torch.cpu.get_capabilities()
+bf16, amx = ("yes" if it else "no" for it in (cpu_has_bf16(), has.get("amx_bf16", False)))
+print(f"CPU: {has.get('cpu_name', has['architecture'])}, {torch.get_num_threads()} threads, bf16 {bf16}, amx {amx}")
+"""
 
 
 def install(requirements: str) -> None:
@@ -86,7 +98,7 @@ def check_scores(report: Path) -> None:
 
 
 def test() -> None:
-    """all tests that take seconds"""
+    """all tests that take seconds (--without-bf16: as on a CPU without it)"""
     install("requirements-dev.txt")
     run(PYTHON, "-m", "pytest", "-m", "not nightly")
 
@@ -95,6 +107,12 @@ def nightly() -> None:
     """all tests, those that take minutes too"""
     install("requirements-dev.txt")
     run(PYTHON, "-m", "pytest")
+
+
+def cpu() -> None:
+    """one line: this CPU's name and whether it computes in bf16"""
+    install("requirements-dev.txt")
+    run(PYTHON, "-c", CPU_LINE)
 
 
 def check() -> None:
@@ -116,12 +134,15 @@ def bench() -> None:
     run(PYTHON, "-m", "benchmarks.train_step")
 
 
-TASKS = {task.__name__: task for task in (demo, test, check, nightly, gui, bench)}
+TASKS = {task.__name__: task for task in (demo, test, check, nightly, gui, bench, cpu)}
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "help"
-    if name in TASKS:
+    name, *options = sys.argv[1:] or ["help"]
+    if options == ["--without-bf16"] and name in ("test", "nightly"):
+        os.environ.update(WITHOUT_BF16)
+        options = []
+    if name in TASKS and not options:
         TASKS[name]()
         return
     print("python tasks.py NAME, or make NAME:\n")

@@ -43,7 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"{trainer.setting.accumulation} samples a step on each process"
         )
         folder = trainer.run()
-        trainer.say(f"trained: {folder}\nask it:  python predict.py --checkpoint {folder} --image FILE --question TEXT")
+        # in quotes: a folder's name may hold spaces
+        trainer.say(
+            f'trained: {folder}\nask it:  python predict.py --checkpoint "{folder}" --image FILE --question TEXT'
+        )
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from dataset.records import Entry, Photo, Turn
 from model.model import DTYPES, MMultiModal, pick_precision
 from paths import REPO_ROOT
 from qwen.chat import IGNORE_INDEX
+from qwen.loading import set_activation_checkpointing
 from training.loop import compile_layers
 
 DEMO = REPO_ROOT / "demo" / "backbones"
@@ -211,7 +212,7 @@ def _ours(
     model: MMultiModal, dataset: ImageCaptionDataset, size: int, count: int, options: argparse.Namespace
 ) -> tuple[torch.nn.Module, Losses]:
     if options.checkpointing:
-        model.LLM.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        set_activation_checkpointing(model.LLM.get_base_model(), True)
     if options.compile:
         compile_layers(model.LLM.get_base_model())
     model.train()
@@ -230,7 +231,7 @@ def _ours(
 def naive_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
     model, dataset = build(backbones, options, questions)
     if options.checkpointing:
-        model.LLM.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        set_activation_checkpointing(model.LLM.get_base_model(), True)
     model.train()
     count = supervised_count(dataset)
 
@@ -274,7 +275,7 @@ def llava_step(backbones: Path, options: argparse.Namespace, questions: int) -> 
         r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=rf".*language_model.*\.({linear})", bias="none"
     )
     if options.checkpointing:
-        llava.gradient_checkpointing_enable({"use_reentrant": False})
+        set_activation_checkpointing(llava, True)
     llava = get_peft_model(llava, lora).train()
     for parameter in llava.get_base_model().model.multi_modal_projector.parameters():
         parameter.requires_grad_(True)  # peft froze it

@@ -5,7 +5,9 @@ what a new prompt shares with it (the photo's tokens above all, and the dialogue
 """
 
 import hashlib
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,6 +31,10 @@ Photo = Image.Image | str | Path
 class Answerer:
     """Answers questions with one model, one at a time.
 
+    Several threads may share one: while `answer` works, the others wait. `stream` makes them wait for one token at a
+    time only, since its caller may leave it unfinished. Where another question came between two tokens, the answer is
+    the same, but its prompt is read again.
+
     Args:
         model: in eval mode.
         generate: decoding settings; default those of the model's config. Assign `settings` to change them.
@@ -41,11 +47,15 @@ class Answerer:
         self._cached_photos: list[str] = []
         self._cached_scaling = 1.0
         self._cache = DynamicCache()
+        self._cache_of: object = None  # the answer whose prompt and tokens the cache holds
         self._feature_of: dict[str, torch.Tensor] = {}
+        self._suppressed = torch.tensor(model.suppressed_ids)
+        self._lock = threading.RLock()
 
     def answer(self, image: Photo | None, question: str) -> str:
         """The whole answer to one question; see `stream`."""
-        return "".join(self.stream(image, [{"role": "user", "content": question}]))
+        with self._lock:
+            return "".join(self.stream(image, [{"role": "user", "content": question}]))
 
     def stream(self, image: Photo | None, messages: list[dict[str, str]]) -> Iterator[str]:
         """Answer the last of `messages` piece by piece.
@@ -85,10 +95,22 @@ class Answerer:
         if pending:
             yield tokenizer.decode(pending, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    @contextmanager
+    def _whole_step(self) -> Iterator[None]:
+        """Keep other threads out meanwhile, and forget the cache if the step does not end: it may be half written."""
+        with self._lock:
+            done = False
+            try:
+                yield
+                done = True
+            finally:
+                if not done:
+                    self._cached_ids, self._cached_photos, self._cache = [], [], DynamicCache()
+                    self._cache_of = None
+
     @torch.no_grad()
-    def _prefill(self, photos: list[Photo], ids: list[int]) -> torch.Tensor:
+    def _prefill(self, pictures: list[Image.Image], ids: list[int]) -> torch.Tensor:
         """Bring the cache to the end of `ids`; returns the logits (V,) after the last of them."""
-        pictures = [load_image(photo) for photo in photos]
         names = [hashlib.sha256(repr(p.size).encode() + p.tobytes()).hexdigest() for p in pictures]
         language_model = self.model.LLM.get_base_model()
         scaling = language_model.position_scaling(len(ids))
@@ -157,35 +179,44 @@ class Answerer:
     def _generate(self, photos: list[Photo], messages: list[Message]) -> Iterator[int]:
         """New token ids, without the one that ends the answer."""
         settings, chat = self.settings, self.model.chat
-        ids, _ = chat.render(messages)
-        room = self.model.LLM.config.max_position_embeddings - len(ids)
+        prompt, _ = chat.render(messages)
+        room = self.model.LLM.config.max_position_embeddings - len(prompt)
         if room < 1:
             raise UserError(
-                f"the dialogue has {len(ids)} tokens (a photo {self.model.num_image_tokens}), the language model reads "
-                f"{self.model.LLM.config.max_position_embeddings}: start a new dialogue or ask a shorter question"
+                f"the dialogue has {len(prompt)} tokens (a photo {self.model.num_image_tokens}), the language model "
+                f"reads {self.model.LLM.config.max_position_embeddings}: start a new dialogue or ask a shorter question"
             )
-        suppressed = self.model.suppressed_ids
+        pictures = [load_image(photo) for photo in photos]
         processors = _logits_processors(settings)
         generator = torch.Generator(self.model.device).manual_seed(settings.seed)
-        try:
-            logits = self._prefill(photos, ids)  # (V,)
-            for _ in range(min(settings.max_new_tokens, room)):
-                logits[suppressed] = -torch.inf
-                history = torch.tensor([ids], device=logits.device)
-                scores = processors(history, logits.unsqueeze(0))  # (1, V)
+        answer: list[int] = []
+        this = object()
+        for _ in range(min(settings.max_new_tokens, room)):
+            with self._whole_step():
+                if self._cache_of is this:
+                    logits = self._step(self._embedded(answer[-1:]), answer[-1:])  # (V,)
+                else:
+                    logits = self._prefill(pictures, prompt)
+                    if answer:  # another question came in between
+                        logits = self._step(self._embedded(answer), answer)
+                    self._cache_of = this
+                self._suppressed = self._suppressed.to(logits.device)  # there from the second token on
+                logits[self._suppressed] = -torch.inf
+                # only the repetition penalty looks at what was said
+                history = [*prompt, *answer] if settings.repetition_penalty != 1.0 else []
+                scores = processors(torch.tensor([history], device=logits.device), logits.unsqueeze(0))  # (1, V)
                 if settings.temperature > 0:
                     token = int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
                 else:
                     token = int(scores.argmax())
-                if token in chat.stop_ids:
-                    return
-                ids = [*ids, token]
-                yield token
-                embedding = self.model.LLM.get_input_embeddings()(torch.tensor([[token]], device=logits.device))
-                logits = self._step(embedding, [token])
-        except (RuntimeError, KeyboardInterrupt):  # out of memory and the like: the cache may be half written
-            self._cached_ids, self._cached_photos, self._cache = [], [], DynamicCache()
-            raise
+            if token in chat.stop_ids:
+                return
+            answer.append(token)
+            yield token
+
+    def _embedded(self, ids: list[int]) -> torch.Tensor:
+        """Text tokens as embeddings (1, T, Dl)."""
+        return self.model.LLM.get_input_embeddings()(torch.tensor([ids], device=self.model.device))
 
 
 def _logits_processors(settings: Generate) -> LogitsProcessorList:

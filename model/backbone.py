@@ -4,24 +4,35 @@ Called by `model/model.py`. Nothing here or later runs code from a checkpoint: `
 pickled weights (`*.bin`) are opened as plain tensors or not at all.
 """
 
+import contextlib
+import difflib
 import hashlib
 import importlib
+import itertools
 import json
+import logging
 import os
 import pickle
 import re
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 
-from errors import UserError
+from errors import UserError, file_error, shortened
 from paths import nearest_name_hint, resolve_path
 
-# bytes hashed at the head of each tensor file: its table of names, shapes and offsets, and the first weights
-FINGERPRINT_BYTES = 1 << 20
+# beside the checkpoints of a run, never in one: where its backbones were found on this machine
+BACKBONES_FILE = "backbones.json"
+FINGERPRINT_FORM = "v2:"  # opens a fingerprint that saw every tensor; those of earlier checkpoints have no such mark
+# bytes read at the start, the middle and the end of every tensor, and once in so many bytes of a large one
+WINDOW = 1 << 12
+STRIDE = 1 << 22
+FIRST_FORM_BYTES = 1 << 20  # of each file, all that a fingerprint of the first form saw
 # what transformers looks for, in its order: one file, or an index that names the shards
 WEIGHT_FILES = (
     "model.safetensors",
@@ -37,20 +48,27 @@ GGUF = (
 )
 
 
-def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingface") -> Path:
+def locate_backbone(
+    path: str, model_root: str, key: str, hub: str = "huggingface", run_folder: Path | None = None
+) -> Path:
     """The local folder of a backbone: `path` itself, a folder of that name under `model_root`, or a hub id.
 
     Args:
         path: value of config key `key` (`visual.path` or `llm.path`). A hub id has the form `owner/name` and is
             downloaded once (`HF_ENDPOINT` names a mirror, `HF_HUB_OFFLINE=1` keeps to what is cached).
         hub: `huggingface` or `modelscope`.
+        run_folder: of a checkpoint; where the run found its backbones is tried last (`remember_backbones`).
 
     Raises:
         UserError: not found anywhere (says what was tried and the three ways to get it), or not a folder of whole,
             unquantised weights.
     """
     candidates = [resolve_path(path), resolve_path(model_root) / path, resolve_path(model_root) / Path(path).name]
-    folders = [folder for folder in candidates if folder.is_dir()]
+    remembered = [] if run_folder is None else _remembered_folder(run_folder, path, key)
+    try:
+        folders = [folder for folder in [*candidates, *remembered] if folder.is_dir()]
+    except OSError as error:  # a name that is too long
+        raise file_error(error, f"'{key}': {shortened(path)}") from error
     if folders:  # a package of ours may bear the name too, so one with a config.json comes first
         folder = next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
         _check_kind(folder, path, key)
@@ -65,9 +83,8 @@ def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingfac
     parent = resolve_path(path).parent
     # an owner's name may be that of a package of ours: ModelScope's qwen/, and on a Mac Qwen/ too
     if not looks_like_hub_id or (parent.is_dir() and not any(parent.glob("*.py"))):
-        hints = [nearest_name_hint(folder) for folder in candidates]
-        hint = next((hint for hint in reversed(hints) if hint.startswith("Did you mean")), hints[0])
-        raise UserError(f"'{key}': no folder {candidates[0]} nor {candidates[-1]}. {hint}Set it with {key}=FOLDER")
+        places = f"{shortened(candidates[0])} nor {shortened(candidates[-1])}"
+        raise UserError(f"'{key}': no folder {places}. {_hint(candidates)}Set it with {key}=FOLDER")
     snapshot_download = _downloader(hub, path, model_root, key)
     # small files first: a model that is refused for its config.json costs no time
     folder = snapshot_download(["*.json", "*.txt", "*.jinja", "*.tiktoken"])
@@ -77,6 +94,48 @@ def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingfac
         folder = snapshot_download(["pytorch_model*.bin"])
     _check_weights(folder, key)
     return folder
+
+
+def _hint(candidates: list[Path]) -> str:
+    """'Did you mean …? ' with the model folder of the nearest name, or which parent does not exist, or ''."""
+    for candidate in reversed(candidates):
+        parent = candidate.parent
+        models = [file.parent.name for file in parent.glob("*/config.json")] if parent.is_dir() else []
+        near = difflib.get_close_matches(candidate.name, models, n=1, cutoff=0.5)
+        if near:
+            return f"Did you mean {parent / near[0]}? "
+    return "" if candidates[0].parent.is_dir() else nearest_name_hint(candidates[0])
+
+
+def remember_backbones(output_dir: Path, visual_folder: Path, llm_folder: Path) -> None:
+    """Note beside the checkpoints of a run where its backbones are on this machine.
+
+    A checkpoint holds their names only, so those that are in no usual place could not be found again from it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    folders = {"visual.path": visual_folder, "llm.path": llm_folder}
+    content = {key: str(folder.absolute()) for key, folder in folders.items()}
+    file = output_dir / BACKBONES_FILE
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise file_error(error, file) from error
+
+
+def _remembered_folder(run_folder: Path, path: str, key: str) -> list[Path]:
+    """Where the run found its backbone `key`, if `path` is the bare name that a checkpoint keeps of such a folder."""
+    try:
+        folders = json.loads((run_folder / BACKBONES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a help, which may be missing or damaged
+        return []
+    folder = folders.get(key) if isinstance(folders, dict) else None
+    return [Path(folder)] if isinstance(folder, str) and Path(folder).name == path else []
 
 
 def _downloader(hub: str, path: str, model_root: str, key: str) -> Callable[[list[str]], Path]:
@@ -186,14 +245,77 @@ def _check_weights(folder: Path, key: str) -> None:
 
 
 def backbone_fingerprint(folder: Path) -> str:
-    """Hash that differs between checkpoints: sizes, tensor tables and first weights of every tensor file.
+    """Hash that differs between backbones: it sees every tensor of every weight file. A re-sharded copy differs too.
 
-    Reads 1 MiB of each file, so that it costs nothing at 15 GB; a re-sharded copy counts as another checkpoint.
+    Of each tensor it reads the start, the middle and the end, of a large one also a window in every 4 MiB, and the
+    tables of names, shapes and offsets. A fine-tuned or merged model differs all over such tensors, and a hole of 4 MiB
+    or more is found. That is 20 MB out of 15 GB, read at each start; to hash all would take minutes on a slow disk. A
+    few bytes changed between two windows are not seen.
     """
     digest = hashlib.sha256()
     for file in weight_files(folder):
+        size = os.path.getsize(file)
+        digest.update(json.dumps([file.name, size]).encode())
+        with open(file, "rb", buffering=0) as stream:
+            table, spans = _safetensors_spans(stream) if file.suffix == ".safetensors" else _bin_spans(file, size)
+            digest.update(table)
+            for position, length in _windows(spans):
+                stream.seek(position)
+                digest.update(stream.read(length))
+    return FINGERPRINT_FORM + digest.hexdigest()[:16]
+
+
+def same_backbone(folder: Path, stored: str) -> bool:
+    """Whether `folder` holds the backbone whose fingerprint a checkpoint stored.
+
+    Those of checkpoints written earlier saw the sizes and the first MiB of the files only; they are compared in that
+    form, with a warning in the log.
+    """
+    if stored.startswith(FINGERPRINT_FORM):
+        return backbone_fingerprint(folder) == stored
+    logging.getLogger(__name__).warning(
+        "%s was compared by the first MiB of its weight files only: the checkpoint's fingerprint is of an older form",
+        folder,
+    )
+    return _first_fingerprint(folder) == stored
+
+
+def _first_fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
         with open(file, "rb") as stream:
-            head = stream.read(FINGERPRINT_BYTES)
+            head = stream.read(FIRST_FORM_BYTES)
         digest.update(json.dumps([file.name, os.path.getsize(file)]).encode())
         digest.update(head)
     return digest.hexdigest()[:16]
+
+
+def _safetensors_spans(stream: BinaryIO) -> tuple[bytes, list[tuple[int, int]]]:
+    """The table of a *.safetensors file as it is written, and the first and last byte + 1 of each tensor."""
+    length = int.from_bytes(stream.read(8), "little")
+    table = stream.read(length)
+    entries = json.loads(table)
+    entries.pop("__metadata__", None)
+    begin = 8 + length
+    return table, sorted(tuple(begin + offset for offset in entry["data_offsets"]) for entry in entries.values())
+
+
+def _bin_spans(file: Path, size: int) -> tuple[bytes, list[tuple[int, int]]]:
+    """The same of a *.bin file: names, checksums and places of its records; an old plain pickle is one span."""
+    if not zipfile.is_zipfile(file):
+        return b"", [(0, size)]
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+    table = json.dumps([[record.filename, record.CRC] for record in records]).encode()
+    places = sorted(record.header_offset for record in records)
+    return table, list(itertools.pairwise([*places, size]))
+
+
+def _windows(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Position and length of each piece that is read: all of a short span, else its start, middle and end, and more
+    where the next would be further than `STRIDE`."""
+    for begin, end in spans:
+        pieces = max(2, -(-(end - begin) // STRIDE))  # that are equally long; each of them begins with a window
+        starts = [begin + (end - begin) * piece // pieces for piece in range(pieces)]
+        for position in sorted({*starts, max(begin, end - WINDOW)}):
+            yield position, min(WINDOW, end - position)

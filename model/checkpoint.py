@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save
 from config import Config, load_config
 from errors import UserError, file_error
 from model import report_layout
-from model.backbone import backbone_fingerprint
+from model.backbone import backbone_fingerprint, same_backbone
 from model.checkpoint_folder import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -225,17 +225,16 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _check_fingerprints(model: "MMultiModal", folder: Path) -> None:
     expected = read_provenance(folder)["fingerprints"]
-    actual = fingerprints(model)
     places = {"visual": ("visual.path", model.visual_folder), "llm": ("llm.path", model.llm_folder)}
     for part, (key, backbone) in places.items():
-        if actual[part] != expected[part]:
+        if not same_backbone(backbone, expected[part]):
             raise UserError(
                 f"{folder} was trained on another '{key}': its backbone has the fingerprint {expected[part]}, "
-                f"{backbone} has {actual[part]}. Set {key}=FOLDER to the model it was trained with"
+                f"{backbone} has {backbone_fingerprint(backbone)}. Set {key}=FOLDER to the model it was trained with"
             )
-    if actual["prompt"] != expected["prompt"]:
+    if model.chat.fingerprint() != expected["prompt"]:
         raise UserError(f"{folder} was trained with another prompt: leave prompt.* as in its {CONFIG_FILE}")
-    if actual["transform"] != expected["transform"]:
+    if model.transform.fingerprint() != expected["transform"]:
         raise UserError(f"{folder} was trained with other preprocessor settings than {model.visual_folder} has now")
 
 

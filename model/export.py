@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel, VipLlavaForConditionalGeneration
 
 from config import IMAGE_TAG
@@ -21,6 +21,7 @@ from visual.SigLIP_VIT import SigLIPViT
 
 # float32 on both sides, the same merged weights, sums in another order
 TOLERANCE = 1e-4
+SHARD_SIZE = "5GB"  # of a weight file; larger models are cut into several, as on the hub
 
 
 def export_checkpoint(model: MMultiModal, output: Path) -> float:
@@ -75,9 +76,14 @@ def write_folder(model: MMultiModal, folder: Path) -> None:
     for name, layer in (("linear_1", model.feature_proj[0]), ("linear_2", model.feature_proj[2])):
         tensors |= {f"{projector}{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
     for key, tensor in model.encoder.post_layernorm.state_dict().items():
-        tensors[f"{projector}projector_layernorm.{key}"] = tensor
-    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+        # a copy: the encoder's own is in the file too, and a file holds no tensor twice
+        tensors[f"{projector}projector_layernorm.{key}"] = tensor.clone()
+    # Qwen v1's query, key and value are views of one fused matrix, which a file cannot hold as such
+    whole = {
+        name: tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
+        for name, tensor in tensors.items()
+    }
+    save_torch_state_dict(whole, folder, max_shard_size=SHARD_SIZE)
 
     def write(name: str, content: dict[str, Any]) -> None:
         (folder / name).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))

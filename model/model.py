@@ -6,8 +6,9 @@
 Shapes: B batch, B_img photos, T text and image tokens, N image tokens of a photo, Dv and Dl widths, V vocabulary.
 """
 
+import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from config import Config
 from errors import UserError
 from model.backbone import locate_backbone
+from model.precision import DTYPES, pick_device, pick_precision
 from qwen.attention import PackedLayout
 from qwen.chat import ChatFormat
 from qwen.loading import load_language_model
@@ -29,39 +31,6 @@ from visual.transform import ImageTransform
 # photos that pass the encoder at once, whatever the batch: at so400m 5,832 rows, enough to keep a GPU busy, whose
 # widest activation (4,304 columns in bf16) is 50 MB
 ENCODER_PHOTOS = 8
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """`device` if given, else CUDA, Apple's MPS or the CPU, whichever is there first."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def pick_precision(precision: Literal["auto", "bf16", "fp16", "float32"], device: torch.device) -> str:
-    """`auto` is bf16 where the device computes in it, fp16 on older GPUs, float32 elsewhere.
-
-    Raises:
-        UserError: bf16 asked of a GPU, or fp16 of a CPU, that cannot.
-    """
-    if device.type == "cuda":
-        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif device.type == "cpu":
-        best = (
-            "bf16"
-            if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            else "float32"
-        )
-    else:
-        best = "float32"
-    if precision == "bf16" and device.type == "cuda" and best != "bf16":
-        raise UserError("'train.precision': this GPU has no bf16; use auto, fp16 or float32")
-    if precision == "fp16" and device.type != "cuda":
-        raise UserError("'train.precision': fp16 needs a CUDA GPU; use auto, bf16 or float32")
-    return best if precision == "auto" else precision
 
 
 class MMultiModal(nn.Module):
@@ -113,12 +82,14 @@ class MMultiModal(nn.Module):
         config: Config,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        run_folder: Path | None = None,
     ) -> "MMultiModal":
         """Load both backbones and add the projector and LoRA, newly initialised from `train.seed`.
 
         Args:
             device: default as `pick_device`.
             dtype: of the frozen backbones; default what `train.precision` says.
+            run_folder: of a checkpoint that `config` is of; says where its backbones were on this machine.
 
         Raises:
             UserError: a backbone is missing, incomplete or of an unknown kind, or the config does not fit it.
@@ -126,8 +97,8 @@ class MMultiModal(nn.Module):
         transformers_logging.disable_progress_bar()
         device = pick_device(device)
         dtype = DTYPES[pick_precision(config.train.precision, device)] if dtype is None else dtype
-        visual_folder = locate_backbone(config.visual.path, config.model_root, "visual.path", config.hub)
-        llm_folder = locate_backbone(config.llm.path, config.model_root, "llm.path", config.hub)
+        visual_folder = locate_backbone(config.visual.path, config.model_root, "visual.path", config.hub, run_folder)
+        llm_folder = locate_backbone(config.llm.path, config.model_root, "llm.path", config.hub, run_folder)
         encoder = load_encoder(visual_folder, dtype)
         tokenizer = load_tokenizer(llm_folder)
         LLM = load_language_model(
@@ -175,13 +146,22 @@ class MMultiModal(nn.Module):
         if dtype is None:
             dtype = DTYPES[pick_precision("auto", device)] if device.type == "cuda" else torch.float32
         config = read_config(folder, overrides)
-        model = cls.from_config(config, device, dtype)
+        model = cls.from_config(config, device, dtype, run_folder=folder.parent)
         restore_weights(model, folder)
         # the trained parts only: `.to(dtype)` of all would round the frequencies of the rotary embedding too
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         return model.eval()
+
+    def freeze_lora(self) -> None:
+        """Leave LoRA as it is: no gradient, so no optimiser state and no part in the norm that clips the projector's.
+
+        For training the projector alone (`train.lora_lr: 0`); to be called before the optimiser is built.
+        """
+        for name, parameter in self.LLM.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
@@ -330,4 +310,6 @@ def _with_lora(LLM: nn.Module, config: Config) -> nn.Module:
     )
     if config.llm.quantization == "none":  # quantised layers have LoRA layers of their own in peft
         settings._register_custom_module({nn.Linear: LoraLinear})
-    return get_peft_model(LLM, settings)
+    with warnings.catch_warnings():  # peft reads what transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(LLM, settings)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from errors import UserError, require_complete
 from qwen import qwen1
@@ -91,10 +91,39 @@ def load_language_model(
         **loading_options(dtype, placement, quantization),
     )
     require_complete(info, "llm.path", folder)
+    if quantization == "nf4":
+        _keep_4bit_layout(language_model)
     language_model.image_token_id = image_token_id
     language_model.last_mlp = SupervisedRows(language_model.model.layers[-1].mlp)
     # published generation configs bring a repetition penalty and sampling; here only config section `generate` decides
     language_model.generation_config = GenerationConfig()
     if vocabulary_size > language_model.get_input_embeddings().weight.shape[0]:
-        language_model.resize_token_embeddings(vocabulary_size)
+        # the new rows are never read, so they need no values like those of the others
+        language_model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
     return language_model
+
+
+def _keep_4bit_layout(language_model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first pass in eval mode, as it does on a CPU with bf16.
+
+    Packed ones round their scales and products to bf16, whatever the run's precision, have no backward pass, and are
+    refused where a layer's size is no multiple of 32. Training after a validation would fail, and answers would
+    depend on the CPU.
+    """
+    from bitsandbytes.nn import Linear4bit  # only installed where it is needed
+
+    for module in language_model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def set_activation_checkpointing(model: PreTrainedModel, on: bool) -> None:
+    """Compute the layers' activations again in the backward pass, or keep them from the forward pass."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        enable, disable = model.activation_checkpointing_enable, model.activation_checkpointing_disable
+    else:  # an older transformers
+        enable, disable = model.gradient_checkpointing_enable, model.gradient_checkpointing_disable
+    if on:
+        enable({"use_reentrant": False})
+    else:
+        disable()

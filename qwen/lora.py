@@ -31,9 +31,11 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx, gradient):
         source, low, weight, A, B = ctx.saved_tensors
         low_gradient = (gradient @ B.to(gradient.dtype)).mul_(ctx.scaling)  # (T, r)
-        A_gradient = (low_gradient.t() @ source).to(A.dtype)
-        B_gradient = (gradient.t() @ low).mul_(ctx.scaling).to(B.dtype)
-        x_gradient = dropped_gradient = None
+        A_gradient = B_gradient = x_gradient = dropped_gradient = None
+        if ctx.needs_input_grad[4]:
+            A_gradient = (low_gradient.t() @ source).to(A.dtype)
+        if ctx.needs_input_grad[5]:
+            B_gradient = (gradient.t() @ low).mul_(ctx.scaling).to(B.dtype)
         A_here = A.to(gradient.dtype)
         if ctx.needs_input_grad[0]:
             x_gradient = gradient @ weight

@@ -124,4 +124,5 @@ def logn_scale(position_ids: torch.Tensor, config: Qwen1Config) -> torch.Tensor 
         raise UserError(f"{length} tokens: Qwen v1 reads at most {MAX_LENGTH}, its code has no factors beyond that")
     if not config.use_logn_attn:
         return None
-    return ((position_ids + 1).double().log() / math.log(config.seq_length)).clamp(min=1.0).float()
+    # whole numbers up to MAX_LENGTH are exact in float32; Apple's MPS has no float64
+    return ((position_ids + 1).float().log() / math.log(config.seq_length)).clamp(min=1.0)

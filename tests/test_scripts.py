@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,15 @@ def test_predict(tiny_checkpoint, workshop, tmp_path):
     assert "cut.jpg" in answered[1]["error"]
 
 
+def test_a_missing_kernel_of_bitsandbytes_is_not_said():
+    code = (
+        "import cli, logging\nlog = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s.', ImportError('kernels'))\n"
+        "log.warning('another %s', 'message')"
+    )
+    assert script("-c", code).stderr == "another message\n"
+
+
 def test_eval_vqa(tiny_checkpoint, workshop, tmp_path):
     done = script(
         "eval_vqa.py", "--checkpoint", tiny_checkpoint, "--output", tmp_path / "e.json", "--gallery",
@@ -116,6 +126,12 @@ def test_train_from_a_folder_with_spaces_and_chinese(workshop, tmp_path):
     resumed = script("train.py", "--config", folder / "run.yaml", "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert (folder / "run" / "checkpoint-2").is_dir()
+    # what it prints last can be pasted, though the backbones are in no usual place
+    _, *command = shlex.split(resumed.stdout.splitlines()[-1].removeprefix("ask it:"))
+    for placeholder, value in {"FILE": workshop / "photos" / "0.png", "TEXT": "What is it?"}.items():
+        command[command.index(placeholder)] = value
+    asked = script(*command)
+    assert (asked.returncode, asked.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["process_image", "train", "predict", "eval_vqa", "export", "test_gui"])

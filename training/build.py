@@ -23,12 +23,14 @@ from dataset.image_caption_dataset import ImageCaptionDataset
 from errors import UserError
 from model.checkpoint import fingerprints, read_config, restore_weights
 from model.checkpoint_folder import check_complete
-from model.model import MMultiModal, pick_device, pick_precision
+from model.model import MMultiModal
+from model.precision import DTYPES, pick_device, pick_precision
 from paths import REPO_ROOT, resolve_path
+from qwen.loading import set_activation_checkpointing
 from training import state
 from training.agreement import all_or_none
 from training.batches import batch_loss, checked
-from training.costs import Arithmetic, PeakMemory
+from training.costs import Arithmetic, PeakMemory, matrix_peak
 from training.data import (
     build_datasets,
     data_hash,
@@ -88,6 +90,8 @@ class Run:
         origin = resumed or (config.train.init_from and check_complete(Path(config.train.init_from)))
         if origin:
             restore_weights(self.model, origin)
+        if config.train.lora_lr == 0:
+            self.model.freeze_lora()
         if config.train.compile:
             compile_layers(self.model.LLM.get_base_model())
         self._same_on_all_processes()
@@ -106,6 +110,7 @@ class Run:
         self.schedule = build_schedule(optimizer, config.train, self.total_steps)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.arithmetic = Arithmetic(self.model)
+        self.matrix_peak = matrix_peak(self.accelerator.device, DTYPES[self.precision])
         torch.manual_seed(config.train.seed + self.accelerator.process_index)  # dropout, another on each process
         self.whole_step = True  # False while some weights are those of the next step
         self.last_figures: dict[str, Any] = {}
@@ -153,11 +158,7 @@ class Run:
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute the language model's activations in the backward pass, or keep them."""
-        language_model = self.model.LLM.get_base_model()
-        if on:
-            language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            language_model.gradient_checkpointing_disable()
+        set_activation_checkpointing(self.model.LLM.get_base_model(), on)
 
     def training_mode(self) -> None:
         """Dropout on, except in the encoder."""

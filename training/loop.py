@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from errors import UserError
-from model.model import DTYPES
 from training import state
 from training.agreement import AgreedError
 from training.batches import make_loader
 from training.build import Run
-from training.costs import matrix_peak, peak_memory
+from training.costs import peak_memory
 from training.figures import summarise
 from training.signals import StopSignals
 from training.step import NonFiniteError, optimizer_step
@@ -72,8 +71,7 @@ class Trainer(Run):
         train, step, device = self.config.train, self.progress.step, self.accelerator.device
         last = step == self.total_steps
         self.progress.window.append(figures)
-        peak = matrix_peak(device, DTYPES[self.precision]) if device.type == "cuda" else None
-        line = summarise(self.progress.window, peak, peak_memory(device))
+        line = summarise(self.progress.window, self.matrix_peak, peak_memory(device))
         self.watch.step(figures, line)
         evaluating = last or (train.eval_steps is not None and step % train.eval_steps == 0)
         if evaluating := evaluating and not figures["signal"]:

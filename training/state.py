@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 
 from config import Config
 from errors import UserError, file_error
+from model.backbone import remember_backbones
 from model.checkpoint import save_checkpoint
 from model.checkpoint_folder import (
     CONFIG_FILE,
@@ -198,6 +199,7 @@ def make_ready(run: "Run") -> None:
         try:
             run.output_dir.mkdir(parents=True, exist_ok=True)
             names = set_newer_aside(run.output_dir, run.progress.step)
+            remember_backbones(run.output_dir, run.model.visual_folder, run.model.llm_folder)
         except OSError as error:
             raise file_error(error, run.output_dir, "set another train.output_dir") from error
         for name in names:
@@ -262,7 +264,19 @@ def save(run: "Run", progress: Progress, figures: dict[str, Any], pruning: bool 
 
 
 def restore(run: "Run", state: dict[str, Any]) -> Progress:
-    """Put the saved optimizer, schedule, scaler and generators back; returns where the run stands."""
+    """Put the saved optimizer, schedule, scaler and generators back; returns where the run stands.
+
+    Raises:
+        UserError: other parts are trained than before.
+    """
+    groups = [group["name"] for group in run.optimizer.param_groups]
+    saved_groups = [group["name"] for group in state["optimizer"]["param_groups"]]
+    if groups != saved_groups:
+        before, now = (", ".join(dict.fromkeys(names)) for names in (saved_groups, groups))
+        raise UserError(
+            f"the checkpoint trained {before}, this run trains {now}: "
+            "leave train.lora_lr at 0 or above it as it was, or start a new run with train.init_from"
+        )
     run.optimizer.load_state_dict(state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
     if state["scaler"] is not None and run.accelerator.scaler is not None:

@@ -8,6 +8,7 @@ from dataset.packing import pack
 from dataset.records import Entry, Photo, Turn
 from model.model import MMultiModal
 from qwen.attention import PackedLayout, PackedMask, flex_mask, shared_prefix_attention
+from qwen.loading import set_activation_checkpointing
 from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen, write_qwen1, write_siglip
 
 # relative in norm, per tensor; the sums run in another order
@@ -151,7 +152,7 @@ def summed_loss_and_gradients(model, dataset, batch_size):
 def test_loss_and_gradients_equal_the_separate_samples(backbones, kind, dtype, checkpointing):
     model = build(backbones, kind, dtype)
     if checkpointing:
-        model.LLM.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        set_activation_checkpointing(model.LLM.get_base_model(), True)
     entries = [entry(0, f"{TAG}\nquestion {number}?", f"answer {number}" * number) for number in range(1, 9)]
     entries += [entry(1, f"{TAG}\nHow many?", "two"), entry(1, f"What? {TAG}", "that"), entry(None, "Hello", "hi")]
     entries += [entry(2, f"{TAG}\nWhere?", "here"), entry(2, f"{TAG}\nWho?", "nobody")]

@@ -1,5 +1,8 @@
 """Streamed text equals transformers' generate; a kept photo changes no answer; typed control tokens harm nothing."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from PIL import Image
@@ -92,6 +95,76 @@ def test_closing_the_stream_leaves_a_usable_answerer(model):
     next(stream)
     stream.close()
     assert answerer.answer(RED, "Which colour?") == expected
+
+
+def test_no_pass_after_the_last_allowed_token(model, monkeypatch):
+    answerer = Answerer(model, Generate(max_new_tokens=3))
+    passes = []
+    step = answerer._step
+    monkeypatch.setattr(answerer, "_step", lambda rows, ids: passes.append(len(ids)) or step(rows, ids))
+    monkeypatch.setattr(model.chat, "stop_ids", set())
+    tokens = list(answerer._generate([RED], [model.chat.typed_question("What is it?", 1)]))
+    assert len(tokens) == len(passes) == 3
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("failing", [0, 2])
+def test_an_error_leaves_a_usable_answerer(model, monkeypatch, error, failing):
+    answerer = Answerer(model)
+    expected = answerer.answer(RED, "Which colour?")
+    forward, passes = model.LLM.forward, []
+
+    def fail(*arguments, **settings):
+        output = forward(*arguments, **settings)  # the cache is written before it is known what it holds
+        passes.append(output)
+        if len(passes) > failing:
+            raise error
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.LLM, "forward", fail)
+        with pytest.raises(error):
+            answerer.answer(RED, "Which one?")
+    assert answerer._cached_ids == []
+    assert answerer.answer(RED, "Which colour?") == expected
+
+
+def test_answers_in_turn_or_at_once_are_the_same(model):
+    questions = [(RED, "What is it?"), (GREEN, "Which colour?"), (None, "它是什么？"), (RED, "Why?")]
+    expected = [Answerer(model).answer(*question) for question in questions]
+    shared = Answerer(model)
+    streams = [shared.stream(photo, ask(text)) for photo, text in questions]  # each token of another answer
+    pieces = [[] for _ in streams]
+    unfinished = list(range(len(streams)))
+    while unfinished:
+        for number in [*unfinished]:
+            piece = next(streams[number], None)
+            pieces[number].append(piece or "")
+            if piece is None:
+                unfinished.remove(number)
+    assert ["".join(answer) for answer in pieces] == expected
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda question: shared.answer(*question), questions * 3)) == expected * 3
+
+
+def test_an_answer_waits_for_another(model, monkeypatch):
+    answerer = Answerer(model)
+    order, second = [], []
+    step = answerer._step
+
+    def note(rows, ids):
+        order.append(threading.current_thread().name)
+        if not second:  # while the first answer is being made
+            second.append(threading.Thread(target=answerer.answer, args=(GREEN, "Which?"), name="second"))
+            second[0].start()
+        return step(rows, ids)
+
+    monkeypatch.setattr(answerer, "_step", note)
+    answerer.answer(RED, "What is it?")
+    second[0].join()
+    first = [name for name in order if name != "second"]
+    assert order == first + ["second"] * (len(order) - len(first))
+    assert len(order) > len(first) > 1
 
 
 def test_typed_control_tokens_are_text(model):

@@ -1,6 +1,8 @@
 """Where backbones come from, and the sentence each wrong folder gets."""
 
+import hashlib
 import http.server
+import itertools
 import json
 import os
 import pickle
@@ -14,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.backbone import backbone_fingerprint, locate_backbone
+from errors import UserError
+from model.backbone import _windows, backbone_fingerprint, locate_backbone, remember_backbones, same_backbone
 from model.download import main as download
 from model.model import MMultiModal
 from paths import REPO_ROOT
@@ -61,6 +64,150 @@ class WritesFile:
 def test_name_typed_wrong_gets_the_nearest(folder):
     with pytest.raises(ValueError, match=r"'llm.path': no folder .*qwn.*Did you mean .*qwen\?"):
         locate(folder.with_name("qwn"))
+
+
+def test_hint_names_model_folders_or_nothing(folder, tmp_path, monkeypatch):
+    (tmp_path / "qwem").mkdir()
+    (tmp_path / "qwen.py").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"no folder .* Did you mean {folder}\? Set it with"):
+        locate(folder.with_name("qwens"))
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"'llm.path': no folder [^ ]* nor [^ ]*\. Set it with llm.path=FOLDER"):
+        locate(folder)
+    with pytest.raises(ValueError, match=rf"The folder {tmp_path / 'none'} does not exist\. Set it with"):
+        locate(tmp_path / "none" / "qwen")
+    with pytest.raises(ValueError, match=r"'visual.path': no folder [^ ]* nor [^ ]*\. Set it with visual.path=FOLDER"):
+        locate_backbone("trains", str(tmp_path / "none"), "visual.path")  # beside train.py
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 100_000])
+def test_name_that_is_too_long(name):
+    with pytest.raises(UserError, match=r"^'llm.path': ") as caught:
+        locate_backbone(name, "models", "llm.path")
+    assert len(str(caught.value)) < 600
+
+
+class TestRememberedFolders:
+    def found(self, path, run, tmp_path):
+        return locate_backbone(path, str(tmp_path / "none"), "llm.path", run_folder=run)
+
+    def test_by_its_bare_name(self, folder, tmp_path):
+        run = tmp_path / "run"
+        run.mkdir()
+        moved = folder.rename(tmp_path / "vit-tiny")
+        remember_backbones(run, moved.with_name("siglip"), moved)
+        remember_backbones(run, moved.with_name("siglip"), moved)  # again, as a resumed run does
+        assert [file.name for file in run.iterdir()] == ["backbones.json"]
+        assert self.found("vit-tiny", run, tmp_path) == moved
+        for other in ("qwens", str(tmp_path / "elsewhere" / "vit-tiny")):
+            with pytest.raises(ValueError, match="no folder"):
+                self.found(other, run, tmp_path)
+        moved.rename(tmp_path / "gone")
+        with pytest.raises(ValueError, match="no folder"):
+            self.found("vit-tiny", run, tmp_path)
+
+    def test_named_as_a_package_of_ours(self, folder, tmp_path):
+        remember_backbones(tmp_path, folder, folder)
+        assert self.found("qwen", tmp_path, tmp_path) == folder
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"llm.path": 3}'])
+    def test_damaged_file_is_as_good_as_none(self, folder, tmp_path, text):
+        (tmp_path / "backbones.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="no folder"):
+            self.found("vit-tiny", tmp_path, tmp_path)
+
+    def test_folder_that_cannot_be_written(self, folder, tmp_path):
+        (tmp_path / "file").write_text("", encoding="utf-8")
+        with pytest.raises(UserError, match="backbones.json"):
+            remember_backbones(tmp_path / "file", folder, folder)
+
+
+class TestFingerprint:
+    """A file of one large tensor among small ones, changed in every way that makes it another backbone."""
+
+    @pytest.fixture
+    def large(self, tmp_path):
+        generator = torch.Generator().manual_seed(0)
+        tensors = {name: torch.randn(64, generator=generator) for name in ("a.bias", "n.weight", "z.bias")}
+        tensors["big.weight"] = torch.randn(2**16, 32, generator=generator)  # 8 MiB
+        save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+        return tmp_path
+
+    def rewritten(self, folder, change):
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        return backbone_fingerprint(folder)
+
+    def test_half_of_the_file_is_zeros(self, large):
+        before = backbone_fingerprint(large)
+        content = (large / WEIGHTS).read_bytes()
+        for kept in (len(content) // 2, 1 << 20):
+            (large / WEIGHTS).write_bytes(content[:kept].ljust(len(content), b"\0"))
+            assert backbone_fingerprint(large) != before
+        (large / WEIGHTS).write_bytes(content)
+        assert backbone_fingerprint(large) == before
+        assert same_backbone(large, before)
+
+    @pytest.mark.parametrize("name", ["a.bias", "n.weight", "z.bias", "big.weight"])
+    def test_every_tensor_counts(self, large, name):
+        before = backbone_fingerprint(large)
+
+        def tune(tensors):
+            tensors[name] += 1e-3 * torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(1))
+
+        assert self.rewritten(large, tune) != before
+
+    def test_first_mebibyte_is_equal(self, large):
+        before = backbone_fingerprint(large)
+        assert self.rewritten(large, lambda tensors: tensors["big.weight"][2**13 :].mul_(1.001)) != before
+        old_form = hashlib.sha256(json.dumps([WEIGHTS, (large / WEIGHTS).stat().st_size]).encode())
+        old_form.update((large / WEIGHTS).read_bytes()[: 1 << 20])
+        assert same_backbone(large, old_form.hexdigest()[:16])  # as the checkpoint's own check would have it
+
+    def test_merged_lora(self, backbones, folder):
+        before = backbone_fingerprint(folder)
+        assert before == backbone_fingerprint(backbones / "qwen")
+
+        def merge(tensors):
+            q = tensors["model.layers.1.self_attn.q_proj.weight"]
+            q += torch.outer(torch.full((q.shape[0],), 0.01), torch.full((q.shape[1],), 0.01))
+
+        assert self.rewritten(folder, merge) != before
+
+    def test_form_of_earlier_checkpoints(self, large, caplog):
+        old_form = hashlib.sha256(json.dumps([WEIGHTS, (large / WEIGHTS).stat().st_size]).encode())
+        old_form.update((large / WEIGHTS).read_bytes()[: 1 << 20])
+        assert same_backbone(large, old_form.hexdigest()[:16])
+        assert "was compared by the first MiB of its weight files only" in caplog.text
+        assert not same_backbone(large, "0" * 16)
+        caplog.clear()
+        assert not same_backbone(large, "v2:" + "0" * 16)
+        assert not caplog.text
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_bin(self, large, zipped):
+        tensors = load_file(large / WEIGHTS)
+        (large / WEIGHTS).unlink()
+        fingerprints = []
+        for change in (0.0, 0.001):
+            tensors["z.bias"] += change
+            torch.save(tensors, large / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+            fingerprints.append(backbone_fingerprint(large))
+        if zipped:  # the old format has no table of its tensors
+            assert fingerprints[0] != fingerprints[1]
+        tensors["big.weight"] *= 1.001
+        torch.save(tensors, large / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        assert backbone_fingerprint(large) not in fingerprints
+
+    def test_a_large_file_is_not_read_whole(self):
+        size = 15 * 2**30
+        spans = [(size * part // 340, size * (part + 1) // 340) for part in range(340)]
+        windows = list(_windows(spans))
+        assert sum(length for _, length in windows) < 25e6
+        places = sorted(position for position, _ in windows)
+        assert max(later - earlier for earlier, later in itertools.pairwise(places)) <= 4 * 2**20
+        assert all(begin in places and (end - 4096) in places for begin, end in spans)
 
 
 def test_file_instead_of_folder(folder):

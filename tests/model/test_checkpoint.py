@@ -9,6 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from model.backbone import _first_fingerprint, remember_backbones
 from model.checkpoint import portable_config, save_checkpoint
 from model.checkpoint_folder import list_checkpoints, recover
 from model.model import MMultiModal
@@ -77,6 +78,28 @@ def test_other_backbone_is_refused(folder, backbones, tmp_path):
     other = write_qwen(tmp_path / "other", initializer_range=0.1)
     with pytest.raises(ValueError, match=r"was trained on another 'llm.path'.*Set llm.path=FOLDER"):
         load(folder, backbones, **{"llm.path": other})
+
+
+def test_checkpoint_with_fingerprints_of_the_older_form(folder, backbones, caplog):
+    provenance = json.loads((folder / "provenance.json").read_text())
+    for part, name in (("visual", "siglip"), ("llm", "qwen")):
+        provenance["fingerprints"][part] = _first_fingerprint(backbones / name)
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    load(folder, backbones)
+    assert caplog.text.count("an older form") == 2
+    provenance["fingerprints"]["llm"] = "0" * 16
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    with pytest.raises(ValueError, match="was trained on another 'llm.path'"):
+        load(folder, backbones)
+
+
+def test_backbones_are_found_where_the_run_had_them(model, folder):
+    with pytest.raises(ValueError, match="'visual.path': no folder"):
+        MMultiModal.from_checkpoint(folder, overrides={"model_root": folder})
+    remember_backbones(folder.parent, model.visual_folder, model.llm_folder)
+    loaded = MMultiModal.from_checkpoint(folder, overrides={"model_root": folder})
+    assert (loaded.visual_folder, loaded.llm_folder) == (model.visual_folder, model.llm_folder)
+    assert not any(str(model.llm_folder) in file.read_text(errors="replace") for file in folder.rglob("*.*"))
 
 
 def test_missing_backbone_says_which_key(folder, tmp_path):

@@ -1,5 +1,7 @@
 """An exported folder loads with transformers alone and says the same, pictures and prompts included."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -48,6 +50,16 @@ def test_exported_model_answers_the_same(backbones, tmp_path, name):
         max_new_tokens=model.config.generate.max_new_tokens,
     )[0, ids.shape[1] :]
     assert tokenizer.decode(tokens, skip_special_tokens=True) == expected
+
+
+def test_a_large_model_is_cut_into_shards(backbones, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.export.SHARD_SIZE", "30KB")
+    assert export_checkpoint(scattered(backbones, "qwen2-untied"), tmp_path / "out") < 1e-4
+    shards = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    table = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert sorted(set(table["weight_map"].values())) == shards
+    assert len(shards) > 2
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_refuses_what_the_stock_class_cannot_say(backbones, tmp_path):

@@ -1,13 +1,16 @@
 """Fusion counts both sides; the loss on supervised positions equals the full one; loading is strict."""
 
 import json
+import types
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
+from transformers import modeling_utils
 
-from qwen.loading import load_language_model
+from qwen.loading import load_language_model, set_activation_checkpointing
 from qwen.Mqwen import LOSS_ROWS, fuse_image_features, supervised_loss
 from qwen.tokenizer import image_token_id, load_tokenizer
 from tests.tiny import write_qwen
@@ -123,3 +126,31 @@ def test_placeholder_takes_a_spare_row_and_resizes_only_without_one(tmp_path, ti
         assert rows.shape[0] == before.shape[0] + int(grows)
         assert model.lm_head.weight.shape[0] == rows.shape[0]
         assert torch.equal(rows[: before.shape[0]], before)
+
+
+class TestActivationCheckpointing:
+    def test_switches_without_a_warning(self, tmp_path):
+        model = load_language_model(write_qwen(tmp_path), torch.float32, 0, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for on in (True, False):
+                set_activation_checkpointing(model, on)
+                assert [layer.gradient_checkpointing for layer in model.model.layers] == [on, on]
+
+    def test_names_of_older_transformers(self):
+        calls = []
+        model = types.SimpleNamespace(
+            gradient_checkpointing_enable=calls.append, gradient_checkpointing_disable=lambda: calls.append("off")
+        )
+        set_activation_checkpointing(model, True)
+        set_activation_checkpointing(model, False)
+        assert calls == [{"use_reentrant": False}, "off"]
+
+
+def test_new_rows_of_the_embedding_come_quietly(tmp_path, monkeypatch):
+    rows = load_language_model(write_qwen(tmp_path), torch.float32, 0, 0).get_input_embeddings().num_embeddings
+    said = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", said.append)
+    model = load_language_model(tmp_path, torch.float32, 0, rows + 3)
+    assert model.get_input_embeddings().num_embeddings == rows + 3
+    assert not said

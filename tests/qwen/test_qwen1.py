@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen2ForCausalLM
 
 from paths import REPO_ROOT
 from qwen.attention import PackedLayout
 from qwen.loading import load_language_model
-from qwen.qwen1 import MAX_LENGTH, logn_scale, ntk_alpha, read_config
+from qwen.qwen1 import MAX_LENGTH, Qwen1Config, logn_scale, ntk_alpha, read_config
 from qwen.tokenizer import load_tokenizer, read_tiktoken
 from tests.tiny import write_qwen1
 
@@ -187,3 +188,21 @@ def test_damaged_tiktoken_file(tmp_path, content, message):
     (tmp_path / "qwen.tiktoken").write_bytes(content)
     with pytest.raises(ValueError, match=rf"qwen\.tiktoken.*{message}"):
         read_tiktoken(tmp_path / "qwen.tiktoken")
+
+
+def test_log_n_needs_no_float64():
+    """Apple's MPS has none."""
+    config, seen = Qwen1Config(), set()
+
+    class Dtypes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+            output = function(*arguments, **(settings or {}))
+            seen.add(getattr(output, "dtype", None))
+            return output
+
+    positions = torch.arange(20_000, 20_300)[None]
+    with Dtypes():
+        actual = logn_scale(positions, config)
+    assert torch.float64 not in seen
+    expected = (positions + 1).double().log() / math.log(config.seq_length)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=0)

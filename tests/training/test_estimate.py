@@ -44,7 +44,7 @@ def test_auto_takes_the_largest_that_fits(bytes_, samples, checkpointing, expect
     limit(bytes_)
     trainer = Trainer(configure(micro_batch="auto", samples_per_step=samples, gradient_checkpointing=checkpointing))
     assert trainer.setting == expected
-    assert trainer.model.LLM.get_base_model().is_gradient_checkpointing == expected.checkpointing
+    assert trainer.model.LLM.get_base_model().model.layers[0].gradient_checkpointing == expected.checkpointing
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch
 from model.answer import Answerer
 from model.export import export_checkpoint
 from model.model import MMultiModal
-from qwen.loading import loading_options
+from qwen.loading import load_language_model, loading_options
 from tests.tiny import write_qwen
+from training.batches import make_loader
 from training.loop import Trainer
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -28,6 +30,7 @@ def wide_qwen(workshop):
 
 def losses(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert any("val_loss" in line for line in lines)
     return {line["step"]: line["loss"] for line in lines}
 
 
@@ -35,12 +38,26 @@ def relative(actual, expected):
     return float((actual - expected).norm() / expected.norm())
 
 
+@pytest.fixture
+def claim_bf16(monkeypatch):
+    """`claim_bf16(True)`: bitsandbytes takes this CPU for one with bf16, whose 4-bit weights it packs in eval mode."""
+    return lambda has: monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: has)
+
+
 @needs_bitsandbytes
-@pytest.mark.parametrize(("quantization", "dtype", "bound"), [("nf4", torch.uint8, 0.25), ("int8", torch.int8, 0.03)])
-def test_trains_resumes_and_answers(quantization, dtype, bound, configure, wide_qwen, tmp_path):
+@pytest.mark.parametrize(
+    ("quantization", "has_bf16", "dtype", "bound"),
+    [("nf4", False, torch.uint8, 0.25), ("nf4", True, torch.uint8, 0.25), ("int8", False, torch.int8, 0.03)],
+)
+def test_trains_validates_resumes_and_answers(
+    quantization, has_bf16, dtype, bound, claim_bf16, configure, wide_qwen, tmp_path
+):
+    claim_bf16(has_bf16)
+
     def config(folder, **train):
         llm = {"path": wide_qwen, "quantization": quantization}
-        return configure(llm=llm, output_dir=str(tmp_path / folder), micro_batch=8, log_steps=1, **train)
+        train = {"micro_batch": 8, "log_steps": 1, "eval_steps": 7} | train
+        return configure(llm=llm, data={"val_fraction": 0.1}, output_dir=str(tmp_path / folder), **train)
 
     plain = Trainer(configure(llm={"path": wide_qwen}))
     trainer = Trainer(config("whole", max_steps=24, save_steps=20, save_total_limit=9))
@@ -51,7 +68,7 @@ def test_trains_resumes_and_answers(quantization, dtype, bound, configure, wide_
     assert trainer.model.parameter_summary().split()[0] == plain.model.parameter_summary().split()[0]
     assert trainer.arithmetic.per_token == plain.arithmetic.per_token
 
-    batch = next(iter(trainer._loader(trainer.train_set, [[0, 1]])))
+    batch = next(iter(make_loader(trainer.train_set, [[0, 1]], 0, trainer.accelerator.device)))
     batch.pop("labels")
     with torch.no_grad():
         logits = [t.model(batch["pixel_values"], **{k: v for k, v in batch.items() if k != "pixel_values"}).logits
@@ -82,6 +99,21 @@ def test_trains_resumes_and_answers(quantization, dtype, bound, configure, wide_
 
 
 @needs_bitsandbytes
+def test_4bit_weights_stay_as_they_are_on_every_cpu(claim_bf16, wide_qwen):
+    outputs = []
+    for has_bf16 in (False, True):
+        claim_bf16(has_bf16)
+        model = load_language_model(Path(wide_qwen), torch.float32, 0, 0, quantization="nf4").eval()
+        layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+        before = [layer.weight.data.clone() for layer in layers]
+        with torch.no_grad():
+            outputs.append(model(torch.tensor([[1, 2, 3]])).logits)
+        assert all(torch.equal(layer.weight.data, data) for layer, data in zip(layers, before, strict=True))
+        assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+    assert torch.equal(*outputs)
+
+
+@needs_bitsandbytes
 def test_gradients_are_close_to_those_of_the_whole_weights(configure, wide_qwen):
     gradients = {}
     for quantization in ("none", "nf4", "int8"):
@@ -90,7 +122,9 @@ def test_gradients_are_close_to_those_of_the_whole_weights(configure, wide_qwen)
         for name, parameter in trainer.model.LLM.named_parameters():
             if "lora_B" in name:  # zeros at the start, behind which lora_A gets no gradient
                 torch.nn.init.normal_(parameter, std=0.1)
-        trainer.forward(next(iter(trainer._loader(trainer.train_set, [[0, 1]]))), None).backward()
+        trainer.forward(
+            next(iter(make_loader(trainer.train_set, [[0, 1]], 0, trainer.accelerator.device))), None
+        ).backward()
         gradients[quantization] = {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
         assert all(gradient is not None and gradient.norm() > 0 for gradient in gradients[quantization].values())
     for quantization, bound in (("nf4", 0.3), ("int8", 0.1)):

@@ -1,0 +1,52 @@
+"""Which device and which number format a model runs in. Used by `model/model.py` and `training/`."""
+
+from typing import Literal
+
+import torch
+
+from errors import UserError
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """`device` if given, else CUDA, Apple's MPS or the CPU, whichever is there first."""
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether oneDNN, which computes matrix products in bf16, does it with instructions of this CPU.
+
+    Torch has a private operator only for what oneDNN may use (`ONEDNN_MAX_CPU_ISA` can hide instructions). It says yes
+    for any AVX512, where without the bf16 instructions every product is emulated and slower than in float32; so the
+    CPU is asked too.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def pick_precision(precision: Literal["auto", "bf16", "fp16", "float32"], device: torch.device) -> str:
+    """`auto` is bf16 where the device computes in it, fp16 on older GPUs, float32 elsewhere.
+
+    Raises:
+        UserError: bf16 asked of a GPU, or fp16 of a CPU, that cannot.
+    """
+    if device.type == "cuda":
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif device.type == "cpu":
+        best = "bf16" if cpu_has_bf16() else "float32"
+    else:
+        best = "float32"
+    if precision == "bf16" and device.type == "cuda" and best != "bf16":
+        raise UserError("'train.precision': this GPU has no bf16; use auto, fp16 or float32")
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError("'train.precision': fp16 needs a CUDA GPU; use auto, bf16 or float32")
+    return best if precision == "auto" else precision
