@@ -17,23 +17,26 @@ import torch
 
 from cli import run_script, script_arguments
 from config import load_config
+from training.build import Run
 from training.costs import PeakMemory
-from training.estimate import Estimate
-from training.loop import Trainer
+from training.signals import StopSignals
+from training.step import optimizer_step
 
 
-def measure(trainer: Trainer, micro_batch: int, checkpointing: bool) -> dict:
+def measure(trainer: Run, micro_batch: int, checkpointing: bool) -> dict:
     """Estimated and measured figures of one optimiser step with one micro-batch, and their relative error."""
-    estimate = Estimate(trainer)
+    vars(trainer).pop("estimate", None)  # it is kept once made, and this one is to be measured anew
+    estimate = trainer.estimate
     tokens = micro_batch * estimate.longest
     estimated = (estimate.memory(tokens, checkpointing) / 2**20, estimate.seconds(tokens, checkpointing))
-    batch = estimate.copies(micro_batch)
-    trainer._step([batch])  # the first one makes the optimiser's state
+    batch, stop = estimate.copies(micro_batch), StopSignals()
+    indices = [list(range(micro_batch))]
+    optimizer_step(trainer, [batch], indices, False, stop)  # the first one makes the optimiser's state
     seconds = []
     with PeakMemory(trainer.accelerator.device) as peak:
         for _ in range(3):
             began = time.perf_counter()
-            trainer._step([batch])
+            optimizer_step(trainer, [batch], indices, False, stop)
             seconds.append(time.perf_counter() - began)
     measured = (peak.bytes / 2**20, min(seconds))
     return {
@@ -49,7 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(load_config(options.config, [*options.overrides, f"train.output_dir={folder}"]))
+        trainer = Run(load_config(options.config, [*options.overrides, f"train.output_dir={folder}"]))
         device = trainer.accelerator.device
         result = {
             "config": options.config,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from training.batches import make_loader
 from training.loop import Trainer
 
 
@@ -26,7 +27,9 @@ def test_frozen_lora_counts_in_no_norm(configure):
     trainer = Trainer(configure(lora_lr=0.0))
     for parameter in lora(trainer.model).values():
         parameter.data.normal_(std=0.1)  # as `train.init_from` may bring them
-    trainer.forward(next(iter(trainer._loader(trainer.train_set, [[0, 1]]))), None).backward()
+    trainer.forward(
+        next(iter(make_loader(trainer.train_set, [[0, 1]], 0, trainer.accelerator.device))), None
+    ).backward()
     assert all(parameter.grad is None for parameter in lora(trainer.model).values())
     own = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.feature_proj.parameters()])
     assert trainer.accelerator.clip_grad_norm_(trainer.wrapped.parameters(), 1.0) == own > 0
