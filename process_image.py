@@ -167,7 +167,7 @@ def too_many_rejected(reports: list[Report], most: float) -> str:
     sentences = []
     for report in reports:
         count = report.rows - report.kept
-        if count <= most * report.rows:
+        if report.rows == 0 or count / report.rows <= most:
             continue
         reasons = sorted(((entry["count"], reason) for reason, entry in report.dropped.items()), reverse=True)
         named = ", ".join(f"{reason} ({number:,})" for number, reason in reasons[:3])
@@ -175,7 +175,7 @@ def too_many_rejected(reports: list[Report], most: float) -> str:
         sentences.append(f"source '{report.source}': {share} are rejected, mostly: {named}.")
     if not sentences:
         return ""
-    largest = max((report.rows - report.kept) / report.rows for report in reports)
+    largest = max((report.rows - report.kept) / report.rows for report in reports if report.rows)
     allowed = min(1.0, math.ceil(largest * 100) / 100)
     return (
         f"{' '.join(sentences)} That is more than data.max_rejected = {most:g}: mend the rows, or allow it with "

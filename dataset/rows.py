@@ -94,7 +94,7 @@ def _json_line(value: dict[str, Any]) -> bytes:
         limit = sys.getrecursionlimit()
         sys.setrecursionlimit(limit + 5_000)
         try:
-            return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+            return json.dumps(value).encode() + b"\n"
         finally:
             sys.setrecursionlimit(limit)
 

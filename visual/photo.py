@@ -64,20 +64,19 @@ def load_image(file: str | Path | BinaryIO | Image.Image, max_pixels: int = MAX_
 
 
 def _checked_name(file: str | Path) -> str:
-    name = shortened(file)
     try:
         status = os.stat(file)
     except FileNotFoundError as error:
-        raise UserError(f"photo not found: {name}") from error
+        raise UserError(f"photo not found: {shortened(file)}") from error
     except OSError as error:  # a name that is too long, a folder that may not be read
-        raise file_error(error, f"photo {name}") from error
+        raise file_error(error, f"photo {shortened(file)}") from error
     except ValueError as error:  # a NUL character, or one that the file system cannot encode
-        raise UserError(f"{name!r} is no file name ({error})") from error
+        raise UserError(f"{shortened(file)!r} is no file name ({error})") from error
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-        raise UserError(f"{name}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'not a regular file'}, not a photo")
+        raise UserError(f"{file}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'not a regular file'}, not a photo")
     if status.st_size == 0:
-        raise UserError(f"{name}: the file is empty, fetch the photo again")
-    return name
+        raise UserError(f"{file}: the file is empty, fetch the photo again")
+    return str(file)
 
 
 def _open(file: str | Path | BinaryIO, name: str, max_pixels: int) -> tuple[Image.Image, int | None]:
