@@ -47,6 +47,7 @@ class Data(Section):
     seed: int = Field(0, ge=0)
     val_fraction: float = Field(0.02, ge=0, lt=1)
     check_images: Literal["none", "exists", "open"] = "exists"
+    max_rejected: float = Field(0.01, ge=0, le=1)
     cache_features: bool = False
     feature_cache: str = "data/features"
     max_length: int = Field(2048, ge=16)

@@ -4,27 +4,36 @@
     python process_image.py --config configs/demo.yaml --check    # only tell what would be kept and dropped
     python process_image.py data.check_images=open                # decode every photo too
 
-Prints what was kept, what was dropped and why, and writes the same to `process_report.json` beside the captions.
+Prints what was kept, what was rejected and why. Beside the captions it writes the same to `process_report.json`, and
+every rejected row whole to `rejected.jsonl`, one JSON object a line: source, file, place, reason, detail and the row.
+`dataset/formats.py` says what a row of each format is.
+
+If a source loses a larger share of its rows than `data.max_rejected`, only these two files are written and the exit
+status is 1, so that nothing is trained on incomplete data unnoticed.
 """
 
-import dataclasses
 import gc
+import itertools
+import math
 import os
-from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 from tqdm import tqdm
 
 from cli import run_script, script_arguments
 from config import Data, load_config
 from dataset.json_files import read_json
-from dataset.raw import READERS, Check, Report, merge_captions, process_ali, process_coco
-from dataset.records import Captions, ImageMap, write_json_files, write_records
-from errors import UserError
+from dataset.photo_check import photo_check
+from dataset.raw import READERS, merge_captions, process_ali, process_coco
+from dataset.records import Captions, ImageMap, json_pieces, write_files, write_records
+from dataset.rows import Report
+from errors import UserError, file_error
 from paths import existing_path, resolve_path
 
 __all__ = ["main", "process_ali", "process_coco", "process_sources", "read_json"]
 
 REPORT_FILE = "process_report.json"
+REJECTED_FILE = "rejected.jsonl"
 COLUMNS = {
     "rows": "rows read",
     "kept": "rows kept",
@@ -39,20 +48,81 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="tell what would be kept and dropped, write nothing")
     args = parser.parse_intermixed_args(arguments)
     data = load_config(args.config, args.overrides).data
+    outputs = output_files(data)
+    refuse_writing_over_inputs(outputs, data, resolve_path(args.config))
 
     image_map, captions, reports = process_sources(data)
     print(report_text(reports))
     empty = [report.source for report in reports if report.kept == 0]
     if empty:
         raise UserError(f"no row is left of {', '.join(empty)}, see the reasons above; nothing was written")
+    excess = too_many_rejected(reports, data.max_rejected)
     if args.check:
+        if excess:
+            raise UserError(f"{excess} --check: nothing was written")
         print("--check: nothing was written")
         return
-    image_map_path, captions_path = resolve_path(data.image_map), resolve_path(data.captions)
-    write_records(image_map, captions, image_map_path, captions_path)
-    report_path = captions_path.with_name(REPORT_FILE)
-    write_json_files({report_path: [dataclasses.asdict(report) for report in reports]})
-    print(f"written: {image_map_path}, {captions_path}, {report_path}")
+    image_map_path, captions_path, report_path, rejected_path = outputs.values()
+    beside = {
+        report_path: json_pieces([report.figures() for report in reports]),
+        rejected_path: itertools.chain.from_iterable(report.rejected_lines() for report in reports),
+    }
+    if excess:
+        write_files(beside)
+        raise UserError(f"{excess} Only {rejected_path} and {report_path} were written")
+    write_records(image_map, captions, image_map_path, captions_path, beside)
+    print(f"written: {', '.join(map(str, outputs.values()))}")
+
+
+def output_files(data: Data) -> dict[str, Path]:
+    """The four files that are written, by what the config or this script calls them."""
+    captions = resolve_path(data.captions)
+    return {
+        "'data.image_map'": resolve_path(data.image_map),
+        "'data.captions'": captions,
+        f"{REPORT_FILE} (beside 'data.captions')": captions.with_name(REPORT_FILE),
+        f"{REJECTED_FILE} (beside 'data.captions')": captions.with_name(REJECTED_FILE),
+    }
+
+
+def refuse_writing_over_inputs(outputs: dict[str, Path], data: Data, config: Path) -> None:
+    """Check that no output is another one, an input, a folder or an existing file that holds no JSON.
+
+    Raises:
+        UserError: names both files.
+    """
+    for (name, file), (other_name, other) in itertools.combinations(outputs.items(), 2):
+        if _same_file(file, other) or str(file).casefold() == str(other).casefold():
+            raise UserError(f"{name} and {other_name} are both {file}: give them different names")
+    inputs = {"the config": config}
+    for index, source in enumerate(data.sources):
+        inputs[f"'data.sources.{index}.annotations'"] = resolve_path(source.annotations)
+        if source.questions is not None:
+            inputs[f"'data.sources.{index}.questions'"] = resolve_path(source.questions)
+    for name, file in outputs.items():
+        for input_name, other in inputs.items():
+            if _same_file(file, other):
+                raise UserError(f"{name} would be written over {input_name}, {other}: choose another name for it")
+        if os.path.isdir(file):
+            raise UserError(f"{name}: {file} is a folder: name a file in it")
+        if os.path.isfile(file) and not _holds_json(file):  # a photo, for example
+            raise UserError(f"{name}: {file} exists and is not a JSON file, so it is not written over: choose another")
+
+
+def _same_file(file: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(file, other)  # also through links and where case does not matter
+    except (OSError, ValueError):  # one of them does not exist
+        return os.path.realpath(file) == os.path.realpath(other)
+
+
+def _holds_json(file: Path) -> bool:
+    try:
+        with open(file, "rb") as opened:
+            beginning = opened.read(100).lstrip()
+    except OSError as error:
+        raise file_error(error, file) from error
+    return beginning[:1] in (b"", b"{", b"[")
 
 
 def process_sources(data: Data) -> tuple[ImageMap, Captions, list[Report]]:
@@ -74,9 +144,10 @@ def process_sources(data: Data) -> tuple[ImageMap, Captions, list[Report]]:
         if data.check_images != "none":
             existing_path(source.images, f"{key}.images", "folder")
         reader = READERS[source.format]
-        report = Report(source.name)
+        report = Report(source.name, str(annotations))
+        rows = reader.load(annotations, questions, images, report.encodings)
         new_photos, new_captions = reader.process(
-            tqdm(reader.load(annotations, questions, images), desc=f"{source.name}: rows", unit="row"),
+            tqdm(rows, desc=f"{source.name}: rows", unit="row"),
             source.images,
             len(image_map),
             image_map=image_map,
@@ -91,32 +162,25 @@ def process_sources(data: Data) -> tuple[ImageMap, Captions, list[Report]]:
     return image_map, captions, reports
 
 
-def photo_check(mode: str, source: str) -> Check | None:
-    """The check that `data.check_images` asks for: none, exists or open (decode, in threads: Pillow frees the GIL)."""
-    if mode == "none":
-        return None
-    if mode == "open":
-        from visual.transform import load_image  # here, since torch and transformers take five seconds to import
-
-    def problem(path: str) -> tuple[str, str] | None:
-        file = resolve_path(path)
-        if not os.path.isfile(file):  # unlike Path.is_file it takes names that are too long
-            return "photo not found", path
-        if file.stat().st_size == 0:
-            return "photo file is empty", path
-        if mode == "open":
-            try:
-                load_image(file)
-            except UserError as error:
-                return "photo cannot be decoded", str(error)
-        return None
-
-    def check(paths: list[str]) -> dict[str, tuple[str, str]]:
-        with ThreadPool() as pool:
-            found = tqdm(pool.imap(problem, paths, chunksize=16), f"{source}: photos", len(paths), unit="photo")
-            return {path: reason for path, reason in zip(paths, found, strict=True) if reason is not None}
-
-    return check
+def too_many_rejected(reports: list[Report], most: float) -> str:
+    """A sentence about the sources of which a larger share than `most` is rejected; "" if there is none."""
+    sentences = []
+    for report in reports:
+        count = report.rows - report.kept
+        if report.rows == 0 or count / report.rows <= most:
+            continue
+        reasons = sorted(((entry["count"], reason) for reason, entry in report.dropped.items()), reverse=True)
+        named = ", ".join(f"{reason} ({number:,})" for number, reason in reasons[:3])
+        share = f"{count:,} of {report.rows:,} rows ({count / report.rows:.2%})"
+        sentences.append(f"source '{report.source}': {share} are rejected, mostly: {named}.")
+    if not sentences:
+        return ""
+    largest = max((report.rows - report.kept) / report.rows for report in reports if report.rows)
+    allowed = min(1.0, math.ceil(largest * 100) / 100)
+    return (
+        f"{' '.join(sentences)} That is more than data.max_rejected = {most:g}: mend the rows, or allow it with "
+        f"data.max_rejected={allowed:g}."
+    )
 
 
 def report_text(reports: list[Report]) -> str:
@@ -127,6 +191,9 @@ def report_text(reports: list[Report]) -> str:
     lines = [f"{'source':{width}}" + "".join(f"  {title:>10}" for title in COLUMNS.values())]
     lines += [f"{row[0]:{width}}" + "".join(f"  {number:>10,}" for number in row[1:]) for row in [*counts, total]]
     for report in reports:
+        lines += [f"{report.source}: {file} is read as {encoding}" for file, encoding in report.encodings.items()]
+        if report.blank_answers:
+            lines.append(f"{report.source}: {report.blank_answers:,} blank answers left out of rows that have others")
         for reason, entry in report.dropped.items():
             lines.append(f"{report.source}: dropped {entry['count']:,} rows, {reason}; for example")
             lines += [f"    {example}" for example in entry["examples"]]

@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the rows, for a quick look (default 1.0)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
+    if not hasattr(os, "wait4"):
+        raise SystemExit("error: peak memory of a process is measured with os.wait4, which Windows has not: use WSL")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = write_annotations(folder, options.share)

@@ -1,46 +1,147 @@
-"""JSON files, with errors that say where the mistake is; `dataset/raw.py` and `dataset/records.py` read with it."""
+"""JSON files, with errors that say where the mistake is; `dataset/formats.py` and `dataset/records.py` read with it.
 
+Files are UTF-8. UTF-16 and UTF-32 with a byte order mark and GB18030 (GBK, GB2312) are read as well.
+"""
+
+import codecs
+import re
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
-from errors import UserError
+from errors import UserError, file_error, shortened
+
+BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF8, "UTF-8"),
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+UTF8_CHARACTER = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
+
+
+class Content(NamedTuple):
+    """What a file holds: its text as UTF-8 without byte order mark, which may be damaged, and what it was stored in."""
+
+    text: bytes
+    encoding: str  # UTF-8 | UTF-16 | UTF-32 | GB18030
+
+
+class WrongJsonError(UserError):
+    """Text that is not JSON; `line` and `column` count from 1."""
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file in UTF-8, with or without BOM.
+    """Read a JSON file in UTF-8, UTF-16 or UTF-32 with a byte order mark, or GB18030.
 
     Raises:
-        UserError: no such file, empty, not UTF-8 or not JSON; one sentence with file, line and column.
+        UserError: no such file, empty, of another encoding or not JSON; one sentence with file, line and column.
     """
-    return _parse_json(_read_bytes(path), str(path))
+    return parse_json(read_content(path).text, str(path))
 
 
-def read_jsonl(path: str | Path) -> list[Any]:
-    """Read a file with one JSON value per line; blank lines are skipped. Raises as `read_json` does."""
-    lines = enumerate(_read_bytes(path).split(b"\n"), start=1)
-    return [_parse_json(line, str(path), number) for number, line in lines if line.strip()]
-
-
-def _read_bytes(path: str | Path) -> bytes:
+def read_content(path: str | Path) -> Content:
+    """The whole file as UTF-8. Raises as `read_json` does, except that damaged UTF-8 is given back as it is."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{file}: file not found")
-    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not content.strip():
-        raise UserError(f"{file}: the file is empty, fetch it again")
-    return content
-
-
-def _parse_json(content: bytes, name: str, line: int = 1) -> Any:
     try:
-        return orjson.loads(content)
+        content = file.read_bytes()
+    except OSError as error:
+        raise file_error(error, file) from error
+    for mark, encoding in BYTE_ORDER_MARKS:
+        if content.startswith(mark):
+            text = content[len(mark) :] if encoding == "UTF-8" else _transcoded(content, encoding, file)
+            break
+    else:
+        text, encoding = content, "UTF-8"
+        if not _is_utf8(content) and (decoded := _gb18030(content)) is not None:
+            text, encoding = decoded, "GB18030"
+    if not text.strip():
+        raise UserError(f"{file}: the file is empty, fetch it again")
+    return Content(text, encoding)
+
+
+def parse_json(text: bytes, name: str, line: int = 1) -> Any:
+    """The value of a UTF-8 text, for example one line of a file; `line` is its number there.
+
+    Raises:
+        UserError: not UTF-8 or not JSON; one sentence with file, line and column.
+    """
+    try:
+        return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         try:
-            content.decode("utf-8")
+            text.decode("utf-8")
         except UnicodeDecodeError as wrong:
-            line += content.count(b"\n", 0, wrong.start)
-            raise UserError(f"{name}: line {line} is not UTF-8 text (byte {wrong.start}): save it as UTF-8") from wrong
+            line += text.count(b"\n", 0, wrong.start)
+            raise UserError(_not_text(text, name, line, wrong.start)) from wrong
+        if b"\0" in text[:4]:
+            raise UserError(f"{name}: UTF-16 or UTF-32 text without byte order mark: save it as UTF-8") from error
         line += error.lineno - 1
-        raise UserError(f"{name}: not valid JSON at line {line}, column {error.colno}: {error.msg}") from error
+        message = f"{name}: not valid JSON at line {line}, column {error.colno}: {shortened(error.msg)}"
+        raise UserError(message) from error
+
+
+def _not_text(text: bytes, name: str, line: int, place: int) -> str:
+    if _share_of_utf8(text) > 0.7:
+        return f"{name}: line {line} is damaged: UTF-8 text around it, but not at byte {place}; fetch the file again"
+    return (
+        f"{name}: line {line} (byte {place}) is in none of the encodings that are read (UTF-8, GB18030, UTF-16 or "
+        "UTF-32 with byte order mark): save the file as UTF-8"
+    )
+
+
+def _transcoded(content: bytes, encoding: str, file: Path) -> bytes:
+    try:
+        return content.decode(encoding).encode("utf-8")
+    except UnicodeError as error:
+        sound = content[: getattr(error, "start", 0)].decode(encoding, errors="ignore")
+        line = sound.count("\n") + 1
+        raise UserError(f"{file}: begins as {encoding} text, but is damaged in line {line}; fetch it again") from error
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        return content.isascii() or bool(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
+
+
+def _gb18030(content: bytes) -> bytes | None:
+    """`content` as UTF-8 if it is Chinese text in GB18030, else None.
+
+    Strict decoding is not enough: most bytes above 127 that stand in pairs decode to some Chinese character, those of
+    Western, Japanese and Korean encodings and of damaged UTF-8 too. So the characters must also be common ones: GB2312
+    keeps punctuation in rows A1 to A3 and the 3,755 common characters in rows B0 to D7, which make up nearly all of a
+    modern text, and not only the Korean syllables' rows up to C8.
+    """
+    if _share_of_utf8(content) > 0.7:
+        return None
+    try:
+        text = content.decode("gb18030")
+        characters = Counter(text)
+        utf8 = text.removeprefix("\ufeff").encode("utf-8")
+    except UnicodeError:
+        return None
+    total = common = high = 0
+    for character, count in characters.items():
+        if character > "\x7f":
+            code = character.encode("gb18030")
+            row = code[0] if len(code) == 2 and code[1] >= 0xA1 else 0
+            total += count
+            common += count if 0xA1 <= row <= 0xA3 or 0xB0 <= row <= 0xD7 else 0
+            high += count if row > 0xC8 else 0
+    korean = total >= 50 and high < 0.05 * total
+    return utf8 if common > 0.6 * total and not korean else None
+
+
+def _share_of_utf8(content: bytes) -> float:
+    """Share of the bytes above 127 that are part of well-formed UTF-8 characters."""
+    ascii_only = bytes(range(128))
+    total = len(content.translate(None, ascii_only))
+    rest = len(UTF8_CHARACTER.sub(b"", content).translate(None, ascii_only))
+    return (total - rest) / total if total else 1.0

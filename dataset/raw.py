@@ -1,7 +1,7 @@
-"""Readers of raw annotations: five public formats → photos and questions in the form of `dataset/records.py`.
+"""Readers of raw annotations: rows of five public formats → photos and questions in the form of `dataset/records.py`.
 
 `process_image.py` finds them in `READERS` by the config's `format` and re-exports `process_ali` and `process_coco`.
-A row that cannot be used is dropped with a reason, which `Report` counts; nothing goes silently.
+A row that cannot be used is rejected with a reason, and `Report` keeps it; nothing is lost silently.
 """
 
 import functools
@@ -10,50 +10,23 @@ import posixpath
 import random
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import IMAGE_TAG
-from dataset.json_files import read_json, read_jsonl
+from dataset.formats import Loader, load_coco_captions, load_jsonl, load_list, load_vqav2
+from dataset.photo_check import Check
 from dataset.records import TEXT_KEY, Captions, ImageMap
-from errors import UserError
+from dataset.rows import DropRowError, Part, Report, Row, check_text, is_blank, shown
 from paths import resolve_path
 
 IMAGE_WORD = "<image>"  # the photo's place in LLaVA annotations
 CHINESE_QUESTIONS = (f"这幅图像描述了什么？{IMAGE_TAG}", f"{IMAGE_TAG}这幅图像中有什么？")
 ENGLISH_QUESTIONS = (f"What does this picture show?{IMAGE_TAG}", f"{IMAGE_TAG}What is in this picture?")
 CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
-EXAMPLES = 3
 
+Notes = dict[str, int]  # names of counts of `Report` -> what a row adds to them if it is kept
 Parsed = tuple[list[str], list[dict[str, Any]]]  # names of the photos, turns
-Check = Callable[[list[str]], dict[str, tuple[str, str]]]  # photo paths -> {path to drop: (reason, detail)}
-
-
-@dataclass
-class Report:
-    """What became of one source's rows: `rows` = `kept` + all `dropped`."""
-
-    source: str
-    rows: int = 0
-    kept: int = 0
-    photos: int = 0  # new ones, not named by an earlier source
-    questions: int = 0
-    tags_added: int = 0  # rows that named a photo but no place for it; it came first
-    dropped: dict[str, dict[str, Any]] = field(default_factory=dict)  # reason -> {"count", "examples"}
-
-    def drop(self, reason: str, example: str) -> None:
-        """Count one row; the first three of a reason are shown as examples."""
-        entry = self.dropped.setdefault(reason, {"count": 0, "examples": []})
-        entry["count"] += 1
-        if len(entry["examples"]) < EXAMPLES:
-            entry["examples"].append(example if len(example) <= 200 else example[:199] + "…")
-
-
-class _DropRowError(Exception):
-    def __init__(self, reason: str, detail: object) -> None:
-        super().__init__(reason)
-        self.reason, self.detail = reason, str(detail)
 
 
 def process_ali(
@@ -73,7 +46,7 @@ def process_ali(
     All captions of a row that are not blank become answers to one of two questions, each with probability 1/2.
 
     Args:
-        rows: the parsed annotations.
+        rows: the parsed annotations, or what a loader of `dataset/formats.py` gives.
         image_path: folder of the photos; a relative one counts from the repository root.
         start_ID: ID of the first new photo = number of photos before it.
         image_map: photos of earlier sources; those keep their IDs.
@@ -91,14 +64,14 @@ def process_ali(
     """
     choice = random.Random(seed)
 
-    def parse(row: dict[str, Any], report: Report) -> Parsed:
+    def parse(row: dict[str, Any], notes: Notes) -> Parsed:
         names = _image_names(row)
         if not names:
-            raise _DropRowError("no photo named", f"keys {', '.join(map(str, row))}")
+            raise DropRowError("no photo named", f"keys {', '.join(map(str, row))}")
         texts = row.get("caption", row.get("conversations"))
         if isinstance(texts, list) and texts and isinstance(texts[0], dict):
-            return names, _place_tags(_dialogue(texts), len(names), report)
-        answers = _answers(texts)
+            return names, _place_tags(_dialogue(texts, notes), len(names), notes)
+        answers = _answers(texts, notes)
         language = questions or (CHINESE_QUESTIONS if CHINESE_CHARACTER.search(answers[0]) else ENGLISH_QUESTIONS)
         question = language[choice.random() < 0.5]
         return names, [{"q": question.replace(IMAGE_TAG, IMAGE_TAG * len(names)), "a": answers}]
@@ -130,15 +103,14 @@ def process_coco(
     `seed` is there so that all readers are called alike.
     """
 
-    def parse(row: dict[str, Any], report: Report) -> Parsed:
+    def parse(row: dict[str, Any], notes: Notes) -> Parsed:
         names = _image_names(row)
         if "conversations" in row:
-            turns = _dialogue(row["conversations"])
+            turns = _dialogue(row["conversations"], notes)
         else:
-            turns = [
-                {"q": _question(row.get("question", row.get("q"))), "a": _answers(row.get("answer", row.get("a")))}
-            ]
-        return names, _place_tags(turns, len(names), report)
+            question = _question(row.get("question", row.get("q")))
+            turns = [{"q": question, "a": _answers(row.get("answer", row.get("a")), notes)}]
+        return names, _place_tags(turns, len(names), notes)
 
     return _process(parse, rows, image_path, start_ID, image_map, source, report, check)
 
@@ -150,7 +122,7 @@ def merge_captions(captions: Captions, new: Captions) -> None:
 
 
 def _process(
-    parse: Callable[[dict[str, Any], Report], Parsed],
+    parse: Callable[[dict[str, Any], Notes], Parsed],
     rows: Iterable[Any],
     image_path: str | Path,
     start_ID: int,
@@ -163,40 +135,59 @@ def _process(
         raise ValueError(f"source '{source}': start_ID is {start_ID} but {len(image_map)} photos stand before it")
     report = Report(source) if report is None else report
     register = _Register(image_path, source, start_ID, image_map or {})
-    parsed = []
-    for number, row in enumerate(rows, start=1):
-        report.rows += 1
-        try:
-            if not isinstance(row, dict):
-                raise _DropRowError("row is not an object", repr(row))
-            names, turns = parse(row, report)
-            parsed.append((number, [f"{register.folder}/{name}" for name in names], turns, row.get("type")))
-        except _DropRowError as drop:
-            report.drop(drop.reason, f"row {number}: {drop.detail}")
+    parsed = _parse_rows(parse, rows, report)
     problems = {}
     if check is not None:
-        named = dict.fromkeys(path for _, paths, _, _ in parsed for path in paths)
+        named = dict.fromkeys(f"{register.folder}/{name}" for _, _, names, *_ in parsed for name in names)
         problems = check([path for path in named if not register.knows(path)])
 
     captions: Captions = {}
-    for number, paths, turns, kind in parsed:
+    for number, row, names, turns, notes in parsed:
+        paths = [f"{register.folder}/{name}" for name in names]
         bad = next((path for path in paths if path in problems), None)
         if bad is not None:
-            reason, detail = problems[bad]
-            report.drop(reason, f"row {number}: {detail}")
+            report.drop(_parts(number, row), *problems[bad])
             continue
         IDs = [register.get(path) for path in paths]
         entry: dict[str, Any] = {"source": source}
+        kind = (row.value if isinstance(row, Row) else row).get("type")
         if kind is not None:
             entry["type"] = str(kind)
         if len(IDs) > 1:
             entry["images"] = IDs
         entry |= turns[0] if len(turns) == 1 else {"turns": turns}
         captions.setdefault(str(IDs[0]) if IDs else TEXT_KEY, []).append(entry)
-        report.kept += 1
+        report.kept += len(row.parts) if isinstance(row, Row) else 1
         report.questions += len(turns)
+        for name, count in (notes or {}).items():
+            setattr(report, name, getattr(report, name) + count)
     report.photos += len(register.new)
     return register.new, captions
+
+
+def _parse_rows(
+    parse: Callable[[dict[str, Any], Notes], Parsed], rows: Iterable[Any], report: Report
+) -> list[tuple[int, Any, list[str], list[dict[str, Any]], Notes | None]]:
+    """(number, row, names of the photos, turns, notes) of each usable row; the others go to the report."""
+    parsed = []
+    for number, row in enumerate(rows, start=1):
+        report.rows += len(row.parts) if isinstance(row, Row) else 1
+        notes: Notes = {}
+        try:
+            if isinstance(row, Row) and row.problem is not None:
+                raise row.problem
+            value = row.value if isinstance(row, Row) else row
+            if not isinstance(value, dict):
+                raise DropRowError("row is not an object", shown(value))
+            names, turns = parse(value, notes)
+            parsed.append((number, row, names, turns, notes or None))
+        except DropRowError as problem:
+            report.drop(_parts(number, row), problem.reason, problem.detail)
+    return parsed
+
+
+def _parts(number: int, row: Any) -> tuple[Part, ...]:
+    return row.parts if isinstance(row, Row) else (Part(f"row {number}", row),)
 
 
 class _Register:
@@ -249,119 +240,67 @@ def _image_names(row: dict[str, Any]) -> list[str]:
 
 def _safe_name(name: Any) -> str:
     if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise _DropRowError("photo name is not a file name", repr(name))
+        raise DropRowError("photo name is not a file name", repr(name))
     clean = posixpath.normpath(name.replace("\\", "/"))
     if clean.startswith(("/", "../")) or clean in (".", "..") or clean[1:2] == ":":
-        raise _DropRowError("photo path leaves the image folder", name)
+        raise DropRowError("photo path leaves the image folder", name)
     return clean
 
 
-def _dialogue(messages: Any) -> list[dict[str, Any]]:
+def _dialogue(messages: Any, notes: Notes) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise _DropRowError("conversations is not a list of messages", repr(messages))
+        raise DropRowError("conversations is not a list of messages", shown(messages))
     speakers = [message.get("from") for message in messages]
     if speakers != ["human", "gpt"] * (len(messages) // 2):
-        raise _DropRowError("human and gpt do not take turns", ", ".join(map(str, speakers)))
+        raise DropRowError("human and gpt do not take turns", ", ".join(map(shown, speakers)))
     pairs = zip(messages[::2], messages[1::2], strict=True)
-    return [{"q": _question(human.get("value")), "a": _answers(gpt.get("value"))} for human, gpt in pairs]
+    return [{"q": _question(human.get("value")), "a": _answers(gpt.get("value"), notes)} for human, gpt in pairs]
 
 
 def _question(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise _DropRowError("no question", repr(value))
-    _refuse_literal_tag(value)
+    check_text(value, "question")
     return value
 
 
-def _answers(value: Any) -> list[str]:
+def _answers(value: Any, notes: Notes) -> list[str]:
     texts = value if isinstance(value, list) else [value]
     if any(not isinstance(text, str) for text in texts):
-        raise _DropRowError("no answer" if value is None else "answer is not text", repr(value))
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise _DropRowError("no answer", repr(value))
-    for text in texts:
-        _refuse_literal_tag(text)
-    return texts
+        raise DropRowError("no answer" if value is None else "answer is not text", shown(value))
+    answers = [text for text in texts if not is_blank(text)]
+    if not answers:
+        raise DropRowError("no answer", shown(value))
+    for text in answers:
+        check_text(text, "answer")
+    if len(answers) < len(texts):
+        notes["blank_answers"] = notes.get("blank_answers", 0) + len(texts) - len(answers)
+    return answers
 
 
-def _refuse_literal_tag(text: str) -> None:
-    if IMAGE_TAG in text:
-        raise _DropRowError(f"text holds a literal {IMAGE_TAG}", text)
-
-
-def _place_tags(turns: list[dict[str, Any]], photos: int, report: Report) -> list[dict[str, Any]]:
+def _place_tags(turns: list[dict[str, Any]], photos: int, notes: Notes) -> list[dict[str, Any]]:
     first, tags = turns[0], sum(turn["q"].count(IMAGE_WORD) for turn in turns)
     if tags == 0 and photos:
         first["q"] = IMAGE_TAG * photos + "\n" + first["q"]
-        report.tags_added += 1
+        notes["tags_added"] = 1
     elif tags != photos:
-        raise _DropRowError(f"number of {IMAGE_WORD} tags is not that of photos", f"{tags} tags, {photos} photos")
+        raise DropRowError(f"number of {IMAGE_WORD} tags is not that of photos", f"{tags} tags, {photos} photos")
     elif first["q"].count(IMAGE_WORD) != photos:
-        raise _DropRowError(f"{IMAGE_WORD} stands in a later question", first["q"])
+        raise DropRowError(f"{IMAGE_WORD} stands in a later question", first["q"])
     else:
         first["q"] = first["q"].replace(IMAGE_WORD, IMAGE_TAG)
     return turns
 
 
-def _load_rows(annotations: Path, questions: Path | None, images: Path) -> list[Any]:
-    rows = read_json(annotations)
-    if not isinstance(rows, list):
-        raise UserError(f"{annotations}: expected a list of rows, found {type(rows).__name__}: is 'format' right?")
-    return rows
-
-
-def _load_jsonl(annotations: Path, questions: Path | None, images: Path) -> list[Any]:
-    return read_jsonl(annotations)
-
-
-def _load_coco_captions(annotations: Path, questions: Path | None, images: Path) -> list[Any]:
-    data = read_json(annotations)
-    photos = _objects(data, "images", annotations)
-    rows = {str(photo.get("id")): {"image": photo.get("file_name"), "caption": []} for photo in photos}
-    for item in _objects(data, "annotations", annotations):
-        row = rows.setdefault(str(item.get("image_id")), {"caption": []})
-        row["caption"].append(item.get("caption"))
-    return list(rows.values())
-
-
-def _load_vqav2(annotations: Path, questions: Path | None, images: Path) -> list[Any]:
-    assert questions is not None, "the config demands the file for this format"
-    asked = read_json(questions)
-    rows: dict[str, dict[str, Any]] = {}
-    for item in _objects(asked, "questions", questions):
-        rows[str(item.get("question_id"))] = {"image": item.get("image_id"), "question": item.get("question")}
-    for item in _objects(read_json(annotations), "annotations", annotations):
-        row = rows.setdefault(str(item.get("question_id")), {"image": item.get("image_id")})
-        row["answer"] = [answer.get("answer") for answer in _objects(item, "answers", annotations)]
-        row["type"] = item.get("answer_type")
-    numbered = [row for row in rows.values() if isinstance(row["image"], int)]
-    # a photo is called 000000000009.jpg in COCO 2017 and COCO_train2014_000000000009.jpg in COCO 2014
-    plain = any((images / f"{row['image']:012}.jpg").is_file() for row in numbered[:100])
-    prefix = "" if plain else f"COCO_{asked.get('data_subtype', images.name)}_"
-    for row in numbered:
-        row["image"] = f"{prefix}{row['image']:012}.jpg"
-    return list(rows.values())
-
-
-def _objects(data: Any, name: str, path: Path) -> list[dict[str, Any]]:
-    items = data.get(name) if isinstance(data, dict) else None
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise UserError(f"{path}: expected an object with a list of objects '{name}': is 'format' right?")
-    return items
-
-
 class Reader(NamedTuple):
-    """`load(annotations, questions, images)` gives the rows of a source, `process` is called as `process_ali`."""
+    """`load` gives the rows of a source, `process` is called as `process_ali`."""
 
-    load: Callable[[Path, Path | None, Path], list[Any]]
+    load: Loader
     process: Callable[..., tuple[ImageMap, Captions]]
 
 
 READERS = {
-    "ai_challenger": Reader(_load_rows, process_ali),
-    "llava": Reader(_load_rows, process_coco),
-    "jsonl": Reader(_load_jsonl, process_coco),
-    "coco_captions": Reader(_load_coco_captions, process_captions),
-    "vqav2": Reader(_load_vqav2, process_coco),
+    "ai_challenger": Reader(load_list, process_ali),
+    "llava": Reader(load_list, process_coco),
+    "jsonl": Reader(load_jsonl, process_coco),
+    "coco_captions": Reader(load_coco_captions, process_captions),
+    "vqav2": Reader(load_vqav2, process_coco),
 }

@@ -3,9 +3,12 @@
 `process_image.py` writes them; training and evaluation read them. `write_records` tells their form.
 """
 
+import contextlib
+import errno
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +17,7 @@ import orjson
 
 from config import IMAGE_TAG
 from dataset.json_files import read_json
-from errors import UserError
+from errors import UserError, file_error
 from paths import REPO_ROOT
 
 TEXT_KEY = "text"  # the key in captions.json under which the rows without a photo stand
@@ -49,7 +52,13 @@ class Entry:
     turns: tuple[Turn, ...]
 
 
-def write_records(image_map: ImageMap, captions: Captions, image_map_path: Path, captions_path: Path) -> None:
+def write_records(
+    image_map: ImageMap,
+    captions: Captions,
+    image_map_path: Path,
+    captions_path: Path,
+    beside: dict[Path, Iterable[bytes]] | None = None,
+) -> None:
     """Write both files, UTF-8 and indented; each appears complete or not at all.
 
     Args:
@@ -57,30 +66,53 @@ def write_records(image_map: ImageMap, captions: Captions, image_map_path: Path,
         captions: `{"ID" or "text": [entry, …]}`; an entry is `{"source", "q", "a": [str, …]}` or, for a dialogue,
             `{"source", "turns": [{"q", "a"}, …]}`; `"type"` of entry or turn is optional, several photos are
             `"images": [ID, …]`.
+        beside: more files to write with them, by the pieces of their content.
 
     Raises:
-        UserError: both paths are the same.
+        UserError: both paths are the same, or a file cannot be written.
     """
     if os.path.abspath(image_map_path) == os.path.abspath(captions_path):
         raise UserError(f"'data.image_map' and 'data.captions' are both {captions_path}: give them different names")
-    write_json_files({image_map_path: image_map, captions_path: captions})
+    contents = {image_map_path: image_map, captions_path: captions}
+    write_files((beside or {}) | {path: json_pieces(value) for path, value in contents.items()})
 
 
 def write_json_files(contents: dict[Path, Any]) -> None:
-    """Write each value as JSON to its path: all are on the disk under temporary names before the first is renamed."""
+    """Write each value as JSON to its path; raises as `write_files`."""
+    write_files({path: json_pieces(value) for path, value in contents.items()})
+
+
+def json_pieces(value: Any) -> Iterator[bytes]:
+    """A value as indented JSON, made when it is written, so that one text at a time is in memory."""
+    yield orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def write_files(contents: dict[Path, Iterable[bytes]]) -> None:
+    """Write the pieces of each file: all are on the disk under temporary names before the first is renamed.
+
+    Raises:
+        UserError: the disk is full, a folder may not be written or a path is a folder; the old files are as they were
+            and no temporary one is left.
+    """
     temporary = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in contents}
+    path = None
     try:
-        for path, value in contents.items():
+        for path, pieces in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():  # renaming would fail, when others are renamed already
+                raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
             with open(temporary[path], "wb") as file:
-                file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+                file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
         for path in contents:
             os.replace(temporary[path], path)
+    except OSError as error:
+        raise file_error(error, f"cannot write {path}", "mend that or choose another path") from error
     finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        for unfinished in temporary.values():
+            with contextlib.suppress(OSError):  # "does not exist" also comes as "not a folder"
+                unfinished.unlink()
 
 
 def read_records(image_map: Path, captions: Path) -> tuple[dict[int, Photo], list[Entry]]:

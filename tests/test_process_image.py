@@ -1,6 +1,9 @@
 """The script from raw annotation files to the two JSON files: counts, drops, exit status, same bytes every time."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 
@@ -9,8 +12,11 @@ import yaml
 from PIL import Image
 
 import process_image
+from dataset.photo_check import _decode_all, photo_check
 from dataset.records import read_records
+from dataset.rows import Report
 from paths import REPO_ROOT
+from process_image import too_many_rejected
 
 TAG = "<|extra_0|>"
 
@@ -53,6 +59,7 @@ class World:
             ],
             "image_map": str(self.output / "image_map.json"),
             "captions": str(self.output / "captions.json"),
+            "max_rejected": 1,  # in six rows each is a large share
         }
         self.config = folder / "config.yaml"
         self.write_config()
@@ -72,6 +79,11 @@ class World:
 
     def written(self):
         return {path.name: path.read_bytes() for path in self.output.iterdir()} if self.output.exists() else {}
+
+    def rejected(self):
+        """(source, file, place, reason, row) of each line of rejected.jsonl."""
+        lines = map(json.loads, (self.output / "rejected.jsonl").read_text(encoding="utf-8").splitlines())
+        return [tuple(line[key] for key in ("source", "file", "place", "reason", "row")) for line in lines]
 
     def table(self, capsys):
         """{source: [rows read, rows kept, new photos, questions, tags added]} from the printed table."""
@@ -125,7 +137,8 @@ def test_twice_gives_the_same_bytes(world):
     world.run()
     first = world.written()
     world.run()
-    assert set(first) == {"image_map.json", "captions.json", "process_report.json"}
+    assert set(first) == {"image_map.json", "captions.json", "process_report.json", "rejected.jsonl"}
+    assert first["rejected.jsonl"] == b""
     assert world.written() == first
     world.run("data.seed=1")
     assert world.written()["captions.json"] != first["captions.json"]
@@ -178,6 +191,233 @@ def test_a_failed_run_leaves_the_old_files(world):
     with pytest.raises(ValueError, match="no row is left of detail"):
         world.run()
     assert world.written() == before
+
+
+def test_rejected_rows_are_written_whole(world):
+    break_photos(world)
+    row = llava("3.jpg", "why 3?", "\u200b")
+    rows = json.loads(world.annotations["detail"].read_bytes())
+    write_json(world.annotations["detail"], [row, *rows])
+    world.run()
+    ali, reasoning, detail = (str(world.annotations[name]) for name in ("ali", "reasoning", "detail"))
+    assert world.rejected() == [
+        ("ali", ali, "row 2", "photo not found", {"image_id": "1.jpg", "caption": ["第1张", "一张照片"]}),
+        ("reasoning", reasoning, "row 1", "photo file is empty", llava("0.jpg", "why 0?", "r0")),
+        ("reasoning", reasoning, "row 3", "photo file is empty", llava("0.jpg", "why 0?", "r0")),
+        ("detail", detail, "row 1", "no answer", row),
+        ("detail", detail, "row 3", "photo file is empty", llava("0.jpg", "what 0?", "d0")),
+    ]
+    (world.photos[0] / "1.jpg").touch()
+    world.run()
+    assert len(world.rejected()) == 5
+    before = world.written()
+    world.run("--check")
+    assert world.written() == before
+
+
+def test_deeply_nested_row_is_written_too(world):
+    row = []
+    for _ in range(1000):
+        row = [row]
+    world.annotations["detail"].write_text(f"[{json.dumps(llava('0.jpg', 'q', 'a'))}, {'[' * 1000 + ']' * 1000}]")
+    world.run()
+    [line] = (world.output / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert line.endswith(f'"row": {"[" * 1000 + "]" * 1000}}}')
+
+
+def test_too_many_rejected(world):
+    world.run()
+    before = world.written()
+    rows = [llava(f"{number % 3}.jpg", f"why {number}?", "r") for number in range(97)]
+    write_json(world.annotations["reasoning"], [*rows, 1, llava("0.jpg", "?", ""), llava("1.jpg", "?", " ")])
+    world.run("data.max_rejected=0.03")
+    allowed = world.written()
+    assert len(world.rejected()) == 3
+    write_json(world.annotations["reasoning"], [*rows, 1, 2, llava("0.jpg", "?", ""), llava("1.jpg", "?", " ")])
+    sentence = (
+        r"source 'reasoning': 4 of 101 rows \(3\.96%\) are rejected, mostly: row is not an object \(2\), no answer "
+        r"\(2\)\. That is more than data\.max_rejected = 0\.03: mend the rows, or allow it with "
+        r"data\.max_rejected=0\.04\."
+    )
+    with pytest.raises(ValueError, match=sentence + " --check: nothing was written"):
+        world.run("data.max_rejected=0.03", "--check")
+    assert world.written() == allowed
+    with pytest.raises(ValueError, match=sentence + r" Only .*rejected\.jsonl and .*process_report\.json were written"):
+        world.run("data.max_rejected=0.03")
+    after = world.written()
+    assert {name for name in after if after[name] != allowed[name]} == {"rejected.jsonl", "process_report.json"}
+    assert len(world.rejected()) == 4
+    assert before != after
+    world.run("data.max_rejected=0.04")
+    assert world.written()["captions.json"] == allowed["captions.json"]
+
+
+def test_one_percent_is_the_default(world):
+    del world.data["max_rejected"]
+    world.write_config()
+    rows = [llava(f"{number % 3}.jpg", "why?", "r") for number in range(99)]
+    write_json(world.annotations["reasoning"], [*rows, 1])
+    world.run()
+    write_json(world.annotations["reasoning"], [*rows[1:], 1])
+    with pytest.raises(ValueError, match="'reasoning': 1 of 99 rows"):
+        world.run()
+
+
+def test_share_that_equals_the_limit_is_allowed():
+    report = Report("s", rows=100, kept=71)  # 0.29 * 100 is less than 29 in floating point
+    assert too_many_rejected([report], 0.29) == ""
+    assert too_many_rejected([report, Report("none")], 0.28).endswith("data.max_rejected=0.29.")
+
+
+def test_encoding_and_blank_answers_are_told(world, capsys):
+    rows = json.loads(world.annotations["ali"].read_bytes())
+    rows[0]["caption"] += ["", "\u200b"]
+    world.annotations["ali"].write_bytes(json.dumps(rows, ensure_ascii=False).encode("gb18030"))
+    world.run()
+    output = capsys.readouterr().out
+    assert f"ali: {world.annotations['ali']} is read as GB18030\n" in output
+    assert "ali: 2 blank answers left out of rows that have others\n" in output
+    report = json.loads((world.output / "process_report.json").read_text(encoding="utf-8"))[0]
+    assert report["encodings"] == {str(world.annotations["ali"]): "GB18030"}
+    assert report["blank_answers"] == 2
+    assert world.read()[1][0].turns[0].answers == ("第0张", "一张照片")
+
+
+class TestOutputs:
+    @pytest.mark.parametrize("key", ["image_map", "captions"])
+    @pytest.mark.parametrize("way", ["same", "dots", "symlink", "hard link"])
+    def test_never_over_an_input(self, world, key, way):
+        raw = world.annotations["reasoning"]
+        before = raw.read_bytes()
+        path = world.folder / "other.json"
+        if way == "same":
+            path = raw
+        elif way == "dots":
+            path = world.photos[0] / ".." / raw.name
+        elif way == "symlink":
+            try:
+                path.symlink_to(raw)
+            except OSError:
+                pytest.skip("Windows lets administrators only make links")
+        else:
+            path.hardlink_to(raw)
+        world.data[key] = str(path)
+        world.write_config()
+        sentence = rf"'data\.{key}' would be written over 'data\.sources\.1\.annotations', .*reasoning\.json: choose"
+        with pytest.raises(ValueError, match=sentence):
+            world.run()
+        assert raw.read_bytes() == before
+
+    @pytest.mark.parametrize("name", ["rejected.jsonl", "process_report.json"])
+    def test_nor_those_beside_the_captions(self, world, name):
+        world.annotations["ali"] = world.annotations["ali"].rename(world.folder / name)
+        world.data["sources"][0]["annotations"] = str(world.annotations["ali"])
+        world.data["captions"] = str(world.folder / "captions.json")
+        world.write_config()
+        with pytest.raises(
+            ValueError, match=rf"{name} \(beside 'data\.captions'\) would be written over 'data\.sources"
+        ):
+            world.run()
+
+    def test_question_file(self, world):
+        world.data["sources"] = [
+            world.source("ali", "vqav2", world.photos[0]) | {"questions": str(world.annotations["detail"])}
+        ]
+        world.data["captions"] = str(world.annotations["detail"])
+        world.write_config()
+        with pytest.raises(ValueError, match=r"'data\.captions' would be written over 'data\.sources\.0\.questions'"):
+            world.run()
+
+    def test_photo_config_and_folder(self, world):
+        photo = world.photos[0] / "0.jpg"
+        for path, message in [
+            (photo, r"0\.jpg exists and is not a JSON file, so it is not written over"),
+            (world.config, r"'data\.captions' would be written over the config"),
+            (world.photos[0], "is a folder: name a file in it"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                world.run(f"data.captions={path}")
+
+    @pytest.mark.parametrize("name", ["process_report.json", "rejected.jsonl", "Captions.JSON"])
+    def test_four_different_names(self, world, name):
+        with pytest.raises(ValueError, match="give them different names"):
+            world.run(f"data.image_map={world.output / name}")
+
+    def test_what_cannot_be_written(self, world):
+        world.run()
+        before = world.written()
+        for folder in (world.config, world.folder / ("x" * 300)):  # a file, and a name that is too long
+            with pytest.raises(ValueError, match=rf"cannot write .*{folder.name[:5]}.*: .*; mend that or "):
+                world.run(f"data.captions={folder / 'captions.json'}")
+            assert world.written() == before
+
+
+class TestDecoding:
+    """data.check_images=open with more photos than one process gets at a time."""
+
+    def many(self, world, photos=40):
+        for number in range(photos):
+            Image.new("RGB", (30, 20), (number, 60, 50)).save(world.photos[0] / f"{number}.jpg")
+        rows = [{"image_id": f"{number}.jpg", "caption": ["狗"]} for number in range(photos)]
+        write_json(world.annotations["ali"], rows)
+        world.data["sources"] = world.data["sources"][:1]
+        world.data["check_images"] = "open"
+        world.write_config()
+
+    def test_in_processes(self, world):
+        self.many(world)
+        for number in (3, 20, 39):
+            file = world.photos[0] / f"{number}.jpg"
+            file.write_bytes(file.read_bytes()[:-20])
+        (world.photos[0] / "21.jpg").unlink()
+        paths = [str(world.photos[0] / f"{number}.jpg") for number in range(40)]
+        check = photo_check("open", "s", processes=2)
+        found = check(paths)
+        assert [int(path.rpartition("/")[2][:-4]) for path in found] == [3, 20, 21, 39]
+        assert found[paths[21]] == ("photo not found", paths[21])
+        assert found[paths[3]][0] == "photo cannot be decoded"
+        assert found == photo_check("open", "s", processes=1)(paths)
+
+    def test_worker_that_dies_is_a_sentence(self):
+        paths = [f"{number}.jpg" for number in range(40)]
+        with pytest.raises(
+            ValueError, match="a process that decodes photos was ended, .* at one of these photos or soon"
+        ):
+            list(_decode_all([paths, [Deadly("41.jpg")]], 2))
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+    @pytest.mark.parametrize("decoded", ["0", "[1-9][0-9]*"], ids=["starting", "decoding"])
+    @pytest.mark.parametrize("kind", ["SIGINT", "SIGKILL"])
+    def test_nothing_is_left_running(self, world, kind, decoded):
+        self.many(world, photos=400)
+        Image.effect_noise((2000, 2000), 50).save(world.photos[0] / "0.jpg")
+        for number in range(1, 400):
+            (world.photos[0] / f"{number}.jpg").unlink()
+            (world.photos[0] / f"{number}.jpg").hardlink_to(world.photos[0] / "0.jpg")
+        command = [sys.executable, str(REPO_ROOT / "process_image.py"), "--config", str(world.config)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True
+        )
+        seen = ""
+        while not re.search(rf"photos: .*\| {decoded}/400", seen):
+            piece = process.stderr.read(1)
+            assert piece, seen
+            seen += piece
+        if kind == "SIGINT":
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        else:
+            process.kill()
+        rest = process.stderr.read()  # ends when every process has ended
+        assert process.wait() == (130 if kind == "SIGINT" else -9), rest
+        assert kind == "SIGKILL" or "Traceback" not in rest
+        assert world.written() == {}
+
+
+class Deadly(str):
+    """A path that ends the process that unpickles it, as a crash of a decoder would."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
 
 
 @pytest.mark.parametrize(

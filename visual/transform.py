@@ -8,30 +8,19 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from errors import UserError
+from visual.photo import MAX_PIXELS, PHOTO_FORMATS, load_image
+
+__all__ = ["MAX_PIXELS", "PHOTO_FORMATS", "ImageTransform", "load_image"]
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 LONGEST_ASPECT = 100  # long edge / short edge up to which CLIP's own way is taken: 34 MB a copy at 336 px
-SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-
-# EXIF orientation -> what turns the stored picture upright (Exif 2.32, tag 0x0112)
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 # transformers' AutoImageProcessor asks for torchvision in 5.17, and torchvision's resize differs from Pillow's
 PROCESSORS = {
@@ -43,69 +32,6 @@ PROCESSORS = {
     "CLIPImageProcessorPil": CLIPImageProcessorPil,
     "CLIPFeatureExtractor": CLIPImageProcessorPil,
 }
-
-
-def load_image(file: str | Path | BinaryIO | Image.Image) -> Image.Image:
-    """Open and decode a photo as RGB, upright (EXIF orientation applied).
-
-    Transparency is laid on white, 16-bit gray is scaled to 8 bit, and of an animation the first frame is taken.
-
-    Raises:
-        UserError: no such file, empty, not an image, cut off, too large, or of a kind that has no clear RGB form; the
-            message names the file.
-    """
-    if isinstance(file, Image.Image):
-        return _decode(file, "the given picture")
-    if not isinstance(file, str | Path):
-        return _open(file, "the given file")
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"photo not found: {path}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty, fetch the photo again")
-    return _open(path, str(path))
-
-
-def _open(file: Path | BinaryIO, name: str) -> Image.Image:
-    try:
-        image = Image.open(file)
-    except Image.UnidentifiedImageError as error:
-        raise UserError(f"{name}: not an image in a format that Pillow reads") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name}: too many pixels, make the photo smaller ({error})") from error
-    except Exception as error:  # on damaged headers Pillow raises anything from OSError to RuntimeError
-        raise UserError(f"{name}: cannot be read ({error}), fetch the photo again") from error
-    with image:
-        return _decode(image, name)
-
-
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    try:
-        image.load()
-    except Exception as error:  # and so it does on damaged pixels
-        raise UserError(f"{name}: damaged or cut off ({error}), fetch the photo again") from error
-    if image.mode in ("F", "LAB") or (image.mode == "I" and image.getextrema()[1] > 65535):
-        raise UserError(f"{name}: pixels of kind {image.mode} have no plain RGB form, save it with 8 or 16 bit")
-    return _to_rgb(_upright(image))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # not ImageOps.exif_transpose: it also writes the EXIF block anew, and one damaged tag of any kind makes that fail
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # struct.error, SyntaxError …: a damaged block is no reason to lose a photo with sound pixels
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in SIXTEEN_BIT_MODES:
-        gray = np.asarray(image).astype(np.float32) / 257  # 65535 / 257 = 255
-        image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 class ImageTransform:

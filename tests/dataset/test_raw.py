@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.json_files import read_json, read_jsonl
-from dataset.raw import CHINESE_QUESTIONS, ENGLISH_QUESTIONS, READERS, Report, merge_captions, process_ali, process_coco
+from dataset.json_files import read_content, read_json
+from dataset.raw import CHINESE_QUESTIONS, ENGLISH_QUESTIONS, READERS, merge_captions, process_ali, process_coco
+from dataset.rows import LONGEST_TEXT, Report
+from errors import UserError
 
 TAG = "<|extra_0|>"
 
@@ -57,18 +59,54 @@ class TestReadJson:
         with pytest.raises(ValueError, match=r"a\.json: not valid JSON at line 3, column 13: "):
             read_json(tmp_path / "a.json")
 
-    def test_other_encoding_names_line(self, tmp_path):
-        (tmp_path / "a.json").write_bytes('[\n"狗"]'.encode("gbk"))
-        with pytest.raises(ValueError, match=r"a\.json: line 2 is not UTF-8 text \(byte 3\): save it as UTF-8"):
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "gbk", "gb18030"])
+    @pytest.mark.parametrize(
+        "text", ["狗", "一只狗在草地上奔跑，旁边有一个穿红色衣服的女孩。", "一隻狗在草地上奔跑，穿紅色衣服"]
+    )
+    def test_encodings(self, tmp_path, encoding, text):
+        (tmp_path / "a.json").write_bytes(json.dumps([{"q": text}], ensure_ascii=False).encode(encoding))
+        assert read_json(tmp_path / "a.json") == [{"q": text}]
+        named = {"utf-8": "UTF-8", "utf-8-sig": "UTF-8", "utf-16": "UTF-16", "utf-32": "UTF-32"}
+        assert read_content(tmp_path / "a.json").encoding == named.get(encoding, "GB18030")
+
+    def test_big_endian(self, tmp_path):
+        (tmp_path / "a.json").write_bytes("\ufeff[1]".encode("utf-16-be"))
+        assert read_json(tmp_path / "a.json") == [1]
+
+    @pytest.mark.parametrize(
+        ("encoding", "text"),
+        [
+            ("latin-1", "Un élan près de la forêt, où ça? Très résumé, naïf, déjà vu, Ébène."),
+            ("cp1251", "Собака бежит по траве. Рядом девочка в красном платье. Что изображено?"),
+            ("shift_jis", "犬が草原を走っている。赤い服を着た女の子がそばにいる。何が写っていますか。"),
+            ("euc_jp", "犬が草原を走っている。赤い服を着た女の子がそばにいる。何が写っていますか。"),
+            ("euc_kr", "개가 잔디밭에서 달리고 있다. 빨간 옷을 입은 소녀가 옆에 있다. " * 3),
+            ("big5", "一隻狗在草地上奔跑，旁邊有一個穿紅色衣服的女孩。"),
+        ],
+    )
+    def test_never_taken_for_chinese(self, tmp_path, encoding, text):
+        (tmp_path / "a.json").write_bytes(f'[\n"{text}"]'.encode(encoding))
+        with pytest.raises(UserError, match=r"a\.json: line 2 \(byte \d+\) is in none of the encodings that are read"):
             read_json(tmp_path / "a.json")
 
-    def test_jsonl_skips_blank_lines_and_names_line(self, tmp_path):
-        file = tmp_path / "a.jsonl"
-        file.write_text('{"q": 1}\r\n\n{"q": 2}\n', encoding="utf-8")
-        assert read_jsonl(file) == [{"q": 1}, {"q": 2}]
-        file.write_text('{"q": 1}\n\n{"q": }\n', encoding="utf-8")
-        with pytest.raises(ValueError, match=r"a\.jsonl: not valid JSON at line 3, column 7"):
-            read_jsonl(file)
+    @pytest.mark.parametrize("text", ["一只狗在草地上奔跑", "Собака бежит по траве, рядом девочка"])
+    def test_damaged_utf8_is_not_taken_for_chinese(self, tmp_path, text):
+        content = f'[\n"{text}"]'.encode()
+        (tmp_path / "a.json").write_bytes(content[:5] + content[6:])  # the rest can be cut into pairs of bytes
+        with pytest.raises(UserError, match=r"a\.json: line 2 is damaged: UTF-8 text around it, but not at byte \d"):
+            read_json(tmp_path / "a.json")
+
+    def test_damaged_utf16_names_line(self, tmp_path):
+        (tmp_path / "a.json").write_bytes(b"\xff\xfe" + "[\n1]".encode("utf-16-le") + b"\x00\xdc ")
+        with pytest.raises(UserError, match=r"a\.json: begins as UTF-16 text, but is damaged in line 2"):
+            read_json(tmp_path / "a.json")
+
+    def test_utf16_without_mark(self, tmp_path):
+        (tmp_path / "a.json").write_bytes('["a"]'.encode("utf-16-le"))
+        with pytest.raises(
+            UserError, match=r"a\.json: UTF-16 or UTF-32 text without byte order mark: save it as UTF-8"
+        ):
+            read_json(tmp_path / "a.json")
 
 
 class TestCaptionRows:
@@ -165,6 +203,14 @@ class TestDialogueRows:
             (llava("a.jpg"), "conversations is not a list of messages", "[]"),
             ({"conversations": [{"from": "human"}]}, "human and gpt do not take turns", "human"),
             (llava("a.jpg", " ", "So."), "no question", "' '"),
+            (llava("a.jpg", "\u200b\u2060 \ufeff", "So."), "no question", "\\u200b"),
+            (llava("a.jpg", "Why?", "\u200d\u00ad"), "no answer", "\\u200d"),
+            (
+                llava("a.jpg", "?" * (LONGEST_TEXT + 1), "So."),
+                "question of more than 600,000 characters",
+                "600,001: ???",
+            ),
+            (llava("a.jpg", "?", "So" * LONGEST_TEXT), "answer of more than 600,000 characters", "1,200,000: SoSo"),
             (llava("a.jpg", "Why?", ""), "no answer", "['']"),
             ({"image": "a.jpg", "q": "Why?"}, "no answer", "None"),
             ({"image": "a.jpg", "q": "Why?", "a": [1]}, "answer is not text", "[1]"),
@@ -185,6 +231,32 @@ class TestDialogueRows:
         report = Report("s")
         assert process_ali([{"caption": "狗"}], "p", 0, report=report) == ({}, {})
         assert report.dropped == {"no photo named": {"count": 1, "examples": ["row 1: keys caption"]}}
+
+    def test_blank_answers_are_counted_where_the_row_is_kept(self):
+        report = Report("s")
+        rows = [
+            {"image": "a.jpg", "q": "Why?", "a": ["So.", "", "\u200b"]},
+            {"image": "b.jpg", "q": "Why?", "a": ["So.", ""]},
+            {"image": "c.jpg", "q": f"{TAG}?", "a": ["So.", ""]},
+        ]
+
+        def check(paths):
+            return {"p/b.jpg": ("photo not found", "p/b.jpg")}
+
+        _, captions = process_coco(rows, "p", 0, report=report, check=check)
+        assert captions["0"][0]["a"] == ["So."]
+        assert (report.kept, report.blank_answers, report.tags_added) == (1, 2, 1)
+
+    def test_rejected_rows_are_kept_for_the_file(self):
+        report = Report("s", "a.json")
+        rows = [llava("a.jpg", "Why?", "So."), 7, llava("a.jpg", "Why?", "")]
+        process_coco(rows, "p", 0, report=report)
+        where = {"source": "s", "file": "a.json"}
+        assert [json.loads(line) for line in report.rejected_lines()] == [
+            where | {"place": "row 2", "reason": "row is not an object", "detail": "7", "row": 7},
+            where | {"place": "row 3", "reason": "no answer", "detail": "''", "row": rows[2]},
+        ]
+        assert "rejected" not in report.figures()
 
     def test_at_most_three_examples(self):
         report = Report("s")
@@ -276,15 +348,29 @@ class TestPhotos:
 
 
 class TestFormats:
-    def load(self, tmp_path, name, content, questions=None):
+    def load(self, tmp_path, name, content, questions=None, report=None):
         file = tmp_path / "annotations.json"
         file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
         if questions is not None:
             (tmp_path / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
         images = tmp_path / "train2014"
         images.mkdir(exist_ok=True)
-        rows = READERS[name].load(file, tmp_path / "questions.json" if questions is not None else None, images)
-        return READERS[name].process(rows, images, 0, source="s", report=Report("s"))
+        report = report or Report("s")
+        rows = READERS[name].load(
+            file, tmp_path / "questions.json" if questions is not None else None, images, report.encodings
+        )
+        found = READERS[name].process(rows, images, 0, source="s", report=report)
+        assert report.rows == report.kept + len(report.rejected)
+        return found
+
+    def rejected(self, tmp_path, *files, rows, kept):
+        """{place: reason} of the rejected rows."""
+        report = Report("s")
+        self.load(tmp_path, *files, report=report)
+        assert (report.rows, report.kept) == (rows, kept)
+        found = {part.place: reason for part, reason, _ in report.rejected}
+        assert len(found) == len(report.rejected)
+        return found
 
     @pytest.mark.parametrize("name", ["ai_challenger", "llava"])
     def test_not_a_list(self, tmp_path, name):
@@ -297,6 +383,152 @@ class TestFormats:
         lines = [{"image": "a.jpg", "q": "1?", "a": "one"}, llava("a.jpg", "<image>2?", "two")]
         _, captions = self.load(tmp_path, "jsonl", "\n".join(map(json.dumps, lines)))
         assert [entry["a"] for entry in captions["0"]] == [["one"], ["two"]]
+
+    def test_jsonl_loses_bad_lines_only(self, tmp_path):
+        lines = ['{"image": "a.jpg", "q": "1?", "a": "one"}\r', "", '{"q": }', "[1]", '{"q": "2?", "a": "two"}']
+        found = self.rejected(tmp_path, "jsonl", "\n".join(lines), rows=4, kept=2)
+        assert found == {"line 3": "line is not JSON", "line 4": "row is not an object"}
+
+    def test_damaged_line_of_jsonl_is_kept_whole(self, tmp_path):
+        lines = [json.dumps({"q": f"第{number}个？", "a": "狗"}, ensure_ascii=False).encode() for number in range(9)]
+        lines[4] = lines[4].replace("狗".encode(), b"\xb9\xb7")
+        (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+        encodings = {}
+        rows = READERS["jsonl"].load(tmp_path / "a.jsonl", None, tmp_path, encodings)
+        assert [row.value["q"] for row in rows if row.problem is None] == [f"第{n}个？" for n in range(9) if n != 4]
+        assert encodings == {}
+        [part] = rows[4].parts
+        assert part == ("line 5", '{"q": "第4个？", "a": "\\xb9\\xb7"}', "")
+        assert "line 5" in rows[4].problem.detail
+
+    @pytest.mark.parametrize("content", ["[\n{},\n{}\n]", "[1]", "nothing", "1\n2"])
+    def test_jsonl_of_another_format(self, tmp_path, content):
+        if "{}" in content:
+            content = '[\n  {\n    "q": "?"\n  }\n]'
+        with pytest.raises(UserError, match=r"annotations\.json: no line holds a JSON object .*: is 'format' right"):
+            self.load(tmp_path, "jsonl", content)
+
+    def test_coco_counts_every_caption(self, tmp_path):
+        images = [
+            {"id": 1, "file_name": "1.jpg"},
+            {"id": 1, "file_name": "1.jpg"},  # said twice
+            {"id": 2, "file_name": "2.jpg"},
+            {"id": 2, "file_name": "other.jpg"},  # which of the two have the captions of 2?
+            {"file_name": "3.jpg"},
+            {"id": 4, "file_name": "4.jpg"},  # no caption
+            {"id": 5, "file_name": "5.jpg"},  # a blank one
+            7,
+            {"id": True, "file_name": "8.jpg"},
+        ]
+        captions = [
+            {"image_id": 1, "caption": "A dog."},
+            {"image_id": 1, "caption": None},
+            {"image_id": 1, "caption": "Two dogs."},
+            {"image_id": 2, "caption": "A cat."},
+            {"caption": "No photo."},
+            {"image_id": 5, "caption": "\u200b"},
+            "text",
+            {"image_id": 1, "caption": f"{TAG}"},
+        ]
+        content = {"images": images, "annotations": captions}
+        assert self.rejected(tmp_path, "coco_captions", content, rows=14, kept=2) == {
+            "image 2": "photo id is given twice",
+            "image 4": "photo id is given twice",
+            "image 5": "id is not a number or a text",
+            "image 6": "photo without caption",
+            "image 8": "row is not an object",
+            "image 9": "id is not a number or a text",
+            "annotation 2": "no answer",
+            "annotation 4": "caption of a photo id that two photos have",
+            "annotation 5": "image_id is not a number or a text",
+            "annotation 6": "no answer",
+            "annotation 7": "row is not an object",
+            "annotation 8": f"text holds a literal {TAG}",
+        }
+        _, found = self.load(tmp_path, "coco_captions", content)
+        assert [entry["a"] for entry in found["0"]] == [["A dog.", "Two dogs."]]
+
+    def test_coco_captions_of_a_bad_photo_are_rejected_one_by_one(self, tmp_path):
+        content = {"images": [{"id": 1, "file_name": "../1.jpg"}], "annotations": [{"image_id": 1, "caption": "a"}] * 2}
+        reason = "photo path leaves the image folder"
+        assert self.rejected(tmp_path, "coco_captions", content, rows=2, kept=0) == {
+            "annotation 1": reason,
+            "annotation 2": reason,
+        }
+
+    def vqav2(self, answers, *questions):
+        return {"annotations": answers}, {"questions": [{"image_id": 9, "question": "?"} | item for item in questions]}
+
+    def test_vqav2_counts_every_question(self, tmp_path):
+        def answered(ID, **change):
+            return {"question_id": ID, "image_id": 9, "answers": [{"answer": "2"}, {"answer": " "}]} | change
+
+        annotations = [
+            answered(1),
+            answered(2, answers=None),
+            answered(3),
+            answered(3, answers=[{"answer": "3"}]),
+            answered(5),
+            answered(6, image_id=8),
+            answered(99),
+            answered(None),
+            answered(8),
+            answered(9, answers=[{"answer": None}]),
+        ]
+        questions = [
+            {"question_id": 1},
+            {"question_id": 2},
+            {"question_id": 3},
+            {"question_id": 4},
+            {"question_id": 5},
+            {"question_id": 5, "image_id": 10},
+            {"question_id": 6},
+            {},
+            {"question_id": 8},
+            {"question_id": 8},
+            {"question_id": 9},
+        ]
+        found = self.rejected(tmp_path, "vqav2", *self.vqav2(annotations, *questions), rows=14, kept=3)
+        assert found == {
+            "question 2": "answers is not a list of objects",
+            "annotation 4": "second annotation of a question",
+            "question 4": "question without annotation",
+            "question 5": "question_id of two different questions",
+            "question 6": "question_id is given twice",
+            "question 7": "question and annotation name different photos",
+            "annotation 7": "annotation without question",
+            "annotation 8": "question_id is not a number or a text",
+            "question 8": "question_id is not a number or a text",
+            "question 10": "question_id is given twice",
+            "question 11": "answer is not text",
+        }
+
+    def test_vqav2_rejects_question_and_annotation_together(self, tmp_path):
+        annotation = {"question_id": 1, "image_id": 9, "answers": None}
+        report = Report("s")
+        self.load(tmp_path, "vqav2", *self.vqav2([annotation], {"question_id": 1}), report=report)
+        [(part, _, _)] = report.rejected
+        assert part.content == {
+            "question": {"question_id": 1, "image_id": 9, "question": "?"},
+            "annotation": annotation,
+        }
+        assert part.file == str(tmp_path / "questions.json")
+
+    @given(st.lists(JUNK, max_size=5), st.lists(JUNK, max_size=5))
+    def test_no_row_of_two_lists_is_lost(self, tmp_path_factory, first, second):
+        """Every caption and every question is kept or rejected, whatever the lists hold."""
+        folder = tmp_path_factory.getbasetemp()
+        keys = ["id", "image_id", "question_id", "file_name", "caption", "question", "answers"]
+        for name, lists in {"coco_captions": ("images", "annotations"), "vqav2": ("questions", "annotations")}.items():
+            both = [
+                [dict(zip(keys, item.values(), strict=False)) if isinstance(item, dict) else item for item in items]
+                for items in (first, second)
+            ]
+            content = dict(zip(lists, both, strict=True))
+            report = Report("s")
+            self.load(folder, name, content, content if name == "vqav2" else None, report=report)
+            kind, items = ("annotation", second) if name == "coco_captions" else ("question", first)
+            assert report.kept + sum(part.place.startswith(kind) for part, _, _ in report.rejected) == len(items)
 
     def test_coco_captions(self, tmp_path):
         content = {

@@ -1,7 +1,9 @@
 """The two files: what is written is read back, every mistake in them is named, the split keeps photos whole."""
 
 import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 
 import orjson
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.records import Entry, Photo, Turn, read_records, split_entries, write_records
+from dataset.records import Entry, Photo, Turn, read_records, split_entries, write_json_files, write_records
 from errors import UserError
 from paths import REPO_ROOT
 
@@ -146,6 +148,45 @@ def test_failed_write_leaves_the_old_files(tmp_path):
         write_records({}, {"0": [object()]}, *paths)
     assert [path.read_bytes() for path in paths] == before
     assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+class TestUnwritable:
+    """An error of the operating system is one sentence; the old files stay, and no temporary file does."""
+
+    @pytest.fixture
+    def files(self, tmp_path):
+        files = {tmp_path / "a.json": [1], tmp_path / "b.json": [2]}
+        write_json_files(files)
+        return files
+
+    def refused(self, files, message):
+        folder = next(iter(files)).parent
+        before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        with pytest.raises(UserError, match=message):
+            write_json_files({path: [*content, 3] for path, content in files.items()})
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+    def test_disk_full(self, files, monkeypatch):
+        synced = []
+
+        def sync(number):
+            if synced:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            synced.append(number)
+
+        monkeypatch.setattr(os, "fsync", sync)
+        self.refused(files, rf"cannot write .*b\.json: {os.strerror(errno.ENOSPC)}; mend that or choose another path")
+
+    def test_folder_of_that_name(self, files, tmp_path):
+        (tmp_path / "c.json").mkdir()
+        self.refused(files | {tmp_path / "c.json": [3]}, r"cannot write .*c\.json: it is a folder")
+
+    def test_below_a_file(self, files, tmp_path):
+        self.refused(files | {tmp_path / "a.json" / "c.json": [3]}, r"cannot write .*c\.json: ")
+
+    @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")
+    def test_proc(self, files):
+        self.refused(files | {Path("/proc/none/c.json"): [3]}, r"cannot write /proc/none/c\.json: ")
 
 
 def test_same_path_twice_is_refused(tmp_path):

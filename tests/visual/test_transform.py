@@ -3,17 +3,25 @@
 import contextlib
 import io
 import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from visual.transform import ImageTransform, load_image
+import visual.photo
+from errors import UserError
+from paths import REPO_ROOT
+from visual.transform import PHOTO_FORMATS, ImageTransform, load_image
 
 SIGLIP = {
     "do_normalize": True,
@@ -218,7 +226,7 @@ class TestLoadImage:
 
     def test_not_an_image(self, tmp_path):
         (tmp_path / "a.jpg").write_text("<html>404</html>", encoding="utf-8")
-        with pytest.raises(ValueError, match=r"a\.jpg: not an image in a format that Pillow reads"):
+        with pytest.raises(ValueError, match=r"a\.jpg: not an image in a format that is read: JPEG, PNG"):
             load_image(tmp_path / "a.jpg")
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -232,8 +240,111 @@ class TestLoadImage:
     def test_decompression_bomb(self, tmp_path, monkeypatch):
         picture(100, 100).save(tmp_path / "bomb.png")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
-        with pytest.raises(ValueError, match=r"bomb\.png: too many pixels, make the photo smaller"):
+        with pytest.raises(ValueError, match=r"bomb\.png: too many pixels .*10000.*at most 64 megapixels are"):
             load_image(tmp_path / "bomb.png")
+
+    def test_too_many_pixels_are_refused_by_the_header(self, tmp_path, monkeypatch):
+        path = tmp_path / "large.png"
+        Image.new("1", (8001, 8000)).save(path)
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+        with pytest.raises(ValueError, match=r"large\.png: 64\.0 megapixels \(8,001 × 8,000\), more than the 64 "):
+            load_image(path)
+        with pytest.raises(ValueError, match=r"more than the 1 that are decoded: make the photo smaller"):
+            load_image(Image.open(path), max_pixels=1_000_000)
+
+    @pytest.mark.parametrize("kind", ["WEBP", "JPEG2000"])
+    def test_half_of_them_in_formats_that_cost_twice(self, kind):
+        file = saved(picture(60, 100), kind)
+        assert load_image(file, max_pixels=12_000).size == (100, 60)
+        with pytest.raises(ValueError, match=rf"more than the 0\.005999 that are decoded of {kind}"):
+            load_image(file, max_pixels=11_998)
+        assert load_image(saved(picture(60, 100), "PNG"), max_pixels=6_000).size == (100, 60)
+
+    def test_tile_larger_than_its_picture(self):
+        content = zlib.compress(bytes(16_384))
+        # width, height, bits, deflate, black is 0, samples, width and height of a tile, its place and length
+        tags = [(256, 10), (257, 10), (258, 8), (259, 8), (262, 1), (277, 1), (322, 128), (323, 128), (324, 134)]
+        entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (325, len(content))]]
+        file = io.BytesIO(b"II*\0" + struct.pack("<IH", 8, 10) + b"".join(entries) + bytes(4) + content)
+        assert load_image(file, max_pixels=16_384).size == (10, 10)
+        with pytest.raises(ValueError, match=r"\(128 × 128\) in one tile, more than"):
+            load_image(file, max_pixels=16_383)
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "I;16", "CMYK"])
+    def test_bands_meet(self, mode, monkeypatch):
+        image = picture(50, 7)
+        if mode == "I;16":
+            image = Image.fromarray(np.random.default_rng(2).integers(0, 65536, (50, 7), dtype=np.uint16))
+        elif mode in ("RGBA", "LA"):
+            image.putalpha(Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 7), dtype=np.uint8)))
+            image = image.convert(mode)
+        else:
+            image = image.convert(mode)
+        whole = load_image(image)
+        monkeypatch.setattr(visual.photo, "BAND_PIXELS", 3 * 7)
+        assert colours(load_image(image)) == colours(whole)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+    def test_memory_of_a_large_photo(self, tmp_path):
+        """36 megapixels: 4 bytes each as decoded and 4 as RGB; each copy more would be 137 MiB."""
+        code = (
+            "import sys; from visual.photo import load_image\n"
+            "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024\n"
+            "before = peak(); load_image(sys.argv[1]); print(peak() - before)"
+        )
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.new("RGBA", (6000, 6000), (9, 9, 9, 9)).save(tmp_path / "a.png", exif=exif, compress_level=1)
+        Image.fromarray(np.full((6000, 6000), 999, np.uint16)).save(tmp_path / "b.png", compress_level=1)
+        for name in ("a.png", "b.png"):
+            command = [sys.executable, "-c", code, str(tmp_path / name)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPO_ROOT)
+            assert float(done.stdout) < 8 * 36e6 / 2**20 + 50
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="a shell script takes the place of Ghostscript")
+    def test_no_other_program_starts(self, tmp_path, monkeypatch):
+        tool = tmp_path / "gs"
+        tool.write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'\n", encoding="utf-8")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # not looked for yet
+        photo = tmp_path / "photo.jpg"
+        picture().save(photo, "EPS")
+        with contextlib.suppress(OSError):
+            Image.open(photo).load()
+        assert (tmp_path / "started").exists(), "this is what Pillow does"
+        (tmp_path / "started").unlink()
+        for file in (photo, io.BytesIO(photo.read_bytes())):
+            with pytest.raises(ValueError, match="not an image in a format that is read"):
+                load_image(file)
+        assert not (tmp_path / "started").exists()
+
+    @pytest.mark.parametrize("kind", PHOTO_FORMATS)
+    def test_every_listed_format_is_read(self, kind):
+        assert load_image(saved(picture(), kind)).size == (61, 37)
+
+    def test_camera_jpeg_with_several_views(self):
+        file = saved(picture(), "MPO", save_all=True, append_images=[picture()])
+        assert Image.open(file).format == "MPO"
+        assert load_image(file).size == (61, 37)
+
+    def test_names_that_are_no_photos(self, tmp_path):
+        for name, message in [
+            (tmp_path, "a folder, not a photo"),
+            (tmp_path / ("x" * 300), r"photo .*xxx"),
+            ("a\0.jpg", r"'a\\x00\.jpg' is no file name"),
+            (tmp_path / "a.jpg" / "b.jpg", r"photo .*b\.jpg"),
+        ]:
+            (tmp_path / "a.jpg").touch()
+            with pytest.raises(UserError, match=message) as caught:
+                load_image(name)
+            assert len(str(caught.value)) < 400
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
+    def test_pipe(self, tmp_path):
+        os.mkfifo(tmp_path / "a.jpg")
+        with pytest.raises(UserError, match=r"a\.jpg: not a regular file, not a photo"):
+            load_image(tmp_path / "a.jpg")
 
     @pytest.mark.filterwarnings("ignore::UserWarning")
     @settings(max_examples=150)

@@ -1,0 +1,193 @@
+"""Annotation files of five public formats → the rows that `dataset/raw.py` turns into photos and questions.
+
+What counts as one row, so that kept + rejected = read:
+
+* `ai_challenger`, `llava`: an item of the list.
+* `jsonl`: a line that is not blank.
+* `coco_captions`: an item of `annotations`, that is, a caption; and an item of `images` that no caption names, that
+  has no id or that repeats the id of an earlier one. All captions of a photo become one entry with several answers.
+* `vqav2`: an item of `questions`, with its annotation; and an item of `annotations` that has no question of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dataset.json_files import parse_json, read_content
+from dataset.rows import DropRowError, Part, Row, check_text, shown
+from errors import UserError, shortened
+
+# Loaders take the paths of annotations, questions (vqav2 only) and photos, and a dict in which they note the encoding
+# of each file that is not UTF-8. They give `Row`s, or the items of a list as they are: those are row 1, row 2, …
+Loader = Callable[[Path, Path | None, Path, dict[str, str]], list[Any]]
+
+
+def load_list(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> list[Any]:
+    rows = _read(annotations, encodings)
+    if not isinstance(rows, list):
+        raise UserError(f"{annotations}: expected a list of rows, found {type(rows).__name__}: is 'format' right?")
+    return rows
+
+
+def load_jsonl(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> list[Row]:
+    rows = []
+    for number, line in enumerate(_text(annotations, encodings).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"line {number}"
+        try:
+            value = parse_json(line, str(annotations), number)
+        except UserError as error:
+            broken = Part(place, line.decode("utf-8", errors="backslashreplace"))
+            rows.append(Row(None, (broken,), DropRowError("line is not JSON", error)))
+        else:
+            rows.append(Row(value, (Part(place, value),)))
+    if not any(isinstance(row.value, dict) for row in rows):
+        first = rows[0].problem.detail if rows[0].problem else f"the first is {shortened(shown(rows[0].value))}"
+        raise UserError(f"{annotations}: no line holds a JSON object ({first}): is 'format' right?")
+    return rows
+
+
+@dataclass(slots=True)
+class _CocoPhoto:
+    part: Part
+    named: bool = False  # by at least one caption
+    ambiguous: bool = False  # its id is also that of another file
+    captions: list[Part] = field(default_factory=list)
+
+
+def load_coco_captions(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> list[Row]:
+    data = _read(annotations, encodings)
+    rows: list[Row] = []
+    photos: dict[str, _CocoPhoto] = {}
+    for part in _parts(data, "images", annotations):
+        try:
+            key = _id(part, "id")
+            photo = photos.setdefault(key, _CocoPhoto(part))
+            if photo.part is not part:
+                photo.ambiguous |= part.content.get("file_name") != photo.part.content.get("file_name")
+                raise DropRowError("photo id is given twice", key)
+        except DropRowError as problem:
+            rows.append(Row(None, (part,), problem))
+    for part in _parts(data, "annotations", annotations):
+        try:
+            photo = photos.get(key := _id(part, "image_id"))
+            if photo is None:
+                raise DropRowError("caption of a photo that is not in 'images'", key)
+            photo.named = True
+            if photo.ambiguous:
+                raise DropRowError("caption of a photo id that two photos have", key)
+            check_text(part.content.get("caption"), "answer")
+            photo.captions.append(part)
+        except DropRowError as problem:
+            rows.append(Row(None, (part,), problem))
+    for photo in photos.values():
+        name = photo.part.content.get("file_name")
+        if photo.captions:
+            value = {"image": name, "caption": [part.content["caption"] for part in photo.captions]}
+            rows.append(Row(value, tuple(photo.captions)))
+        elif not photo.named:
+            rows.append(Row(None, (photo.part,), DropRowError("photo without caption", shown(name))))
+    return rows
+
+
+QUESTION_FIELDS = ("image_id", "question")  # items of one question_id that agree in them are the same question
+
+
+@dataclass(slots=True)
+class _VqaQuestion:
+    part: Part
+    ambiguous: bool = False  # its id is also that of another question
+    annotation: Part | None = None
+
+
+def load_vqav2(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> list[Row]:
+    assert questions is not None, "the config demands the file for this format"
+    asked = _read(questions, encodings)
+    rows: list[Row] = []
+    found: dict[str, _VqaQuestion] = {}
+    for part in _parts(asked, "questions", questions):
+        try:
+            key = _id(part, "question_id")
+            question = found.setdefault(key, _VqaQuestion(part))
+            if question.part is not part:
+                same = all(part.content.get(name) == question.part.content.get(name) for name in QUESTION_FIELDS)
+                question.ambiguous |= not same
+                raise DropRowError("question_id is given twice", key)
+        except DropRowError as problem:
+            rows.append(Row(None, (part,), problem))
+    for part in _parts(_read(annotations, encodings), "annotations", annotations):
+        try:
+            question = found.get(key := _id(part, "question_id"))
+            if question is None:
+                raise DropRowError("annotation without question", key)
+            if question.annotation is not None:
+                raise DropRowError("second annotation of a question", key)
+            question.annotation = part
+        except DropRowError as problem:
+            rows.append(Row(None, (part,), problem))
+    name = _photo_namer(asked, [question.part.content.get("image_id") for question in found.values()], images)
+    return rows + [_vqav2_row(question, name) for question in found.values()]
+
+
+def _vqav2_row(question: _VqaQuestion, photo_name: Callable[[Any], Any]) -> Row:
+    item, annotation = question.part.content, question.annotation
+    content = {"question": item} | ({"annotation": annotation.content} if annotation else {})
+    parts = (question.part._replace(content=content),)
+    try:
+        if annotation is None:
+            raise DropRowError("question without annotation", item.get("question_id"))
+        if question.ambiguous:
+            raise DropRowError("question_id of two different questions", item["question_id"])
+        image = item.get("image_id")
+        if annotation.content.get("image_id", image) != image:
+            raise DropRowError("question and annotation name different photos", item["question_id"])
+        answers = annotation.content.get("answers")
+        if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+            raise DropRowError("answers is not a list of objects", shown(answers))
+    except DropRowError as problem:
+        return Row(None, parts, problem)
+    value = {
+        "image": photo_name(image),
+        "question": item.get("question"),
+        "answer": [answer.get("answer") for answer in answers],
+        "type": annotation.content.get("answer_type"),
+    }
+    return Row(value, parts)
+
+
+def _photo_namer(asked: dict[str, Any], IDs: list[Any], images: Path) -> Callable[[Any], Any]:
+    """How image_ids become file names: 000000000009.jpg in COCO 2017, COCO_train2014_000000000009.jpg in COCO 2014."""
+    numbers = [ID for ID in IDs if type(ID) is int]
+    plain = any((images / f"{ID:012}.jpg").is_file() for ID in numbers[:100])
+    prefix = "" if plain else f"COCO_{asked.get('data_subtype', images.name)}_"
+    return lambda ID: f"{prefix}{ID:012}.jpg" if type(ID) is int else ID
+
+
+def _text(file: Path, encodings: dict[str, str]) -> bytes:
+    content = read_content(file)
+    if content.encoding != "UTF-8":
+        encodings[str(file)] = content.encoding
+    return content.text
+
+
+def _read(file: Path, encodings: dict[str, str]) -> Any:
+    return parse_json(_text(file, encodings), str(file))
+
+
+def _parts(data: Any, name: str, path: Path) -> Iterator[Part]:
+    items = data.get(name) if isinstance(data, dict) else None
+    if not isinstance(items, list):
+        raise UserError(f"{path}: expected an object with a list of objects '{name}': is 'format' right?")
+    for number, item in enumerate(items, start=1):
+        yield Part(f"{name.removesuffix('s')} {number}", item, str(path))
+
+
+def _id(part: Part, name: str) -> str:
+    if not isinstance(part.content, dict):
+        raise DropRowError("row is not an object", shown(part.content))
+    value = part.content.get(name)
+    if type(value) is not int and not (isinstance(value, str) and value):
+        raise DropRowError(f"{name} is not a number or a text", shown(value))
+    return str(value)

@@ -1,0 +1,146 @@
+"""Whether the photos of a source can be used, as `data.check_images` asks: `process_image.py` calls it once a source.
+
+Photos are decoded in processes, since a decoder that crashes ends a process and holds the interpreter's lock for long.
+The processes are started anew ("spawn") on every system, so that what is tested on Linux is what Windows runs.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.pool import ThreadPool
+from multiprocessing.synchronize import Event
+from typing import Any
+
+from tqdm import tqdm
+
+from errors import UserError, shortened
+from paths import resolve_path
+from visual.photo import load_image
+
+CHUNK = 16  # photos given to a process at a time
+MOST_PROCESSES = 8  # each may need 0.8 GB for a large photo; 8 decode about as fast as a disk reads
+
+Problem = tuple[str, str]  # reason, detail
+Check = Callable[[list[str]], dict[str, Problem]]  # photo paths -> {path that cannot be used: problem}
+
+_stop: Event | None = None  # in a worker process: set when the results are no longer wanted
+
+
+def photo_check(mode: str, source: str, processes: int | None = None) -> Check | None:
+    """The check for one value of `data.check_images`: none, exists or open (decode).
+
+    Args:
+        mode: the value.
+        source: name of the source, for the progress bar.
+        processes: that decode; None: as many as cores, at most `MOST_PROCESSES`.
+    """
+    if mode == "none":
+        return None
+
+    def check(paths: list[str]) -> dict[str, Problem]:
+        found = {}
+        chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+        results = _decode_all(chunks, processes or _cores()) if mode == "open" else _stat_all(chunks)
+        # closing ends the processes at once where the loop is left by Ctrl-C
+        with tqdm(desc=f"{source}: photos", total=len(paths), unit="photo") as bar, contextlib.closing(results):
+            for chunk, problems in zip(chunks, results, strict=True):
+                found |= {path: problem for path, problem in zip(chunk, problems, strict=True) if problem is not None}
+                bar.update(len(chunk))
+        return found
+
+    return check
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES)
+
+
+def _missing(path: str) -> Problem | None:
+    file = resolve_path(path)
+    if not os.path.isfile(file):  # unlike Path.is_file it takes names that are too long
+        return "photo not found", shortened(path)
+    if file.stat().st_size == 0:
+        return "photo file is empty", shortened(path)
+    return None
+
+
+def _undecodable(path: str) -> Problem | None:
+    problem = _missing(path)
+    if problem is None:
+        try:
+            load_image(resolve_path(path))
+        except UserError as error:
+            return "photo cannot be decoded", shortened(error)
+    return problem
+
+
+def _stat_all(chunks: list[list[str]]) -> Iterator[list[Problem | None]]:
+    with ThreadPool() as pool:  # threads hide the latency of network file systems
+        yield from pool.imap(lambda chunk: [_missing(path) for path in chunk], chunks)
+
+
+def _decode_all(chunks: list[list[str]], processes: int) -> Iterator[list[Problem | None]]:
+    if len(chunks) <= 1 or processes == 1:  # starting a process takes longer than decoding 16 photos
+        yield from ([_undecodable(path) for path in chunk] for chunk in chunks)
+        return
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(min(processes, len(chunks)), context, _start_worker, (stop,))
+    pending: deque[tuple[list[str], Future[Any]]] = deque()
+    try:
+        for chunk in chunks:
+            with _interrupts_held():
+                pending.append((chunk, pool.submit(_decode_chunk, chunk)))
+            if len(pending) > 2 * processes:  # so that memory does not grow with the number of photos
+                yield _result(*pending.popleft())
+        while pending:
+            yield _result(*pending.popleft())
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(chunk: list[str], future: Future[Any]) -> list[Problem | None]:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that decodes photos was ended, by lack of memory or a crash of the decoder, at one of these "
+            f"photos or soon after: {shortened(', '.join(chunk))}; close other programs, or move the photo away"
+        ) from error
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Start processes in this block so that Ctrl-C, which the terminal sends to all, interrupts the parent only."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: `_start_worker` alone has to do
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(stop: Event) -> None:
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()  # a parent that is killed ends nothing by itself
+    os._exit(1)
+
+
+def _decode_chunk(paths: list[str]) -> list[Problem | None]:
+    return [None if _stop is not None and _stop.is_set() else _undecodable(path) for path in paths]

@@ -1,0 +1,150 @@
+"""`load_image`: any photo file → upright RGB picture, with bounded memory and without starting other programs.
+
+Apart from `visual/transform.py`, which passes it on, and without torch: the processes in which `process_image.py`
+decodes photos start in a fraction of a second and stay small.
+"""
+
+import os
+import stat
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from errors import UserError, file_error, shortened
+
+# What Pillow may read. Left out are formats that start another program (EPS: Ghostscript) and those of no camera or
+# website. JPEG includes MPO (cameras with several views), PPM covers PBM, PGM, PNM and PFM.
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+
+# Decoding takes up to 12 bytes a pixel (progressive JPEG and AVIF 10 to 12, others 1 to 4, measured with Pillow 12.3),
+# the RGB copy 4 after that: at most 0.8 GB for a photo.
+MAX_PIXELS = 64_000_000
+# The libraries behind these two formats take 16 to 20 bytes a pixel, so each of their pixels counts twice.
+HEAVY_FORMATS = ("WEBP", "JPEG2000")
+
+SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+BAND_PIXELS = 1_000_000  # converted to RGB at a time, so that intermediate copies stay small
+
+# EXIF orientation -> what turns the stored picture upright (Exif 2.32, tag 0x0112)
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TILE_SIZE_TAGS = (322, 323)  # TileWidth and TileLength (TIFF 6.0): a tile is decoded whole, also beyond the picture
+
+# Pillow warns from 89 million pixels on, but MAX_PIXELS refuses those in a sentence
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def load_image(file: str | Path | BinaryIO | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open and decode a photo as RGB, upright (EXIF orientation applied).
+
+    Transparency is laid on white, 16-bit gray is scaled to 8 bit, and of an animation the first frame is taken. The
+    size is read from the header and compared with `max_pixels` (width × height) before anything is decoded.
+
+    Raises:
+        UserError: no such file, empty, not one of `PHOTO_FORMATS`, cut off, too large, or of a kind that has no clear
+            RGB form; the message names the file.
+    """
+    if isinstance(file, Image.Image):
+        image, orientation = _decode(file, "the given picture", max_pixels)
+    else:
+        name = "the given file" if not isinstance(file, str | Path) else _checked_name(file)
+        image, orientation = _open(file, name, max_pixels)
+    # last, when the decoded original is out of memory
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _checked_name(file: str | Path) -> str:
+    try:
+        status = os.stat(file)
+    except FileNotFoundError as error:
+        raise UserError(f"photo not found: {shortened(file)}") from error
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise file_error(error, f"photo {shortened(file)}") from error
+    except ValueError as error:  # a NUL character, or one that the file system cannot encode
+        raise UserError(f"{shortened(file)!r} is no file name ({error})") from error
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        raise UserError(f"{file}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'not a regular file'}, not a photo")
+    if status.st_size == 0:
+        raise UserError(f"{file}: the file is empty, fetch the photo again")
+    return str(file)
+
+
+def _open(file: str | Path | BinaryIO, name: str, max_pixels: int) -> tuple[Image.Image, int | None]:
+    try:
+        image = Image.open(file, formats=PHOTO_FORMATS)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name}: not an image in a format that is read: {', '.join(PHOTO_FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        limit = f"at most {max_pixels / 1e6:g} megapixels are decoded"
+        raise UserError(f"{name}: too many pixels ({error}), {limit}; make the photo smaller") from error
+    except PermissionError as error:
+        raise file_error(error, name) from error
+    except Exception as error:  # on damaged headers Pillow raises anything from OSError to RuntimeError
+        raise UserError(f"{name}: cannot be read ({shortened(error)}), fetch the photo again") from error
+    with image:
+        return _decode(image, name, max_pixels)
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int) -> tuple[Image.Image, int | None]:
+    """RGB as it is stored, and the EXIF orientation."""
+    _check_size(image, name, max_pixels)
+    try:
+        image.load()
+    except MemoryError as error:
+        raise UserError(f"{name}: decoding {image.width:,} × {image.height:,} pixels needs more memory than is free: "
+                        "make the photo smaller") from error  # fmt: skip
+    except Exception as error:  # on damaged pixels Pillow raises anything, as on damaged headers
+        raise UserError(f"{name}: damaged or cut off ({shortened(error)}), fetch the photo again") from error
+    if image.mode in ("F", "LAB") or (image.mode == "I" and image.getextrema()[1] > 65535):
+        raise UserError(f"{name}: pixels of kind {image.mode} have no plain RGB form, save it with 8 or 16 bit")
+    return _to_rgb(image), _orientation(image)
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    heavy = image.format in HEAVY_FORMATS
+    limit = max_pixels // 2 if heavy else max_pixels
+    tags = getattr(image, "tag_v2", {})
+    tile = [tags.get(tag, 0) for tag in TILE_SIZE_TAGS]
+    for width, height, what in (*[(*image.size, "")], (*tile, " in one tile")):
+        if isinstance(width, int) and isinstance(height, int) and width * height > limit:
+            raise UserError(
+                f"{name}: {width * height / 1e6:,.1f} megapixels ({width:,} × {height:,}){what}, more than the "
+                f"{limit / 1e6:g} that are decoded{f' of {image.format}' if heavy else ''}: make the photo smaller"
+            )
+
+
+def _orientation(image: Image.Image) -> int | None:
+    # not ImageOps.exif_transpose: it also writes the EXIF block anew, and one damaged tag of any kind makes that fail
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # struct.error, SyntaxError …: a damaged block is no reason to lose a photo with sound pixels
+        return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, BAND_PIXELS // max(1, image.width))
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb.paste(_band_to_rgb(band), (0, top))
+    return rgb
+
+
+def _band_to_rgb(band: Image.Image) -> Image.Image:
+    if band.mode in SIXTEEN_BIT_MODES:
+        gray = np.asarray(band).astype(np.float32) / 257  # 65535 / 257 = 255
+        band = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
+    if band.has_transparency_data:
+        band = band.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB")
+    return band.convert("RGB")
