@@ -30,6 +30,20 @@ def file_error(error: OSError, file: str | Path | None = None, advice: str = "")
     return UserError(f"{place}{what}{'; ' + advice if advice else ''}")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine ran out of memory.
+
+    torch raises a class of its own for CUDA; the CPU allocator, MPS and cuBLAS say so in the text of a RuntimeError,
+    but so does an "illegal memory access", which is a defect.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
+
+
 def require_complete(loading_info: dict[str, Any], key: str, folder: Path) -> None:
     """Check what transformers' `from_pretrained(…, output_loading_info=True)` reports; `key` named the folder.
 

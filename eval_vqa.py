@@ -9,9 +9,10 @@ The data are those of the checkpoint's config unless `data.image_map=`, `data.ca
 import functools
 from pathlib import Path
 
+from cli import run_script, script_arguments
+
 from tqdm import tqdm
 
-from cli import run_script, script_arguments
 from config import parse_overrides
 from dataset.records import read_records, split_entries
 from evaluation.report import draw_gallery, table, write_json

@@ -7,9 +7,10 @@ back and gave the same logits and the same greedy answer.
 
 from pathlib import Path
 
+from cli import run_script, script_arguments
+
 import torch
 
-from cli import run_script, script_arguments
 from config import parse_overrides
 from model.export import export_checkpoint
 from model.model import MMultiModal

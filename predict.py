@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cli import run_script, script_arguments
+
 from tqdm import tqdm
 
-from cli import run_script, script_arguments
 from config import parse_overrides
 from errors import UserError
 from model.answer import Answerer

@@ -12,10 +12,11 @@ import gc
 import os
 from multiprocessing.pool import ThreadPool
 
+from cli import run_script, script_arguments
+
 from tqdm import tqdm
 
-from cli import run_script, script_arguments
-from config import Data, load_config
+from config import Data, load_data
 from dataset.json_files import read_json
 from dataset.raw import READERS, Check, Report, merge_captions, process_ali, process_coco
 from dataset.records import Captions, ImageMap, write_json_files, write_records
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__)
     parser.add_argument("--check", action="store_true", help="tell what would be kept and dropped, write nothing")
     args = parser.parse_intermixed_args(arguments)
-    data = load_config(args.config, args.overrides).data
+    data = load_data(args.config, args.overrides)
 
     image_map, captions, reports = process_sources(data)
     print(report_text(reports))

@@ -20,9 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli import run_script, script_arguments
+
 import torch
 
-from cli import run_script, script_arguments
 from config import Generate, Gui, parse_overrides
 from errors import UserError
 from model.answer import Answerer

@@ -13,9 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from cli import run_script, script_arguments
+
 import torch
 
-from cli import run_script, script_arguments
 from config import load_config
 from training.costs import PeakMemory
 from training.estimate import Estimate

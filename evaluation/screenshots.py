@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli import run_script, script_arguments
+
 from errors import UserError
 from paths import REPO_ROOT
 
