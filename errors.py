@@ -30,6 +30,17 @@ def file_error(error: OSError, file: str | Path | None = None, advice: str = "")
     return UserError(f"{place}{what}{'; ' + advice if advice else ''}")
 
 
+def check_text(text: str, name: str) -> None:
+    """Raise UserError where `text` holds half a surrogate pair, which no tokenizer takes; `name` says whose it is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = text[error.start].encode("ascii", "backslashreplace").decode()
+        raise UserError(
+            f"{name} is not valid Unicode text ({wrong} at character {error.start + 1}): write it in UTF-8"
+        ) from error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine ran out of memory.
 
