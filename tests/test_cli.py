@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 from cli import script_arguments
 
@@ -114,3 +115,11 @@ def test_a_typed_config_counts_from_the_working_directory_and_then_from_the_repo
 def test_long_values_are_cut_in_messages():
     assert shortened("a" * 300) == "a" * 99 + "…" + "a" * 99
     assert shortened("short") == "short"
+
+
+@pytest.mark.parametrize("kind", [FutureWarning, DeprecationWarning])
+def test_a_deprecated_call_in_our_code_fails_the_tests(kind):
+    with pytest.raises(kind, match="old"):
+        warnings.warn_explicit("old", kind, "model/model.py", 1, module="model.model")
+    with pytest.warns(kind, match="old"):
+        warnings.warn_explicit("old", kind, "x.py", 1, module="transformers.modeling_utils")
