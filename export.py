@@ -17,7 +17,7 @@ from config import parse_overrides
 from errors import UserError, file_error, shortened
 from model.export import export_checkpoint
 from model.model import MMultiModal
-from paths import check_writable
+from paths import check_folder
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,8 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = args.output.absolute()
     if os.path.lexists(output):  # said before the model is loaded, which may take minutes
         raise UserError(f"--output: {shortened(output)} exists already, name a new folder")
-    if os.path.isdir(output.parent):  # else it is made
-        check_writable(output, "--output")
+    check_folder(output, "--output")
     whole = {"llm.quantization": "none", "llm.device_map": None}  # whatever it was trained with
     overrides = parse_overrides(args.overrides) | whole
     model = MMultiModal.from_checkpoint(

@@ -70,6 +70,28 @@ def _is_a(path: Path, kind: Kind) -> bool:
     return os.path.isfile(path) if kind == "file" else os.path.isdir(path)
 
 
+def check_folder(folder: Path, name: str) -> None:
+    """Check without writing that `folder`, the value of key or option `name`, is a folder or can become one.
+
+    Raises:
+        UserError: a part of it is no folder, may not be written in, or cannot be a name.
+    """
+    place = folder.absolute()
+    while not os.path.isdir(place):
+        try:
+            place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            if place == place.parent:  # a missing drive
+                raise UserError(f"{name}: {shortened(place)} does not exist") from None
+            place = place.parent
+        except OSError as error:
+            raise file_error(error, f"{name}: {shortened(place)}", "name another folder") from error
+        else:
+            raise UserError(f"{name}: {shortened(place)} is not a folder, name another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{name}: no permission to write in {shortened(place)}, name another folder")
+
+
 def check_writable(file: Path, option: str) -> None:
     """Try whether `file`, the value of command line option `option`, can be written; what it holds stays.
 

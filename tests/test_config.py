@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from config import Config, Generate, changed, key_paths, load_config, load_data, parse_config, parse_overrides
 from errors import UserError
-from paths import REPO_ROOT, check_writable, existing_path, nearest_name_hint
+from paths import REPO_ROOT, check_folder, check_writable, existing_path, nearest_name_hint
 
 GOOD = {"visual": {"path": "v"}, "llm": {"path": "l"}}
 
@@ -259,3 +259,20 @@ def test_what_cannot_be_written_is_said(tmp_path):
     }.items():
         with pytest.raises(UserError, match=expected):
             check_writable(path, "--output")
+
+
+def test_what_cannot_become_a_folder_is_said(tmp_path, monkeypatch):
+    check_folder(tmp_path, "train.output_dir")
+    check_folder(tmp_path / "a" / "b", "train.output_dir")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file.yaml").touch()
+    for path, expected in {
+        tmp_path / "file.yaml": "train.output_dir: .*file.yaml is not a folder",
+        tmp_path / "file.yaml" / "a": "file.yaml is not a folder",
+        tmp_path / ("x" * 300) / "a": "name too long",
+    }.items():
+        with pytest.raises(UserError, match=expected):
+            check_folder(path, "train.output_dir")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="no permission to write in"):
+        check_folder(tmp_path / "a", "train.output_dir")
