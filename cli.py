@@ -21,10 +21,8 @@ if importlib.util.find_spec("torch") is None:  # here, since the scripts import 
         r"makes .venv, or activate it: `source .venv/bin/activate`, on Windows `.venv\Scripts\activate`"
     )
 
-PATHS = (
-    "Relative paths typed as options count from the working directory (--config also from the repository root), those "
-    "in configs and key=value from the repository root."
-)
+PATHS = """Relative paths typed as options count from the working directory (--config also from the repository
+root), those in configs and key=value from the repository root."""
 OUT_OF_MEMORY = (
     "out of memory: close other programs on this device, take a smaller model or llm.quantization=nf4, or shorten the "
     "text (generate.max_new_tokens) ({})"

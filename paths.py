@@ -44,9 +44,11 @@ def existing_path(path: str | Path, key: str, kind: Kind = "file") -> Path:
 def nearest_name_hint(path: Path, kind: Kind = "folder") -> str:
     """'Did you mean …? ' for a path whose name is misspelt, or which part of it does not exist; '' if unknown.
 
-    Only what is of that kind and can be meant is named: no folder of code, and not `path` itself.
+    Only what is of that kind and can be meant is named: no folder of code.
     """
     parent = path.parent
+    if os.path.lexists(path):
+        return f"It is no {kind}. "
     if not os.path.isdir(parent):
         missing = parent
         while not os.path.isdir(missing.parent) and missing != missing.parent:  # a missing drive is its own parent
@@ -54,7 +56,7 @@ def nearest_name_hint(path: Path, kind: Kind = "folder") -> str:
         return f"The folder {shortened(missing)} does not exist. "
     names = []
     with contextlib.suppress(OSError):  # a folder that may not be listed
-        names = [entry.name for entry in parent.iterdir() if entry != path and _can_be_meant(entry, kind)]
+        names = [entry.name for entry in parent.iterdir() if _can_be_meant(entry, kind)]
     near = difflib.get_close_matches(path.name[:255], names, n=1, cutoff=0.5)
     return f"Did you mean {shortened(parent / near[0])}? " if near else ""
 

@@ -17,7 +17,7 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 
-from errors import UserError
+from errors import UserError, shortened
 from paths import nearest_name_hint, resolve_path
 
 # bytes hashed at the head of each tensor file: its table of names, shapes and offsets, and the first weights
@@ -50,24 +50,27 @@ def locate_backbone(path: str, model_root: str, key: str, hub: str = "huggingfac
             unquantised weights.
     """
     candidates = [resolve_path(path), resolve_path(model_root) / path, resolve_path(model_root) / Path(path).name]
-    folders = [folder for folder in candidates if folder.is_dir()]
+    folders = [folder for folder in candidates if os.path.isdir(folder)]  # takes names that are too long
     if folders:  # a package of ours may bear the name too, so one with a config.json comes first
         folder = next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
         _check_kind(folder, path, key)
         _check_weights(folder, key)
         return folder
     for folder in candidates:
-        if folder.is_file() and folder.suffix == ".gguf":
+        if os.path.isfile(folder) and folder.suffix == ".gguf":
             raise UserError(GGUF.format(key=key, place=folder))
-        if folder.is_file():
+        if os.path.isfile(folder):
             raise UserError(f"'{key}': {folder} is a file; name the folder with config.json and *.safetensors")
     looks_like_hub_id = path.count("/") == 1 and not Path(path).is_absolute() and not path.startswith((".", "~"))
     parent = resolve_path(path).parent
     # an owner's name may be that of a package of ours: ModelScope's qwen/, and on a Mac Qwen/ too
-    if not looks_like_hub_id or (parent.is_dir() and not any(parent.glob("*.py"))):
+    if not looks_like_hub_id or (os.path.isdir(parent) and not any(parent.glob("*.py"))):
         hints = [nearest_name_hint(folder) for folder in candidates]
         hint = next((hint for hint in reversed(hints) if hint.startswith("Did you mean")), hints[0])
-        raise UserError(f"'{key}': no folder {candidates[0]} nor {candidates[-1]}. {hint}Set it with {key}=FOLDER")
+        raise UserError(
+            f"'{key}': no folder {shortened(candidates[0])} nor {shortened(candidates[-1])}. {hint}"
+            f"Set it with {key}=FOLDER"
+        )
     snapshot_download = _downloader(hub, path, model_root, key)
     # small files first: a model that is refused for its config.json costs no time
     folder = snapshot_download(["*.json", "*.txt", "*.jinja", "*.tiktoken"])

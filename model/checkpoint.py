@@ -28,7 +28,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from config import Config, load_config
-from errors import UserError
+from errors import UserError, shortened
 from model import report_layout
 from model.backbone import backbone_fingerprint
 from paths import REPO_ROOT, nearest_name_hint
@@ -133,8 +133,8 @@ def check_complete(folder: Path) -> Path:
         UserError: it does not exist or lacks files; names them.
     """
     folder = REPO_ROOT / folder
-    if not folder.is_dir():
-        raise UserError(f"checkpoint folder not found: {folder}. {nearest_name_hint(folder)}".rstrip())
+    if not os.path.isdir(folder):  # unlike Path.is_dir it takes names that are too long
+        raise UserError(f"checkpoint folder not found: {shortened(folder)}. {nearest_name_hint(folder)}".rstrip())
     required = report_layout.REQUIRED_FILES if report_layout.is_report_checkpoint(folder) else REQUIRED_FILES
     missing = [name for name in required if not (folder / name).is_file()]
     if missing:

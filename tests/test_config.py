@@ -8,6 +8,8 @@ from pydantic import BaseModel
 
 from config import Config, Generate, changed, key_paths, load_config, load_data, parse_config, parse_overrides
 from errors import UserError
+from model.backbone import locate_backbone
+from model.checkpoint import check_complete
 from paths import REPO_ROOT, check_folder, check_writable, existing_path, nearest_name_hint
 
 GOOD = {"visual": {"path": "v"}, "llm": {"path": "l"}}
@@ -230,14 +232,22 @@ def test_hints_name_what_can_be_meant_or_nothing(tmp_path, monkeypatch):
     (tmp_path / "vision" / "tower.py").touch()
     assert nearest_name_hint(tmp_path / "vit-tiny") == ""
     assert nearest_name_hint(tmp_path / "visions") == ""  # a folder of code
-    assert nearest_name_hint(tmp_path / "passwd") == ""
-    assert nearest_name_hint(tmp_path / "passwd", "file") == ""
+    assert nearest_name_hint(tmp_path / "passwd") == "It is no folder. "  # and no "Did you mean passwd?"
     assert nearest_name_hint(tmp_path / "pasword", "file") == f"Did you mean {tmp_path / 'passwd'}? "
     (tmp_path / "vit-tiny-2").mkdir()
     assert nearest_name_hint(tmp_path / "vit-tiny") == f"Did you mean {tmp_path / 'vit-tiny-2'}? "
     for path in ("x" * 300, "a\0b", "x" * 300 + "/y", "\ud800", "~nosuchuser/x"):
         with pytest.raises(UserError, match=r"'data\.x'"):
             existing_path(path, "data.x")
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "a/" * 3000, "a\0b"])
+def test_folders_of_impossible_names(path):
+    with pytest.raises(UserError, match="checkpoint folder not found"):
+        check_complete(path)
+    with pytest.raises(UserError, match=r"'llm\.path'") as caught:
+        locate_backbone(path, "models", "llm.path")
+    assert len(str(caught.value)) < 1500
 
 
 def test_a_missing_drive_is_its_own_parent(monkeypatch):
