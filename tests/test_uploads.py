@@ -228,3 +228,23 @@ def test_hosts_of_both_kinds():
         with pytest.raises(UserError, match=rf"cannot serve on \[::1\]:{port}"):
             check_port(Gui(host="::1", port=port))
     check_port(Gui(host="::1", port=port))
+
+
+def test_the_page_is_served_by_ipv6(tmp_path, monkeypatch):
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 on this machine")
+        gui = Gui(host="::1", port=probe.getsockname()[1])
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "")  # `launch` changes both
+    monkeypatch.setenv("NO_PROXY", "")
+    page = test_gui.build_page(SizeAnswerer(), Generate(), "checkpoint-7")
+    assert page.delete_cache == (600, 3600)  # looks every ten minutes for what was not used for an hour
+    check_port(gui)
+    test_gui.launch(page, gui)
+    try:
+        assert "checkpoint-7" in fetch(f"http://[::1]:{gui.port}/")
+    finally:
+        page.close()
