@@ -265,7 +265,7 @@ def _sentence(error: Exception, upload: Any) -> str:
         return OUT_OF_MEMORY
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     path = upload.get("path") if isinstance(upload, dict) else None
-    if not isinstance(path, str) or not path:
+    if not isinstance(path, str) or not os.path.isabs(path):
         return text
     return text.replace(str(Path(path)), photo_name(upload))
 

@@ -102,7 +102,16 @@ def test_no_other_file_is_opened_and_none_is_told_of(served, secret, endpoint):
     (uploads / "link.png").symlink_to(secret)
     rest = ["What?", 40, 0] if endpoint == "on_ask" else []
     told = set()
-    for path in (secret, "/etc/passwd", "/etc/nonexistent", f"{uploads}/../x", uploads, uploads / "link.png", "a\0b"):
+    for path in (
+        secret,
+        "/etc/passwd",
+        "/etc/nonexistent",
+        f"{uploads}/../x",
+        uploads,
+        uploads / "link.png",
+        "a\0b",
+        "e",
+    ):
         kind, data = call(address, endpoint, {"path": str(path), "orig_name": "x"}, *rest)
         assert kind == "complete"
         told.add(json.dumps(data))
@@ -137,6 +146,13 @@ def test_the_server_goes_on_after_what_gradio_refuses(served, secret, data):
     call(address, "on_ask", *data)
     kind, answered = call(address, "on_ask", {"path": upload(address, secret)}, "Still there?", 40, 0)
     assert (kind, answer_of(answered)[0]) == ("complete", "(64, 48) Still there?")
+
+
+def test_half_a_surrogate_pair_is_said(served, secret):
+    address, _ = served
+    kind, data = call(address, "on_ask", {"path": upload(address, secret)}, "a\ud800", 40, 0)
+    assert kind == "complete"
+    assert "is not valid Unicode text" in answer_of(data)[0]
 
 
 @pytest.mark.parametrize("upload", [None, {}, "x", [1], 5, {"path": None}, {"path": 5}, {"path": "/etc/passwd"}])
