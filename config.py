@@ -6,23 +6,32 @@ wrong and the nearest valid name; nothing is guessed. Whether a file exists is a
 """
 
 import difflib
-import os
+import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from config_file import parse_overrides, read_mapping
 from errors import UserError, shortened
-from paths import nearest_name_hint, resolve_path
 
 IMAGE_TAG = "<|extra_0|>"  # stands for the photo in questions; the report's name, a spare token of Qwen v1
 
+# Steps, samples, tokens: more than any run has, and products of two of them still fit 64 bits.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's generators take 64 bits
+# Above 1 nothing learns; the room above it is for experiments.
+LearningRate = Annotated[float, Field(le=1e3)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are checked on assignment too."""
+    """Base of all sections: unknown keys, NaN and infinity are errors, values are checked on assignment too."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Source(Section):
@@ -31,7 +40,7 @@ class Source(Section):
     annotations: str
     images: str
     questions: str | None = None  # vqav2 keeps its questions in a second file
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1000)
 
     @model_validator(mode="after")
     def _questions_only_for_vqav2(self) -> "Source":
@@ -44,13 +53,13 @@ class Data(Section):
     sources: list[Source] = Field(default_factory=list)
     image_map: str = "data/image_map.json"
     captions: str = "data/captions.json"
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     val_fraction: float = Field(0.02, ge=0, lt=1)
     check_images: Literal["none", "exists", "open"] = "exists"
     max_rejected: float = Field(0.01, ge=0, le=1)
     cache_features: bool = False
     feature_cache: str = "data/features"
-    max_length: int = Field(2048, ge=16)
+    max_length: int = Field(2048, ge=16, le=2**20)
 
     @model_validator(mode="after")
     def _source_names_differ(self) -> "Data":
@@ -71,12 +80,12 @@ class Prompt(Section):
 class Visual(Section):
     path: str
     drop_first_token: bool = True
-    image_tokens: int | None = Field(None, ge=1)
+    image_tokens: int | None = Field(None, ge=1, le=2**20)
 
 
 class Lora(Section):
-    r: int = Field(64, ge=1)
-    alpha: int = Field(128, ge=1)
+    r: int = Field(64, ge=1, le=4096)  # the width of a 7B model: a larger rank is no low rank
+    alpha: int = Field(128, ge=1, le=2**16)
     dropout: float = Field(0.05, ge=0, lt=1)
     target_modules: list[str] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -92,44 +101,44 @@ class Llm(Section):
 
 
 class Projector(Section):
-    init_std: float = Field(0.01, gt=0)
+    init_std: float = Field(0.01, ge=1e-6, le=10)
 
 
 class Train(Section):
     output_dir: str = "checkpoints/run"
     init_from: str | None = None
-    epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1)
+    epochs: Count = 1
+    max_steps: Count | None = None
     micro_batch: int | Literal["auto"] = 4
-    tokens_per_batch: int | None = Field(None, ge=1)
-    accumulation: int = Field(1, ge=1)
-    samples_per_step: int | None = Field(None, ge=1)
+    tokens_per_batch: Count | None = None
+    accumulation: Count = 1
+    samples_per_step: Count | None = None
     pack_questions: bool = True
-    max_questions: int = Field(16, ge=1)
-    projector_lr: float = Field(1e-4, gt=0)
-    lora_lr: float = Field(1e-4, ge=0)  # 0: the projector alone learns
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    max_questions: Count = 16
+    projector_lr: LearningRate = Field(1e-4, gt=0)
+    lora_lr: LearningRate = Field(1e-4, ge=0)  # 0: the projector alone learns
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9)  # so large a one never clips
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     gradient_checkpointing: Literal["auto", "on", "off"] = "off"
     attention: Literal["sdpa", "flex"] = "sdpa"
     compile: bool = False
-    seed: int = Field(0, ge=0)
-    workers: int = Field(2, ge=0)
-    log_steps: int = Field(10, ge=1)
+    seed: Seed = 0
+    workers: int = Field(2, ge=0, le=1024)
+    log_steps: Count = 10
     trackers: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(default_factory=lambda: ["tensorboard"])
-    eval_steps: int | None = Field(None, ge=1)
-    eval_samples: int = Field(64, ge=1)
-    save_steps: int = Field(500, ge=1)
-    save_total_limit: int = Field(2, ge=1)
+    eval_steps: Count | None = None
+    eval_samples: Count = 64
+    save_steps: Count = 500
+    save_total_limit: Count = 2
 
     @field_validator("micro_batch", mode="plain")
     @classmethod
     def _number_or_auto(cls, value: Any) -> int | str:
-        if value == "auto" or (type(value) is int and value >= 1):
+        if value == "auto" or (type(value) is int and 1 <= value <= 10**9):
             return value
         raise ValueError("it should be auto or a whole number of samples, at least 1")
 
@@ -151,17 +160,24 @@ class Train(Section):
 
 
 class Generate(Section):
-    max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(0.0, ge=0)
+    max_new_tokens: int = Field(256, ge=1, le=2**20)
+    temperature: float = Field(0.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
-    seed: int = Field(0, ge=0)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    seed: Seed = 0
+
+    @field_validator("temperature")
+    @classmethod
+    def _no_division_by_almost_zero(cls, value: float) -> float:
+        if 0 < value < 0.01:  # logits divided by less overflow
+            raise ValueError("it should be 0 (always the likeliest token) or at least 0.01")
+        return value
 
 
 class Gui(Section):
     host: str = "127.0.0.1"
     port: int = Field(7860, ge=1, le=65535)
-    max_upload_mb: int = Field(20, ge=1)
+    max_upload_mb: int = Field(20, ge=1, le=10_000)
 
 
 class Config(Section):
@@ -177,6 +193,13 @@ class Config(Section):
     train: Train = Field(default_factory=Train)
     generate: Generate = Field(default_factory=Generate)
     gui: Gui = Field(default_factory=Gui)
+
+
+class DataConfig(Config):
+    """A config for preparing data, which needs no model: `visual` and `llm` may be missing."""
+
+    visual: Visual | None = None
+    llm: Llm | None = None
 
 
 def key_paths(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -196,87 +219,58 @@ def load_config(path: str | Path, overrides: list[str] | dict[str, Any] | None =
     """Read a YAML file, apply overrides, check everything.
 
     Args:
+        path: relative to the repository root.
         overrides: `key=value` texts of a command line, whose values are YAML, or values by dotted key, taken as they
             are.
 
     Raises:
         UserError: missing or malformed file, unknown key, wrong type or bad combination; the message names each key.
     """
-    file = resolve_path(path)
-    if not file.is_file():
-        raise UserError(f"config file not found: {file}. {nearest_name_hint(file)}Give one with --config FILE")
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: expected sections such as 'data:' and 'train:', found {type(raw).__name__}")
-    values = overrides if isinstance(overrides, dict) else parse_overrides(overrides or [])
-    for key, value in values.items():
-        _set_value(raw, key, os.fspath(value) if isinstance(value, os.PathLike) else value)
-    return parse_config(raw, where=str(path))
+    return parse_config(_raw(path, overrides), where=shortened(path))
+
+
+def load_data(path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> Data:
+    """The `data` section of a config in which `visual` and `llm` may be missing; arguments and errors of `load_config`.
+
+    The sections that are there are checked all the same.
+    """
+    return _validated(DataConfig, _raw(path, overrides), where=shortened(path)).data
+
+
+def _raw(path: str | Path, overrides: list[str] | dict[str, Any] | None) -> dict[str, Any]:
+    return read_mapping(path, overrides if isinstance(overrides, dict) else parse_overrides(overrides or []))
 
 
 def parse_config(raw: dict[str, Any], where: str) -> Config:
     """Check a mapping against the schema; `where` (a file name) opens the error message."""
+    return _validated(Config, raw, where)
+
+
+def changed(section: S, values: dict[str, Any], where: str) -> S:
+    """A copy of `section` with other values, checked; UserError opens with `where`."""
+    return _validated(type(section), section.model_dump() | values, where)
+
+
+def _validated(schema: type[S], raw: dict[str, Any], where: str) -> S:
     try:
-        return Config.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        items = error.errors()
+    except RecursionError:
+        raise UserError(f"{where}: sections are nested too deeply") from None
+    more = f"; and {len(items) - MISTAKES} more mistakes" if len(items) > MISTAKES else ""
+    raise UserError(f"{where}: " + "; ".join(_explain(item) for item in items[:MISTAKES]) + more)
 
 
-def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """`["key=value", …]` of a command line as values by dotted key; the values are YAML.
-
-    Raises:
-        UserError: one without `=`, or whose value is not valid YAML.
-    """
-    values = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(
-                f"override '{shortened(override)}' is not of the form key=value, for example train.max_steps=100"
-            )
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"override '{shortened(override)}': the value is not valid YAML; quote it: {key}='\"…\"'"
-            ) from error
-    return values
-
-
-def _set_value(raw: dict[str, Any], key: str, value: Any) -> None:
-    node: Any = raw
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        if isinstance(node, list):
-            if not parent.isdigit() or int(parent) >= len(node):
-                raise UserError(f"override '{key}': item {parent} does not exist, the list has {len(node)}")
-            node = node[int(parent)]
-        else:
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-        if not isinstance(node, dict | list):
-            raise UserError(f"override '{key}': '{parent}' is a value, not a section")
-    if isinstance(node, list):
-        if not leaf.isdigit() or int(leaf) >= len(node):
-            raise UserError(f"override '{key}': item {leaf} does not exist, the list has {len(node)}")
-        node[int(leaf)] = value
-    else:
-        node[leaf] = value
+MISTAKES = 3  # of a config that one message names
 
 
 def _explain(item: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in item["loc"])
+    key = shortened(".".join(str(part) for part in item["loc"]))
     if item["type"] == "extra_forbidden":
         parent = ".".join("0" if isinstance(part, int) else str(part) for part in item["loc"][:-1])
         siblings = [path for path in key_paths() if path.rpartition(".")[0] == parent]
-        leaf = str(item["loc"][-1])
+        leaf = shortened(item["loc"][-1])
         near = difflib.get_close_matches(leaf, [path.rpartition(".")[2] for path in siblings], n=1, cutoff=0.5)
         elsewhere = [path for path in key_paths() if path.rpartition(".")[2] == leaf]
         if near:
@@ -289,4 +283,21 @@ def _explain(item: dict[str, Any]) -> str:
     if item["type"] == "missing":
         return f"key '{key}' is missing"
     reason = item["msg"].removeprefix("Value error, ")
-    return f"'{key}' = {item['input']!r}: {reason}" if item["type"] != "value_error" else f"'{key}': {reason}"
+    if item["type"] == "value_error" and isinstance(item["input"], dict):  # of a whole section: the reason names keys
+        return f"'{key}': {reason}"
+    return f"'{key}' = {_shown(item['input'])}: {reason}"
+
+
+class _Shown(reprlib.Repr):
+    """`repr` of at most a few hundred characters, also of lists that hold each other and of endless numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict, self.maxstring, self.maxother = 2, 6, 4, 200, 200
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python writes no more than some thousand digits
+        return repr(value) if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
+
+
+_shown = _Shown().repr

@@ -30,6 +30,31 @@ def file_error(error: OSError, file: str | Path | None = None, advice: str = "")
     return UserError(f"{place}{what}{'; ' + advice if advice else ''}")
 
 
+def check_text(text: str, name: str) -> None:
+    """Raise UserError where `text` holds half a surrogate pair, which no tokenizer takes; `name` says whose it is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = text[error.start].encode("ascii", "backslashreplace").decode()
+        raise UserError(
+            f"{name} is not valid Unicode text ({wrong} at character {error.start + 1}): write it in UTF-8"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine ran out of memory.
+
+    torch raises a class of its own for CUDA; the CPU allocator, MPS and cuBLAS say so in the text of a RuntimeError,
+    but so does an "illegal memory access", which is a defect.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
+
+
 def require_complete(loading_info: dict[str, Any], key: str, folder: Path) -> None:
     """Check what transformers' `from_pretrained(…, output_loading_info=True)` reports; `key` named the folder.
 

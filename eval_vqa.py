@@ -7,18 +7,24 @@ The data are those of the checkpoint's config unless `data.image_map=`, `data.ca
 """
 
 import functools
+import os
 from pathlib import Path
+
+from cli import run_script, script_arguments
 
 from tqdm import tqdm
 
-from cli import run_script, script_arguments
-from config import parse_overrides
-from dataset.records import read_records, split_entries
+from config import Data, parse_overrides
+from dataset.records import Entry, Photo, read_records, split_entries
+from errors import UserError, file_error
 from evaluation.report import draw_gallery, table, write_json
-from evaluation.runner import evaluate
+from evaluation.runner import evaluate, sample_photos
 from model.answer import Answerer
+from model.checkpoint import read_config
 from model.model import MMultiModal
-from paths import existing_path
+from paths import check_writable, existing_path, resolve_path
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,7 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--split", choices=["val", "train", "all"], default="val", help="default val, the held-out part"
     )
-    parser.add_argument("--limit", type=int, metavar="PHOTOS", help="stop after the questions of this many photos")
+    parser.add_argument(
+        "--limit", type=int, metavar="PHOTOS", help="ask about this many photos only, drawn from all sources"
+    )
     parser.add_argument("--no-blind", action="store_true", help="leave out the pass with swapped photos")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="default DIR/eval_<split>.json")
     parser.add_argument("--gallery", type=Path, metavar="FILE.png", help="draw eight photos with their answers")
@@ -35,33 +43,57 @@ def main(arguments: list[str] | None = None) -> None:
 
     checkpoint = args.checkpoint.absolute()
     overrides = parse_overrides(args.overrides)
-    model = MMultiModal.from_checkpoint(checkpoint, overrides=overrides)
-    data = model.config.data
-    photos, entries = read_records(
-        existing_path(data.image_map, "data.image_map"), existing_path(data.captions, "data.captions")
-    )
-    if args.split != "all":
-        entries = split_entries(photos, entries, data.val_fraction)[args.split == "val"]
-    if args.limit is not None:
-        kept = sorted({ID for entry in entries for ID in entry.images})[: max(args.limit, 0)]
-        entries = [entry for entry in entries if set(entry.images) <= set(kept)]
+    # all that can be wrong with files is said before the model is loaded and asked, which takes minutes
+    data = read_config(checkpoint, overrides).data
+    photos, entries = read_questions(data, args.split, args.limit)
+    output = args.output or checkpoint / f"eval_{args.split}.json"
+    check_writable(output, "--output")
+    if args.gallery is not None:
+        if args.gallery.suffix.lower() not in PICTURES:
+            raise UserError(f"--gallery: {args.gallery} must end in one of {', '.join(PICTURES)}")
+        check_writable(args.gallery, "--gallery")
 
-    answerer = Answerer(model)
-    trained = evaluate(
-        answerer, entries, photos, progress=functools.partial(tqdm, desc="own photo", unit="photo", dynamic_ncols=True)
-    )
+    answerer = Answerer(MMultiModal.from_checkpoint(checkpoint, overrides=overrides))
+    progress = functools.partial(tqdm, unit="photo", dynamic_ncols=True)
+    trained = evaluate(answerer, entries, photos, progress=functools.partial(progress, desc="own photo"))
     blind = None
     if not args.no_blind:
-        progress = functools.partial(tqdm, desc="other photo", unit="photo", dynamic_ncols=True)
-        blind = evaluate(answerer, entries, photos, blind=True, progress=progress)
+        other = functools.partial(progress, desc="other photo")
+        blind = evaluate(answerer, entries, photos, blind=True, progress=other)
 
     print(table(trained, blind))
-    output = args.output or checkpoint / f"eval_{args.split}.json"
-    write_json(output, trained, blind, checkpoint=checkpoint.name, split=args.split)
-    print(f"{trained.overall.questions} questions on {trained.photos} photos in {trained.seconds:.1f} s; {output}")
-    if args.gallery is not None:
-        draw_gallery(args.gallery, trained, photos)
-        print(f"some photos with their answers: {args.gallery}")
+    try:
+        write_json(output, trained, blind, checkpoint=checkpoint.name, split=args.split)
+        print(f"{trained.overall.questions} questions on {trained.photos} photos in {trained.seconds:.1f} s; {output}")
+        if args.gallery is not None:
+            draw_gallery(args.gallery, trained, photos)
+            print(f"some photos with their answers: {args.gallery}")
+    except OSError as error:  # the disk is full
+        raise file_error(error) from error
+
+
+def read_questions(data: Data, split: str, limit: int | None) -> tuple[dict[int, Photo], list[Entry]]:
+    """Photos by ID and the entries of `split` ("val", "train" or "all") on at most about `limit` photos.
+
+    Raises:
+        UserError: a file is missing or broken, `limit` is below 1, or nothing is left to ask.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1 photo, found {limit}")
+    files = {"data.image_map": data.image_map, "data.captions": data.captions}
+    if not any(os.path.exists(resolve_path(path)) for path in files.values()):
+        # a checkpoint keeps no absolute path, so data from outside the repository are bare names in it
+        raise UserError(
+            f"'data.image_map' and 'data.captions' are not found: neither {resolve_path(data.image_map)} nor "
+            f"{resolve_path(data.captions)}. A checkpoint keeps no absolute paths: name the files that the training "
+            "read with data.image_map=FILE data.captions=FILE"
+        )
+    photos, entries = read_records(*(existing_path(path, key) for key, path in files.items()))
+    if split != "all":
+        entries = split_entries(photos, entries, data.val_fraction)[split == "val"]
+    if not entries:
+        raise UserError("nothing to evaluate: the split has no questions. Raise data.val_fraction or pass --split all")
+    return photos, entries if limit is None else sample_photos(entries, limit, data.seed)
 
 
 if __name__ == "__main__":

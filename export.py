@@ -5,14 +5,19 @@ LoRA is merged into the weights as they were before any quantisation, and the fo
 back and gave the same logits and the same greedy answer.
 """
 
+import os
 from pathlib import Path
 
-import torch
-
 from cli import run_script, script_arguments
+
+import torch
+from safetensors import SafetensorError
+
 from config import parse_overrides
+from errors import UserError, file_error, shortened
 from model.export import export_checkpoint
 from model.model import MMultiModal
+from paths import check_folder
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,13 +27,20 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder for the exported model")
     args = parser.parse_intermixed_args(arguments)
+    output = args.output.absolute()
+    if os.path.lexists(output):  # said before the model is loaded, which may take minutes
+        raise UserError(f"--output: {shortened(output)} exists already, name a new folder")
+    check_folder(output, "--output")
     whole = {"llm.quantization": "none", "llm.device_map": None}  # whatever it was trained with
     overrides = parse_overrides(args.overrides) | whole
     model = MMultiModal.from_checkpoint(
         args.checkpoint.absolute(), device="cpu", dtype=torch.float32, overrides=overrides
     )
-    output = args.output.absolute()
-    difference = export_checkpoint(model, output)
+    try:
+        difference = export_checkpoint(model, output)
+    except (OSError, SafetensorError) as error:  # no permission, or the disk is full
+        reason = error if isinstance(error, OSError) else OSError(None, str(error))
+        raise file_error(reason, output) from error
     print(f"{output}: same greedy answer, logits differ by at most {difference:.1e}")
 
 

@@ -1,6 +1,12 @@
-"""Where things are: the repository root, and how a path in a config becomes a file or folder that exists."""
+"""Where things are: the repository root, and how a path in a config becomes a file or folder that exists.
 
+One rule for relative paths: those in a config or a `key=value` count from the repository root, those typed as options
+(`--checkpoint`, `--image`, `--input`, `--output`, `--resume`) from the working directory, as in any shell command.
+"""
+
+import contextlib
 import difflib
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -8,38 +14,103 @@ from errors import UserError, file_error, shortened
 
 REPO_ROOT = Path(__file__).resolve().parent
 
+Kind = Literal["file", "folder"]
+
 
 def resolve_path(path: str | Path) -> Path:
     """A relative path counts from the repository root, whatever the working directory; `~` is expanded."""
-    return REPO_ROOT / Path(path).expanduser()
+    return REPO_ROOT / os.path.expanduser(path)  # unlike Path's, it takes a '~name' without such a user as it is
 
 
-def existing_path(path: str | Path, key: str, kind: Literal["file", "folder"] = "file") -> Path:
+def existing_path(path: str | Path, key: str, kind: Kind = "file") -> Path:
     """Resolve `path`, the value of config key `key`.
 
     Raises:
         UserError: it does not exist or is not of that kind; names the key and the nearest existing name.
     """
     resolved = resolve_path(path)
-    if resolved.is_file() if kind == "file" else resolved.is_dir():
+    if _is_a(resolved, kind):
         return resolved
     try:
-        exists = resolved.exists()
-    except OSError as error:  # a name that is too long
+        resolved.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the name
+        hint = nearest_name_hint(resolved, kind)
+        raise UserError(f"'{key}': {kind} not found: {shortened(resolved)}. {hint}Change it with {key}=PATH") from None
+    except OSError as error:  # no permission, or a name that is too long
         raise file_error(error, f"'{key}': {shortened(resolved)}") from error
-    if exists:
-        raise UserError(f"'{key}': {resolved} is not a {kind}")
-    raise UserError(
-        f"'{key}': {kind} not found: {shortened(resolved)}. {nearest_name_hint(resolved)}Change it with {key}=PATH"
-    )
+    raise UserError(f"'{key}': {shortened(resolved)} is not a {kind}")
 
 
-def nearest_name_hint(path: Path) -> str:
-    """'Did you mean …? ' for a path whose name is misspelt, or which part of it does not exist; '' if unknown."""
+def nearest_name_hint(path: Path, kind: Kind = "folder") -> str:
+    """'Did you mean …? ' for a path whose name is misspelt, or which part of it does not exist; '' if unknown.
+
+    Only what is of that kind and can be meant is named: no folder of code.
+    """
     parent = path.parent
-    if not parent.is_dir():
-        while not parent.is_dir() and parent != parent.parent:  # a missing drive (Windows) is its own parent
-            parent, missing = parent.parent, parent
+    if os.path.lexists(path):
+        return f"It is no {kind}. "
+    if not os.path.isdir(parent):
+        missing = parent
+        while not os.path.isdir(missing.parent) and missing != missing.parent:  # a missing drive is its own parent
+            missing = missing.parent
         return f"The folder {shortened(missing)} does not exist. "
-    near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1, cutoff=0.5)
-    return f"Did you mean {parent / near[0]}? " if near else ""
+    names = []
+    with contextlib.suppress(OSError):  # a folder that may not be listed
+        names = [entry.name for entry in parent.iterdir() if _can_be_meant(entry, kind)]
+    near = difflib.get_close_matches(path.name[:255], names, n=1, cutoff=0.5)
+    return f"Did you mean {shortened(parent / near[0])}? " if near else ""
+
+
+def _can_be_meant(entry: Path, kind: Kind) -> bool:
+    if kind == "file":
+        return _is_a(entry, "file") and entry.suffix != ".py"
+    return _is_a(entry, "folder") and not any(entry.glob("*.py"))
+
+
+def _is_a(path: Path, kind: Kind) -> bool:
+    # unlike Path.is_file these take names that are too long and folders that may not be entered
+    return os.path.isfile(path) if kind == "file" else os.path.isdir(path)
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Check without writing that `folder`, the value of key or option `name`, is a folder or can become one.
+
+    Raises:
+        UserError: a part of it is no folder, may not be written in, or cannot be a name.
+    """
+    place = folder.absolute()
+    while not os.path.isdir(place):
+        try:
+            place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            if place == place.parent:  # a missing drive
+                raise UserError(f"{name}: {shortened(place)} does not exist") from None
+            place = place.parent
+        except OSError as error:
+            raise file_error(error, f"{name}: {shortened(place)}", "name another folder") from error
+        else:
+            raise UserError(f"{name}: {shortened(place)} is not a folder, name another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{name}: no permission to write in {shortened(place)}, name another folder")
+
+
+def check_writable(file: Path, option: str) -> None:
+    """Try whether `file`, the value of command line option `option`, can be written; what it holds stays.
+
+    Called before long work, whose result would be lost at its end.
+
+    Raises:
+        UserError: it is a folder, its folder does not exist, or the system refuses.
+    """
+    if os.path.isdir(file):
+        raise UserError(f"{option}: {shortened(file)} is a folder, name a file in it")
+    if not os.path.isdir(file.absolute().parent):
+        raise UserError(f"the folder of {option} does not exist: {shortened(file.absolute().parent)}")
+    existed = os.path.lexists(file)
+    try:
+        with open(file, "ab"):
+            pass
+    except OSError as error:
+        raise file_error(error, f"{option}: {shortened(file)}", "name another file") from error
+    if not existed:
+        file.unlink()

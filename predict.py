@@ -5,22 +5,26 @@
     python predict.py --checkpoint DIR --input questions.jsonl --output answers.jsonl
 
 A row of the input is {"image": FILE, "question": TEXT, …}; relative photo paths count from the folder of that file,
-"image" may be missing. The row comes back with "answer", or with "error" where it could not be answered; other keys are
-kept. The exit status is 1 if any row failed. Questions on the same photo are quickest in a row.
+"image" may be missing. The row comes back with "answer", or with "error" where it could not be answered; other keys
+are kept. The exit status is 1 if any row failed. Questions on the same photo are quickest in a row. Out of memory and
+Ctrl-C end the work at once, and what was answered is kept.
 """
 
 import json
-import sys
+import math
+import os
 from pathlib import Path
 from typing import Any
 
+from cli import run_script, script_arguments
+
 from tqdm import tqdm
 
-from cli import run_script, script_arguments
 from config import parse_overrides
-from errors import UserError
+from errors import UserError, check_text, file_error, is_out_of_memory, shortened
 from model.answer import Answerer
 from model.model import MMultiModal
+from paths import check_writable
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,6 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("--output belongs to --input; the answer to --question is printed")
     if args.input is not None:
         _check_files(args.input, args.output, args.image)
+    elif args.image is not None and not os.path.isfile(args.image):
+        raise UserError(f"--image: photo not found: {shortened(args.image)}")
+    if args.question is not None:
+        check_text(args.question, "--question")
 
     overrides = parse_overrides(args.overrides)
     answerer = Answerer(MMultiModal.from_checkpoint(args.checkpoint.absolute(), overrides=overrides))
@@ -54,12 +62,15 @@ def main(arguments: list[str] | None = None) -> None:
 def _check_files(source: Path, target: Path | None, image: Path | None) -> None:
     if target is None or image is not None:
         raise UserError("--input needs --output FILE.jsonl and no --image: the rows name their photos")
-    if not source.is_file():
-        raise UserError(f"input file not found: {source}")
-    if target.resolve() == source.resolve():
+    if not os.path.isfile(source):
+        raise UserError(f"input file not found: {shortened(source)}")
+    try:
+        source.open("rb").close()
+    except OSError as error:
+        raise file_error(error, source) from error
+    check_writable(target, "--output")
+    if os.path.exists(target) and os.path.samefile(source, target):  # by another name or through a link
         raise UserError(f"--output would overwrite the input {source}: give another name")
-    if not target.resolve().parent.is_dir():
-        raise UserError(f"the folder of --output does not exist: {target.resolve().parent}")
 
 
 def answer_file(answerer: Answerer, source: Path, target: Path) -> tuple[int, int]:
@@ -70,41 +81,68 @@ def answer_file(answerer: Answerer, source: Path, target: Path) -> tuple[int, in
     """
     counts = {"answer": 0, "error": 0}
     lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # Windows editors put a mark in front
-    # a lone half of a surrogate pair is legal in JSON but not in UTF-8: it becomes "?"
-    with target.open("w", encoding="utf-8", errors="replace") as output:
-        for number, line in enumerate(tqdm(lines, desc="rows", unit="row", dynamic_ncols=True), start=1):
-            if not line.strip():
-                continue
-            row: dict[str, Any] = {"line": number}
-            try:
-                row = _parse(line)
-                row["answer"] = _answer_row(answerer, row, source.parent)
-            except (OSError, UserError) as error:
-                row["error"] = str(error)
-            counts["error" if "error" in row else "answer"] += 1
-            print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
+    try:
+        # half a surrogate pair is legal in JSON but not in UTF-8: it becomes "?"
+        with target.open("w", encoding="utf-8", errors="replace") as output:
+            for number, line in enumerate(tqdm(lines, desc="rows", unit="row", dynamic_ncols=True), start=1):
+                if not line.strip():
+                    continue
+                row = _answered(answerer, number, line, source.parent)
+                counts["error" if "error" in row else "answer"] += 1
+                print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
+    except OSError as error:  # of the output alone, since those of a row stay in `_answered`: the disk is full
+        raise file_error(error, target) from error
     return counts["answer"], counts["error"]
+
+
+def _answered(answerer: Answerer, number: int, line: bytes, folder: Path) -> dict[str, Any]:
+    """The row with its answer or with the reason why there is none, which never ends the file."""
+    row: dict[str, Any] = {"line": number}
+    try:
+        row = _parse(line)
+        row["answer"] = _answer_row(answerer, row, folder)
+    except UserError as error:
+        row["error"] = str(error)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        row["error"] = f"{type(error).__name__}: {shortened(error)}"  # a defect; the type tells it from a bad row
+    return row
 
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_no_number, parse_float=_finite)
+        json.dumps(row, ensure_ascii=False)  # what can be read but not written, such as brackets nested too deeply
+    except RecursionError as error:
+        raise UserError("brackets are nested too deeply") from error
     except ValueError as error:
-        raise UserError(f"not valid JSON in UTF-8: {error}") from error
+        raise UserError(f"not valid JSON in UTF-8: {shortened(error)}") from error
     if not isinstance(row, dict):
         raise UserError(f'expected {{"image": …, "question": …}}, found {type(row).__name__}')
     return {key: value for key, value in row.items() if key not in ("answer", "error")}
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(shortened(text, 40))
+
+
 def _answer_row(answerer: Answerer, row: dict[str, Any], folder: Path) -> str:
     image, question = row.get("image"), row.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f'"question" must be a text, found {question!r}')
+        raise UserError(f'"question" must be a text, found {shortened(repr(question))}')
     if image is not None and not (isinstance(image, str) and image):
-        raise UserError(f'"image" must be a file name, found {image!r}')
+        raise UserError(f'"image" must be a file name, found {shortened(repr(image))}')
+    check_text(question, '"question"')
+    if image is not None and not os.path.isfile(folder / image):  # takes names of any kind and length
+        raise UserError(f"photo not found: {shortened(folder / image)}")
     return answerer.answer(None if image is None else folder / image, question)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # the console of a Chinese Windows knows GBK only
     run_script(main)

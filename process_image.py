@@ -18,10 +18,11 @@ import math
 import os
 from pathlib import Path
 
+from cli import run_script, script_arguments
+
 from tqdm import tqdm
 
-from cli import run_script, script_arguments
-from config import Data, load_config
+from config import Data, load_data
 from dataset.json_files import read_json
 from dataset.photo_check import photo_check
 from dataset.raw import READERS, merge_captions, process_ali, process_coco
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__)
     parser.add_argument("--check", action="store_true", help="tell what would be kept and dropped, write nothing")
     args = parser.parse_intermixed_args(arguments)
-    data = load_config(args.config, args.overrides).data
+    data = load_data(args.config, args.overrides)
     outputs = output_files(data)
     refuse_writing_over_inputs(outputs, data, resolve_path(args.config))
 

@@ -28,6 +28,11 @@ has = torch.cpu.get_capabilities()
 bf16, amx = ("yes" if it else "no" for it in (cpu_has_bf16(), has.get("amx_bf16", False)))
 print(f"CPU: {has.get('cpu_name', has['architecture'])}, {torch.get_num_threads()} threads, bf16 {bf16}, amx {amx}")
 """
+DEMO_STAMP = "made-by-demo"  # in that folder: what the demo left there
+CPU_ONLY = (
+    "hint: this machine has an NVIDIA GPU, but the torch in .venv computes on the CPU only. The selector on "
+    "pytorch.org gives the command that installs {torch} with CUDA; run it with {python} -m pip"
+)
 
 
 def install(requirements: str) -> None:
@@ -35,18 +40,29 @@ def install(requirements: str) -> None:
     files = [ROOT / "requirements.txt", ROOT / requirements]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     stamp = VENV / f"installed-{requirements}"
-    if stamp.is_file() and stamp.read_text() == digest:
-        return
+    # torch goes first and by itself: at a pinned version a prepared wheel is taken, whatever the others ask for
+    torch = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
+    if not stamp.is_file() or stamp.read_text() != digest:
+        _install(requirements, torch)
+        stamp.write_text(digest)
+    if shutil.which("nvidia-smi") and not _has_cuda():  # on Windows pip installs the build for the CPU
+        print(CPU_ONLY.format(torch=torch, python=PYTHON.relative_to(ROOT)), flush=True)
+
+
+def _install(requirements: str, torch: str) -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - whoever runs this has whatever Python they have
         raise SystemExit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
     if not PYTHON.exists():
         venv.create(VENV, with_pip=True)
     print(f"installing {requirements} into .venv (once)", flush=True)
-    # torch goes first and by itself: at a pinned version a prepared wheel is taken, whatever the others ask for
-    torch = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
     run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", torch)
     run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", requirements)
-    stamp.write_text(digest)
+
+
+def _has_cuda() -> bool:
+    """Whether the torch in `.venv` was built with CUDA."""
+    command = [str(PYTHON), "-c", "import sys, torch; sys.exit(torch.version.cuda is None)"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def run(*command: str | Path) -> None:
@@ -59,7 +75,7 @@ def run(*command: str | Path) -> None:
 def demo() -> None:
     """draw a small world, train on it, score it and answer a question (8 to 10 minutes on two cores)"""
     install("requirements.txt")
-    shutil.rmtree(ROOT / DEMO_RUN, ignore_errors=True)
+    clear_demo_run(ROOT / DEMO_RUN)
     run(PYTHON, "-m", "demo.make_data")
     run(PYTHON, "process_image.py", "--config", "configs/demo.yaml")
     run(PYTHON, "train.py", "--config", "configs/demo.yaml")
@@ -72,7 +88,28 @@ def demo() -> None:
     run(PYTHON, "predict.py", "--checkpoint", checkpoint, "--image", photo, "--question", question)
     print(f"\neight held-out photos with question, truth and answer: {gallery.relative_to(ROOT)}")
     print("ask your own questions in the browser: make gui (or python tasks.py gui)")
+    (ROOT / DEMO_RUN / DEMO_STAMP).write_text(_contents(ROOT / DEMO_RUN))
     check_scores(checkpoint / "eval_val.json")
+
+
+def clear_demo_run(folder: Path) -> None:
+    """Remove what the last demo left in `folder`; anything else, such as a longer run, is moved aside."""
+    stamp = folder / DEMO_STAMP
+    if stamp.is_file() and stamp.read_text() == _contents(folder):
+        shutil.rmtree(folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        print(f"{folder.name} held another run, which is now in {aside}", flush=True)
+
+
+def _contents(folder: Path) -> str:
+    """Hash of the names, sizes and times of all files but the stamp."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != DEMO_STAMP)
+    lines = [f"{file.relative_to(folder).as_posix()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def newest_checkpoint() -> Path:

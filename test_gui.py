@@ -3,8 +3,8 @@
     python test_gui.py --checkpoint checkpoints/demo/checkpoint-500
     python test_gui.py --checkpoint DIR gui.port=8000 gui.max_upload_mb=50
 
-One process, one answer at a time, on this machine only; nothing is fetched from the network. Uploaded photos lie in a
-temporary folder that goes when the page ends.
+One process, one answer at a time, on this machine only; nothing is fetched from the network. Uploaded photos are kept
+in a temporary folder until an hour after their last use, or until the page ends. Nothing else on the disk is opened.
 """
 
 import contextlib
@@ -12,26 +12,26 @@ import functools
 import html
 import os
 import signal
-import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from cli import run_script, script_arguments
-from config import Generate, Gui, parse_overrides
-from errors import UserError
+
+from config import Generate, Gui, changed, parse_overrides
+from errors import UserError, check_text, is_out_of_memory
 from model.answer import Answerer
 from model.checkpoint import read_config
 from model.model import MMultiModal
+from page.address import check_port, in_url
+from page.uploads import photo_name, upload_folder, uploaded_photo
 from visual.transform import load_image
 
 if TYPE_CHECKING:
     import gradio as gr
+    from PIL import Image
 
 History = list[dict[str, str]]  # {"role": "user" | "assistant", "content": text} in turn
 
@@ -57,6 +57,7 @@ OUT_OF_MEMORY = (
     "or load a smaller model. 内存不足：请调小“最长回答”，清空对话，关闭占用同一设备的其他程序，或换用更小的模型。"
 )
 REFRESH_SECONDS = 0.05  # the page is redrawn at most this often while an answer grows
+KEEP_SECONDS = 3600  # how long an upload is kept after its last use
 
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]  # what machines have anyway
 CSS = """
@@ -84,9 +85,18 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
     import gradio as gr  # when it is imported it makes its folder for uploads, so main must have named one
 
     active: set[str | None] = set()  # sessions whose answer is being made
-    load = functools.lru_cache(maxsize=4)(load_image)  # each upload has its own path; follow-ups decode nothing
+    decoded = functools.lru_cache(maxsize=4)(load_image)  # each upload has its own path; follow-ups decode nothing
+    uploads = Path(os.environ["GRADIO_TEMP_DIR"])
 
-    with gr.Blocks(title="Ask about a photo 看图问答", fill_width=True, analytics_enabled=False) as page:
+    def load(upload: Any) -> "Image.Image":
+        return decoded(uploaded_photo(upload, uploads))
+
+    with gr.Blocks(
+        title="Ask about a photo 看图问答",
+        fill_width=True,
+        analytics_enabled=False,
+        delete_cache=(KEEP_SECONDS // 6, KEEP_SECONDS),
+    ) as page:
         gr.Markdown(f"# Ask about a photo 看图问答\n`{name}`", elem_id="title")
         messages = gr.State([])  # what the model is sent; the chat shows the same, and failed questions
         with gr.Row():
@@ -143,20 +153,21 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
             gr.Warning(sentence)
             return {status: sentence}
 
-        def answer(session: str | None, history: History, upload: dict[str, Any], settings: dict[str, Any]):
+        def answer(session: str | None, history: History, upload: Any, settings: dict[str, Any]):
             """Stream the answer to the last question of `history`."""
             asked, text, line = history[-1]["content"], "", ""
             try:
                 active.add(session)
                 yield show(history, WORKING, busy=True) | {question: ""}
-                answerer.settings = Generate.model_validate(generate.model_dump() | settings)
-                for text, line in _timed(answerer.stream(load(upload["path"]), history)):
+                check_text(asked, "the question 问题")
+                answerer.settings = changed(generate, settings, "settings 设置")
+                for text, line in _timed(answerer.stream(load(upload), history)):
                     yield show([*history, {"role": "assistant", "content": text}], line, busy=True)
                 yield show([*history, {"role": "assistant", "content": text}], line, busy=False)
             except Exception as error:  # whatever it was, it is said in the chat and the page is usable again
                 failed = [*history, {"role": "assistant", "content": f"⚠ {_sentence(error, upload)}"}]
                 yield show(history[:-1], "", busy=False) | {chat: _as_shown(failed), question: asked}
-                if not isinstance(error, UserError) and not _is_out_of_memory(error):
+                if not isinstance(error, UserError) and not is_out_of_memory(error):
                     raise
             finally:
                 active.discard(session)
@@ -167,7 +178,7 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
                 time.sleep(0.02)
 
         def on_ask(history, upload, text, longest, temperature, request: gr.Request):
-            if upload is None or not text.strip():
+            if upload is None or not isinstance(text, str) or not text.strip():
                 yield complain(NO_PHOTO if upload is None else NO_QUESTION)
                 return
             history = [*_answered(history), {"role": "user", "content": text.strip()}]
@@ -198,7 +209,7 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
             settle(request.session_hash)
             if upload is not None:
                 try:
-                    load(upload["path"])
+                    load(upload)
                 except UserError as error:
                     return show([], "", busy=False) | {photo: None} | complain(_sentence(error, upload))
             if history:
@@ -248,18 +259,15 @@ def _speed(text: str, seconds: float) -> str:
     return f"{len(text)} characters 字符 · {seconds:.1f} s · {len(text) / max(seconds, 1e-6):.0f}/s"
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """CUDA raises a class of its own; Apple's MPS and the CPU allocator say so in the text of a RuntimeError."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "memory" in str(error))
-
-
-def _sentence(error: Exception, upload: dict[str, Any]) -> str:
-    """What to tell the user, with the file's own name instead of where the upload lies."""
-    if _is_out_of_memory(error):
+def _sentence(error: Exception, upload: Any) -> str:
+    """What to tell the user, with the file's own name instead of its path on the server."""
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return text.replace(upload["path"], upload["orig_name"] or "photo")
+    path = upload.get("path") if isinstance(upload, dict) else None
+    if not isinstance(path, str) or not os.path.isabs(path):
+        return text
+    return text.replace(str(Path(path)), photo_name(upload))
 
 
 def launch(page: "gr.Blocks", gui: Gui) -> None:
@@ -269,7 +277,7 @@ def launch(page: "gr.Blocks", gui: Gui) -> None:
     for variable in ("no_proxy", "NO_PROXY"):  # Gradio asks its own page once, which a proxy would not find
         os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "localhost", gui.host]))
     page.queue(default_concurrency_limit=4).launch(
-        server_name=gui.host,
+        server_name=in_url(gui.host),
         server_port=gui.port,
         max_file_size=f"{gui.max_upload_mb}mb",
         theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=["ui-monospace", "monospace"]),
@@ -287,22 +295,11 @@ def launch(page: "gr.Blocks", gui: Gui) -> None:
     )
 
 
-def check_port(gui: Gui) -> None:
-    """Try whether the page can be served.
-
-    Raises:
-        UserError: `gui.host`:`gui.port` is taken or cannot be used.
-    """
-    with socket.socket() as probe:
-        if os.name == "posix":  # elsewhere it would let two programs share the port
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((gui.host, gui.port))
-        except OSError as error:
-            raise UserError(
-                f"cannot serve on {gui.host}:{gui.port} ({error.strerror}): choose another port, for example "
-                f"gui.port={gui.port + 1}"
-            ) from error
+def end_on_signals() -> None:
+    """Leave by SystemExit when told to end or when the terminal is closed, so that the uploads are removed."""
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: sys.exit(0))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -314,13 +311,14 @@ def main(arguments: list[str] | None = None) -> None:
     gui = read_config(checkpoint, overrides).gui
     check_port(gui)  # before the model is loaded, which may take a minute
     model = MMultiModal.from_checkpoint(checkpoint, overrides=overrides)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the folder of uploads goes then, too
-    with tempfile.TemporaryDirectory(prefix="photos-") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads
+    end_on_signals()
+    with upload_folder() as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         page = build_page(Answerer(model), model.config.generate, checkpoint.name)
         launch(page, gui)
-        print(f"Open http://{gui.host}:{gui.port} in a browser; Ctrl-C ends it.")
-        print(f"From another machine: ssh -L {gui.port}:{gui.host}:{gui.port} THIS_MACHINE", flush=True)
+        host = in_url(gui.host)
+        print(f"Open http://{host}:{gui.port} in a browser; Ctrl-C ends it.")
+        print(f"From another machine: ssh -L {gui.port}:{host}:{gui.port} THIS_MACHINE", flush=True)
         page.block_thread()
 
 

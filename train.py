@@ -9,6 +9,7 @@ Several GPUs: `torchrun --nproc-per-node 4 train.py …`.
 from pathlib import Path
 
 from cli import run_script, script_arguments
+
 from config import load_config
 
 

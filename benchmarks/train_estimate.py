@@ -13,9 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from cli import run_script, script_arguments
+
 import torch
 
-from cli import run_script, script_arguments
 from config import load_config
 from training.build import Run
 from training.costs import PeakMemory

@@ -4,6 +4,8 @@ The prompt is that of training (`entry_messages`). All questions of one photo ar
 Answerer keeps the keys and values of the last photo.
 """
 
+import bisect
+import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -102,6 +104,31 @@ def evaluate(
     )
 
 
+def sample_photos(entries: list[Entry], limit: int, seed: int) -> list[Entry]:
+    """The entries on about `limit` photos drawn from all sources, and the same share of those without a photo.
+
+    The order stays. Photos that one entry shows together are drawn together, so there may be a few more. Where no entry
+    has a photo, `limit` entries are drawn.
+    """
+    draw = random.Random(seed)
+    texts = [number for number, entry in enumerate(entries) if not entry.images]
+    groups = sorted({entry.images for entry in entries if entry.images})
+    total = len({ID for group in groups for ID in group})
+    draw.shuffle(groups)
+    drawn: set[int] = set()
+    for group in groups:
+        if len(drawn) >= limit:
+            break
+        drawn.update(group)
+    count = round(len(texts) * len(drawn) / total) if total else limit
+    kept = set(draw.sample(texts, min(count, len(texts))))
+    return [
+        entry
+        for number, entry in enumerate(entries)
+        if (set(entry.images) <= drawn if entry.images else number in kept)
+    ]
+
+
 def score(answers: list[Answer]) -> Score:
     """Sum up a non-empty list of answers."""
     texts = [answer.answer for answer in answers]
@@ -134,8 +161,8 @@ def _other_photos(own: tuple[int, ...], IDs: list[int]) -> tuple[int, ...]:
     """For each own photo the ID half the sorted list further on that is none of the own: the same in every run."""
     others = []
     for ID in own:
-        middle = IDs.index(ID) + len(IDs) // 2
-        candidates = [IDs[(middle + step) % len(IDs)] for step in range(len(IDs))]
+        middle = bisect.bisect_left(IDs, ID) + len(IDs) // 2
+        candidates = (IDs[(middle + step) % len(IDs)] for step in range(len(IDs)))
         other = next((candidate for candidate in candidates if candidate not in own), None)
         if other is None:
             raise UserError(f"a blind pass swaps photos, but the split has no other than {list(own)}: pass --no-blind")

@@ -5,6 +5,7 @@
 writes `docs/page.png` (1280 px wide) and `docs/page_phone.png` (390 px). Needs `playwright` and a Chromium or Chrome.
 """
 
+import os
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli import run_script, script_arguments
-from errors import UserError
+
+from errors import UserError, file_error, shortened
 from paths import REPO_ROOT
 
 if TYPE_CHECKING:
@@ -110,8 +112,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder of the pictures")
     parser.add_argument("--question", action="append", help="may be given several times")
     args = parser.parse_intermixed_args(arguments)
-    if not args.photo.is_file():
-        raise UserError(f"photo not found: {args.photo}")
+    if not os.path.isfile(args.photo):
+        raise UserError(f"photo not found: {shortened(args.photo)}")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise file_error(error, f"--output: {shortened(args.output)}") from error
     with running_browser() as browser, running_page(args.checkpoint, args.overrides) as address:
         for file in take_screenshots(browser, address, args.photo, args.question or QUESTIONS, args.output):
             print(file)

@@ -65,24 +65,23 @@ def locate_backbone(
     """
     candidates = [resolve_path(path), resolve_path(model_root) / path, resolve_path(model_root) / Path(path).name]
     remembered = [] if run_folder is None else _remembered_folder(run_folder, path, key)
-    try:
-        folders = [folder for folder in [*candidates, *remembered] if folder.is_dir()]
-    except OSError as error:  # a name that is too long
-        raise file_error(error, f"'{key}': {shortened(path)}") from error
+    folders = [
+        folder for folder in [*candidates, *remembered] if os.path.isdir(folder)
+    ]  # takes names that are too long
     if folders:  # a package of ours may bear the name too, so one with a config.json comes first
         folder = next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
         _check_kind(folder, path, key)
         _check_weights(folder, key)
         return folder
     for folder in candidates:
-        if folder.is_file() and folder.suffix == ".gguf":
+        if os.path.isfile(folder) and folder.suffix == ".gguf":
             raise UserError(GGUF.format(key=key, place=folder))
-        if folder.is_file():
+        if os.path.isfile(folder):
             raise UserError(f"'{key}': {folder} is a file; name the folder with config.json and *.safetensors")
     looks_like_hub_id = path.count("/") == 1 and not Path(path).is_absolute() and not path.startswith((".", "~"))
     parent = resolve_path(path).parent
     # an owner's name may be that of a package of ours: ModelScope's qwen/, and on a Mac Qwen/ too
-    if not looks_like_hub_id or (parent.is_dir() and not any(parent.glob("*.py"))):
+    if not looks_like_hub_id or (os.path.isdir(parent) and not any(parent.glob("*.py"))):
         places = f"{shortened(candidates[0])} nor {shortened(candidates[-1])}"
         raise UserError(f"'{key}': no folder {places}. {_hint(candidates)}Set it with {key}=FOLDER")
     snapshot_download = _downloader(hub, path, model_root, key)
@@ -100,11 +99,11 @@ def _hint(candidates: list[Path]) -> str:
     """'Did you mean …? ' with the model folder of the nearest name, or which parent does not exist, or ''."""
     for candidate in reversed(candidates):
         parent = candidate.parent
-        models = [file.parent.name for file in parent.glob("*/config.json")] if parent.is_dir() else []
+        models = [file.parent.name for file in parent.glob("*/config.json")] if os.path.isdir(parent) else []
         near = difflib.get_close_matches(candidate.name, models, n=1, cutoff=0.5)
         if near:
             return f"Did you mean {parent / near[0]}? "
-    return "" if candidates[0].parent.is_dir() else nearest_name_hint(candidates[0])
+    return "" if os.path.isdir(candidates[0].parent) else nearest_name_hint(candidates[0])
 
 
 def remember_backbones(output_dir: Path, visual_folder: Path, llm_folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import yaml
 
-from errors import UserError, file_error
+from errors import UserError, file_error, shortened
 from model import report_layout
 from paths import REPO_ROOT, nearest_name_hint
 
@@ -127,8 +127,8 @@ def check_complete(folder: Path) -> Path:
         UserError: it does not exist or lacks files; names them.
     """
     folder = REPO_ROOT / folder
-    if not folder.is_dir():
-        raise UserError(f"checkpoint folder not found: {folder}. {nearest_name_hint(folder)}".rstrip())
+    if not os.path.isdir(folder):  # unlike Path.is_dir it takes names that are too long
+        raise UserError(f"checkpoint folder not found: {shortened(folder)}. {nearest_name_hint(folder)}".rstrip())
     required = report_layout.REQUIRED_FILES if report_layout.is_report_checkpoint(folder) else REQUIRED_FILES
     missing = [name for name in required if not (folder / name).is_file()]
     if missing:

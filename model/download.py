@@ -5,6 +5,7 @@ Nothing else needs a network afterwards; `HF_HUB_OFFLINE=1` makes sure of it. `H
 """
 
 from cli import run_script, script_arguments
+
 from config import load_config
 from model.backbone import locate_backbone
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import predict
+from errors import UserError
 from visual.transform import load_image
 
 
@@ -52,7 +53,7 @@ def test_one_question_is_streamed(loaded, folder, capsys):
         ["--checkpoint", "here", "--image", photo, "--question", "什么？", "generate.max_new_tokens=5", "llm.path=a=b"]
     )
     assert capsys.readouterr().out == "什么？ (30, 20)\n"
-    assert loaded == [(Path("here").absolute(), {"generate.max_new_tokens": "5", "llm.path": "a=b"})]
+    assert loaded == [(Path("here").absolute(), {"generate.max_new_tokens": 5, "llm.path": "a=b"})]
 
 
 def test_a_question_without_photo(loaded, capsys):
@@ -74,7 +75,7 @@ def test_file_keeps_order_and_keys_and_goes_on_after_bad_rows(loaded, folder, ca
         '{"question": "seven \\ud83d"}',
     ]
     (folder / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode() + b"\n\xff\xfe\n")
-    with pytest.raises(ValueError, match="7 of 10 rows"):
+    with pytest.raises(ValueError, match="8 of 10 rows"):
         predict.main(["--checkpoint", "c", "--input", str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl")])
     answers = [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert answers[0] == {"image": "红 photo.png", "question": "one", "id": 7, "answer": "one (30, 20)"}
@@ -86,13 +87,14 @@ def test_file_keeps_order_and_keys_and_goes_on_after_bad_rows(loaded, folder, ca
         5: "list",
         6: "question",
         7: "image",
+        8: r"(\ud83d at character 7)",
         9: "UTF-8",
     }.items():
         assert part in answers[number]["error"], answers[number]
         assert "answer" not in answers[number]
     assert answers[4]["line"] == 6
-    assert answers[8]["answer"] == "seven ? no photo"
-    assert "3 rows answered, 7 with an error" in capsys.readouterr().out
+    assert answers[8]["question"] == "seven ?"
+    assert "2 rows answered, 8 with an error" in capsys.readouterr().out
 
 
 def test_each_row_is_on_disk_before_the_next_is_asked(folder):
@@ -108,6 +110,94 @@ def test_each_row_is_on_disk_before_the_next_is_asked(folder):
     assert lines_before == [0, 1]
 
 
+class ChoosyAnswerer(FakeAnswerer):
+    def answer(self, image, question):
+        if question == "defect":
+            raise IndexError("of ours " + "x" * 1000)
+        if question == "memory":
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        if question == "stop":
+            raise KeyboardInterrupt
+        return super().answer(image, question)
+
+
+ODD_ROWS = [
+    "[" * 100_000,
+    '{"question": "?", "extra": ' + "[" * 900 + "]" * 900 + "}",
+    '{"question": "?", "extra": ' + "1" * 5000 + "}",
+    '{"question": "?", "extra": NaN}',
+    '{"question": "?", "extra": -Infinity}',
+    '{"question": "?", "extra": 1e999}',
+    '{"question": {"a": 1}}',
+    '{"question": ["?"]}',
+    '{"question": 5}',
+    '{"question": true}',
+    '{"question": "?", "image": ""}',
+    '{"question": "?", "image": {}}',
+    '{"question": "?", "image": "."}',
+    '{"question": "?", "image": "/"}',
+    '{"question": "?", "image": "\\u0000"}',
+    '{"question": "?", "image": "\\ud800"}',
+    '{"question": "?", "image": "' + "x" * 300 + '"}',
+    '{"question": "?", "image": "' + "x/" * 3000 + '"}',
+    '{"question": "?", "image": "/dev/null"}',
+    '{"question": "?", "image": "in.jsonl"}',
+    '{"question": "\\ud800"}',
+    '{"question": "defect"}',
+    "null",
+    '"text"',
+    "1",
+    "{}",
+    "\x00",
+]
+
+
+def test_every_row_is_answered_or_says_why_not(folder):
+    (folder / "in.jsonl").write_text("\n".join([*ODD_ROWS, '{"question": "last"}']), encoding="utf-8")
+    answered, failed = predict.answer_file(ChoosyAnswerer(None), folder / "in.jsonl", folder / "out.jsonl")
+    rows = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+        for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert len(rows) == len(ODD_ROWS) + 1 == answered + failed
+    assert rows[-1]["answer"] == "last no photo"
+    for text, row in zip(ODD_ROWS, rows, strict=False):
+        if "[" * 900 in text and len(text) < 10_000 and "answer" in row:
+            continue  # how deep is too deep depends on the Python
+        assert "answer" not in row, text[:60]
+        assert 0 < len(row["error"]) < 1000, text[:60]
+    assert rows[ODD_ROWS.index('{"question": "defect"}')]["error"].startswith("IndexError: of ours")
+
+
+@pytest.mark.parametrize(("question", "error"), [("memory", RuntimeError), ("stop", KeyboardInterrupt)])
+def test_out_of_memory_and_ctrl_c_end_at_once_and_keep_what_was_answered(folder, question, error):
+    questions = ["one", question, "three"]
+    (folder / "in.jsonl").write_text("\n".join(json.dumps({"question": text}) for text in questions))
+    with pytest.raises(error):
+        predict.answer_file(ChoosyAnswerer(None), folder / "in.jsonl", folder / "out.jsonl")
+    assert [json.loads(line)["answer"] for line in (folder / "out.jsonl").read_text().splitlines()] == ["one no photo"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device that is always full")
+def test_a_full_disk_is_said(folder):
+    (folder / "in.jsonl").write_text('{"question": "one"}\n{"question": "two"}\n')
+    with pytest.raises(UserError, match="/dev/full: No space left on device"):
+        predict.answer_file(FakeAnswerer(None), folder / "in.jsonl", Path("/dev/full"))
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_the_input_is_not_overwritten_through_a_link(loaded, folder, link):
+    (folder / "in.jsonl").write_text('{"question": "one"}\n')
+    try:
+        getattr(folder / "out.jsonl", link)(folder / "in.jsonl")
+    except OSError:
+        pytest.skip("links are not allowed here")
+    with pytest.raises(UserError, match="overwrite the input"):
+        predict.main(["--checkpoint", "c", "--input", str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl")])
+    assert (folder / "in.jsonl").read_text() == '{"question": "one"}\n'
+    assert loaded == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -118,6 +208,12 @@ def test_each_row_is_on_disk_before_the_next_is_asked(folder):
         (["--input", "missing.jsonl", "--output", "b"], "input file not found"),
         (["--input", "in.jsonl", "--output", "in.jsonl"], "overwrite"),
         (["--input", "in.jsonl", "--output", "no/where.jsonl"], "folder of --output"),
+        (["--input", "in.jsonl", "--output", "."], "is a folder"),
+        (["--input", "in.jsonl", "--output", "x" * 300], "name too long"),
+        (["--input", "x" * 300, "--output", "b"], "input file not found"),
+        (["--question", "a\udcff"], r"--question is not valid Unicode text \(\\udcff at character 2\)"),
+        (["--question", "a", "--image", "x" * 300], "photo not found"),
+        (["--question", "a", "--image", "."], "photo not found"),
     ],
 )
 def test_bad_arguments_are_said_before_the_model_is_loaded(loaded, folder, monkeypatch, arguments, message):

@@ -13,6 +13,8 @@ import torch
 
 from dataset.image_caption_dataset import ImageCaptionDataset, entry_messages
 from dataset.records import read_records
+from errors import UserError
+from evaluation import screenshots
 from model.answer import Answerer
 from model.model import MMultiModal
 from paths import REPO_ROOT
@@ -103,6 +105,46 @@ def test_export(tiny_checkpoint, workshop, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "same greedy answer" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_outputs_that_cannot_be_written_are_said_before_the_model_is_loaded(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(MMultiModal, "from_checkpoint", classmethod(lambda *_, **__: pytest.fail("loaded")))
+    for output, message in {
+        tmp_path: "exists already",
+        tmp_path / ("x" * 300): "name too long",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            importlib.import_module("export").main(["--checkpoint", str(tiny_checkpoint), "--output", str(output)])
+    (tmp_path / "file").touch()
+    (tmp_path / "photo.png").touch()
+    with pytest.raises(UserError, match=r"--output: .*file"):
+        screenshots.main(
+            ["--checkpoint", "c", "--photo", str(tmp_path / "photo.png"), "--output", str(tmp_path / "file")]
+        )
+    with pytest.raises(UserError, match="photo not found"):
+        screenshots.main(["--checkpoint", "c", "--photo", "x" * 300, "--output", str(tmp_path)])
+
+
+def test_a_full_disk_while_exporting_is_said(tiny_checkpoint, tmp_path, monkeypatch):
+    export = importlib.import_module("export")
+    monkeypatch.setattr(MMultiModal, "from_checkpoint", classmethod(lambda *_, **__: None))
+
+    def full(model, output):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "export_checkpoint", full)
+    with pytest.raises(UserError, match=r"out: No space left on device"):
+        export.main(["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("name", ["with #2", "with: colon", "中文 空格"])
+def test_paths_given_in_python_need_no_quoting(workshop, tiny_checkpoint, tmp_path, name):
+    """A Path object, and characters that mean something in YAML."""
+    folder = tmp_path / name
+    shutil.copytree(workshop / "qwen", folder / "qwen")
+    shutil.copytree(workshop / "siglip", folder / "siglip")
+    loaded = MMultiModal.from_checkpoint(tiny_checkpoint, overrides={"model_root": folder})
+    assert loaded.llm_folder == folder / "qwen"
 
 
 def test_train_from_a_folder_with_spaces_and_chinese(workshop, tmp_path):

@@ -25,7 +25,7 @@ from model.checkpoint import fingerprints, read_config, restore_weights
 from model.checkpoint_folder import check_complete
 from model.model import MMultiModal
 from model.precision import DTYPES, pick_device, pick_precision
-from paths import REPO_ROOT, resolve_path
+from paths import REPO_ROOT, check_folder, resolve_path
 from qwen.loading import set_activation_checkpointing
 from training import state
 from training.agreement import all_or_none
@@ -78,6 +78,7 @@ class Run:
         self.config = config
         self.accelerator, self.precision = make_accelerator(config)
         self.output_dir = resolve_path(config.train.output_dir)
+        check_folder(self.output_dir, "'train.output_dir'")
         resumed = None if dry_run else state.find_checkpoint(self.accelerator, self.output_dir, resume)
         saved = None if resumed is None else state.read_state(resumed, self.accelerator)
         photos, train, val = read_split(config)

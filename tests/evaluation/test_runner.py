@@ -10,8 +10,9 @@ from PIL import Image
 import eval_vqa
 from config import parse_config
 from dataset.records import Entry, Photo, Turn
+from errors import UserError
 from evaluation.report import draw_gallery, table, write_json
-from evaluation.runner import evaluate
+from evaluation.runner import _other_photos, evaluate, sample_photos
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "黑色": (0, 0, 0)}
 
@@ -152,19 +153,82 @@ def test_script_scores_a_split_and_writes_the_files(photos, entries, tmp_path, m
     for name, content in {"image_map": image_map, "captions": captions}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
-    def load(cls, folder, overrides):
-        data = {key.removeprefix("data."): value for key, value in overrides.items()}
-        return SimpleNamespace(
-            config=parse_config({"data": data, "visual": {"path": "v"}, "llm": {"path": "l"}}, "test")
-        )
+    loaded = []
 
+    def read_config(folder, overrides):
+        data = {key.removeprefix("data."): value for key, value in overrides.items()}
+        return parse_config({"data": data, "visual": {"path": "v"}, "llm": {"path": "l"}}, "test")
+
+    def load(cls, folder, overrides):
+        loaded.append(folder)
+
+    monkeypatch.setattr(eval_vqa, "read_config", read_config)
     monkeypatch.setattr(eval_vqa.MMultiModal, "from_checkpoint", classmethod(load))
     monkeypatch.setattr(eval_vqa, "Answerer", lambda model: ColourAnswerer())
+    (tmp_path / "checkpoint-1").mkdir()
     files = [f"data.image_map={tmp_path / 'image_map.json'}", f"data.captions={tmp_path / 'captions.json'}"]
     checkpoint = ["--checkpoint", str(tmp_path / "checkpoint-1")]
     eval_vqa.main([*checkpoint, "--split", "all", "--limit", "3", "--gallery", str(tmp_path / "g.png"), *files])
     assert json.loads((tmp_path / "checkpoint-1" / "eval_all.json").read_text())["trained"]["overall"]["questions"] == 3
     assert (tmp_path / "g.png").is_file()
     assert "accuracy" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="val_fraction"):
-        eval_vqa.main([*checkpoint, *files, "data.val_fraction=0"])
+    loaded.clear()
+    wrong = {
+        "val_fraction": [*files, "data.val_fraction=0"],
+        "--limit must be at least 1 photo, found -3": [*files, "--limit", "-3"],
+        "--output: .* is a folder": [*files, "--split", "all", "--output", str(tmp_path)],
+        "the folder of --gallery does not exist": [
+            *files,
+            "--split",
+            "all",
+            "--gallery",
+            str(tmp_path / "no" / "g.png"),
+        ],
+        "--gallery: .* must end in one of": [*files, "--split", "all", "--gallery", str(tmp_path / "g.doc")],
+        "keeps no absolute paths.*data.image_map=FILE data.captions=FILE": ["data.image_map=a.json", "data.captions=b"],
+        "'data.captions': file not found": [files[0], "data.captions=b.json"],
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(UserError, match=message):
+            eval_vqa.main([*checkpoint, *arguments])
+    assert loaded == []  # said before the model is loaded
+
+
+def many(photos, texts=0):
+    entries = [
+        Entry((ID,), "one" if photos // 2 > ID else "two", "t", (Turn("<|extra_0|>?", ("a",)),)) for ID in range(photos)
+    ]
+    return entries + [Entry((), "text", "t", (Turn(f"Say {number}", ("a",)),)) for number in range(texts)]
+
+
+def test_a_limit_draws_from_all_sources_the_same_every_time():
+    entries = many(100, texts=20)
+    kept = sample_photos(entries, 20, seed=0)
+    assert kept == sample_photos(entries, 20, seed=0) != sample_photos(entries, 20, seed=1)
+    assert sum(bool(entry.images) for entry in kept) == 20
+    assert sum(not entry.images for entry in kept) == 4  # their share
+    assert {entry.source for entry in kept} == {"one", "two", "text"}
+    assert kept == sorted(kept, key=entries.index)
+    assert sample_photos(entries, 1000, seed=0) == entries
+    assert len(sample_photos(many(0, texts=20), 5, seed=0)) == 5
+    pairs = [Entry((ID, ID + 1), "p", "t", (Turn("<|extra_0|><|extra_0|>?", ("a",)),)) for ID in range(0, 40, 2)]
+    assert len(sample_photos(pairs, 6, seed=0)) == 3
+
+
+def test_swapping_photos_does_not_go_through_all_of_them_for_each():
+    """Counted, not timed: how many IDs are taken out of the list."""
+
+    class Counting(list):
+        taken = 0
+
+        def __getitem__(self, index):
+            Counting.taken += 1
+            return super().__getitem__(index)
+
+        def index(self, *_):
+            raise AssertionError("a search through the whole list")
+
+    IDs = Counting(range(1000))
+    others = [_other_photos((ID,), IDs)[0] for ID in range(1000)]
+    assert sorted(others) == list(range(1000))
+    assert Counting.taken <= 20_000  # a binary search each; going through all would be 1,000,000

@@ -1,0 +1,110 @@
+"""The YAML of a run as plain Python values: reads the file and puts overrides in. Called by `config.py`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from errors import UserError, file_error, shortened
+from paths import nearest_name_hint, resolve_path
+
+
+def read_mapping(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a YAML file with some values put in by dotted key.
+
+    Raises:
+        UserError: missing or malformed file, or a key that leads through something that is no section.
+    """
+    file = resolve_path(path)
+    where = shortened(file)
+    if os.path.isdir(file):
+        raise UserError(f"{where} is a folder, not a config file. Give one with --config FILE")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        hint = nearest_name_hint(file, "file")
+        raise UserError(f"config file not found: {where}. {hint}Give one with --config FILE") from None
+    except OSError as error:
+        raise file_error(error, file, "give another config with --config FILE") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    raw = _parse_yaml(text, where, "not valid YAML")
+    if not isinstance(raw, dict):
+        found = "nothing" if raw is None else type(raw).__name__
+        raise UserError(f"{where}: expected sections such as 'data:' and 'train:', found {found}")
+    for key, value in values.items():
+        _set_value(raw, key, os.fspath(value) if isinstance(value, os.PathLike) else value)
+    return raw
+
+
+def parse_overrides(overrides: list[str]) -> dict[str, Any]:
+    """`["key=value", …]` of a command line as values by dotted key; the values are YAML.
+
+    Raises:
+        UserError: one without `=`, or whose value is not valid YAML.
+    """
+    values = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(
+                f"override '{shortened(override)}' is not of the form key=value, for example train.max_steps=100"
+            )
+        values[key] = _parse_yaml(text, f"override '{shortened(override)}'", "the value is not valid YAML, quote it")
+    return values
+
+
+def _set_value(raw: dict[str, Any], key: str, value: Any) -> None:
+    where = f"override '{shortened(key)}'"
+    node: Any = raw
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if isinstance(node, list):
+            node = node[_item(node, parent, where)]
+        else:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+        if not isinstance(node, dict | list):
+            raise UserError(f"{where}: '{shortened(parent)}' is a value, not a section")
+    node[_item(node, leaf, where) if isinstance(node, list) else leaf] = value
+
+
+def _item(items: list[Any], index: str, where: str) -> int:
+    # isdecimal takes the digits of all scripts, but unlike isdigit no '²', which int refuses
+    if not index.isdecimal() or len(index) > 9 or int(index) >= len(items):
+        raise UserError(f"{where}: item {shortened(index)} does not exist, the list has {len(items)}")
+    return int(index)
+
+
+class _Loader(yaml.SafeLoader):
+    """A date is a text, since it may name a folder; a value that cannot be read is said with its place."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML's, for '!!int _' and the like
+            message = f"{shortened(node.value)!r} cannot be read ({error})"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _parse_yaml(text: str, where: str, problem: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise UserError(f"{where}: brackets are nested too deeply") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place, lines = "", text.splitlines()
+        if mark is not None and mark.line < len(lines) > 1:
+            place = f" at line {mark.line + 1}, column {mark.column + 1} ({shortened(lines[mark.line].strip())})"
+        raise UserError(f"{where}: {problem}{place}: {' '.join(str(error.problem).split())}") from error
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise UserError(f"{where}: {problem}: {shortened(' '.join(str(error).split()))}") from error

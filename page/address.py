@@ -1,0 +1,38 @@
+"""Where the page is served: tries the address before the model is loaded. Called by `test_gui.py`."""
+
+import os
+import socket
+
+from config import Gui
+from errors import UserError, shortened
+
+
+def in_url(host: str) -> str:
+    """An IPv6 address in brackets, as URLs have it; Gradio takes them off again."""
+    return f"[{host}]" if ":" in host else host
+
+
+def check_port(gui: Gui) -> None:
+    """Try whether the page can be served, by IPv4 or IPv6.
+
+    Raises:
+        UserError: `gui.host`:`gui.port` is taken or cannot be used.
+    """
+    try:
+        addresses = socket.getaddrinfo(gui.host, gui.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"'gui.host': {shortened(gui.host)} is no address of this machine ({error}): set gui.host=127.0.0.1, or "
+            "0.0.0.0 for all other machines"
+        ) from error
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                if os.name == "posix":  # elsewhere it would let two programs share the port
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            raise UserError(
+                f"cannot serve on {in_url(gui.host)}:{gui.port} ({error.strerror}): choose another port, for example "
+                f"gui.port={gui.port % 65535 + 1}"
+            ) from error

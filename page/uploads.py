@@ -1,0 +1,93 @@
+"""The photos that the page was sent: their folder, and the check that nothing else is opened. Called by `test_gui.py`.
+
+A folder carries a lock that the system takes back however its page ends, killed or not. The next start removes the
+folders whose lock is free.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from errors import UserError
+
+PREFIX = "vqa-photos-"
+# One sentence whether a file is there or not: the page must not tell what is on the server's disk.
+NOT_UPLOADED = "This photo was not uploaded here, or is gone: choose it again. 照片未在此上传或已被清除，请重新选择。"
+
+
+@contextlib.contextmanager
+def upload_folder(parent: Path | None = None) -> Iterator[Path]:
+    """A new folder for uploads, for this user only; it goes at the end, and with it what killed pages left.
+
+    Args:
+        parent: default the system's folder for temporary files.
+    """
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    remove_leftovers(parent)
+    folder = parent / f"{PREFIX}{secrets.token_hex(8)}"
+    # locked before the folder is there, so that another start cannot take it for a leftover
+    lock = filelock.FileLock(f"{folder}.lock", mode=0o600)
+    try:
+        with lock:
+            folder.mkdir(mode=0o700)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove the folders in `parent` that pages of this user left behind when they were killed."""
+    for lock_file in parent.glob(f"{PREFIX}*.lock"):
+        if not _is_own_file(lock_file):  # another user's, or a link that leads elsewhere
+            continue
+        try:
+            with filelock.FileLock(lock_file, blocking=False):
+                shutil.rmtree(lock_file.with_suffix(""), ignore_errors=True)
+        except (filelock.Timeout, OSError):  # Timeout: its page is running
+            continue
+        with contextlib.suppress(OSError):
+            lock_file.unlink()
+
+
+def _is_own_file(path: Path) -> bool:
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and (not hasattr(os, "getuid") or status.st_uid == os.getuid())
+
+
+def uploaded_photo(upload: Any, folder: Path) -> Path:
+    """The file of what a browser or an API client calls a photo.
+
+    Raises:
+        UserError: it is of another shape, or not a file in `folder`; the same sentence for all.
+    """
+    path = upload.get("path") if isinstance(upload, dict) else None
+    folders = (folder.absolute(), folder.resolve())
+    # by its letters first, so that the disk is not even asked about other paths
+    if not isinstance(path, str) or not any(Path(os.path.abspath(path)).is_relative_to(place) for place in folders):
+        raise UserError(NOT_UPLOADED)
+    if not os.path.isfile(path):
+        raise UserError(NOT_UPLOADED)
+    file = Path(path)
+    if not file.resolve().is_relative_to(folder.resolve()):  # a link that leads out
+        raise UserError(NOT_UPLOADED)
+    with contextlib.suppress(OSError):
+        os.utime(file)  # its time to be kept counts from its last use
+    return file
+
+
+def photo_name(upload: Any) -> str:
+    """The name that the user's file had, for messages."""
+    name = upload.get("orig_name") if isinstance(upload, dict) else None
+    return name if isinstance(name, str) and name else "photo"

@@ -1,0 +1,266 @@
+"""The page opens uploads only, and no photo outlives the page; over HTTP without a browser, and directly."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+from PIL import Image
+
+import test_gui
+from config import Generate, Gui
+from errors import UserError
+from page.address import check_port, in_url
+from page.uploads import NOT_UPLOADED, PREFIX, photo_name, remove_leftovers, upload_folder, uploaded_photo
+from paths import REPO_ROOT
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # Gradio uses what pandas 3 calls old
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and links of POSIX")
+
+
+class SizeAnswerer:
+    settings = Generate()
+
+    def stream(self, image, messages):
+        yield f"{image.size} {messages[-1]['content']}"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The page's address and the folder of its uploads."""
+    patch = pytest.MonkeyPatch()
+    uploads = tmp_path_factory.mktemp("uploads")
+    patch.setenv("GRADIO_TEMP_DIR", str(uploads))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    page = test_gui.build_page(SizeAnswerer(), Generate(), "checkpoint-7")
+    test_gui.launch(page, Gui(port=port))
+    yield f"http://127.0.0.1:{port}/gradio_api", uploads
+    page.close()
+    patch.undo()
+
+
+def fetch(url, content=None):
+    headers = {"content-type": "application/json"}
+    body = None if content is None else json.dumps(content).encode()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url, body, headers), timeout=30) as response:
+        return response.read().decode()
+
+
+def call(address, endpoint, *data):
+    """The last event of an API call and its data."""
+    event = json.loads(fetch(f"{address}/call/{endpoint}", {"data": data, "session_hash": "a"}))["event_id"]
+    lines = fetch(f"{address}/call/{endpoint}/{event}").strip().splitlines()
+    return lines[-2].removeprefix("event: "), json.loads(lines[-1].removeprefix("data: "))
+
+
+def upload(address, file):
+    boundary = "0123456789abcdef"
+    body = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{file.name}"\r\n'
+        "Content-Type: image/png\r\n\r\n"
+    ).encode() + file.read_bytes() + f"\r\n--{boundary}--\r\n".encode()  # fmt: skip
+    request = urllib.request.Request(
+        f"{address}/upload", body, {"content-type": f"multipart/form-data; boundary={boundary}"}
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as response:
+        return json.loads(response.read())[0]
+
+
+def answer_of(data):
+    return data[1][-1]["content"][0]["text"], data[3]
+
+
+@pytest.fixture
+def secret(tmp_path):
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "secret.png")
+    return tmp_path / "secret.png"
+
+
+def test_an_upload_is_answered_and_kept_for_an_hour(served, secret):
+    address, _ = served
+    path = upload(address, secret)
+    os.utime(path, (0, 0))
+    kind, data = call(address, "on_ask", {"path": path, "orig_name": "my.png"}, "What?", 40, 0)
+    assert kind == "complete"
+    assert answer_of(data)[0] == "(64, 48) What?"
+    assert os.stat(path).st_mtime > 0  # its age counts from its last use
+    assert test_gui.KEEP_SECONDS == 3600
+
+
+@posix
+@pytest.mark.parametrize("endpoint", ["on_ask", "on_photo"])
+def test_no_other_file_is_opened_and_none_is_told_of(served, secret, endpoint):
+    address, uploads = served
+    (uploads / "link.png").unlink(missing_ok=True)
+    (uploads / "link.png").symlink_to(secret)
+    rest = ["What?", 40, 0] if endpoint == "on_ask" else []
+    told = set()
+    for path in (
+        secret,
+        "/etc/passwd",
+        "/etc/nonexistent",
+        f"{uploads}/../x",
+        uploads,
+        uploads / "link.png",
+        "a\0b",
+        "e",
+    ):
+        kind, data = call(address, endpoint, {"path": str(path), "orig_name": "x"}, *rest)
+        assert kind == "complete"
+        told.add(json.dumps(data))
+    assert len(told) == 1
+    assert json.dumps(NOT_UPLOADED)[1:-1] in told.pop()
+
+
+@pytest.mark.parametrize("photo", [{}, {"path": None}, {"url": "x"}, {"orig_name": "x"}, {"path": ""}])
+def test_odd_payloads_are_one_sentence_and_the_buttons_come_back(served, photo):
+    address, _ = served
+    kind, data = call(address, "on_ask", photo, "What?", 40, 0)
+    assert kind == "complete"
+    assert answer_of(data) == (f"⚠ {NOT_UPLOADED}", "What?")
+    assert [update["interactive"] for update in data[4:7]] == [True, True, False]  # ask, retry, stop
+
+
+@pytest.mark.parametrize(("longest", "temperature"), [("x", 0), (40, 1e308), (-5, 0), ([], 0), (40, {}), (None, 0)])
+def test_odd_settings_are_one_sentence(served, secret, longest, temperature):
+    address, _ = served
+    kind, data = call(address, "on_ask", {"path": upload(address, secret)}, "What?", longest, temperature)
+    assert kind == "complete"
+    text, question = answer_of(data)
+    assert text.startswith("⚠ settings")
+    assert question == "What?"
+
+
+@pytest.mark.parametrize(
+    "data", [["x", "What?", 40, 0], [[1], "What?", 40, 0], [{"path": 5}, "?", 40, 0], [], [None] * 4]
+)
+def test_the_server_goes_on_after_what_gradio_refuses(served, secret, data):
+    address, _ = served
+    call(address, "on_ask", *data)
+    kind, answered = call(address, "on_ask", {"path": upload(address, secret)}, "Still there?", 40, 0)
+    assert (kind, answer_of(answered)[0]) == ("complete", "(64, 48) Still there?")
+
+
+def test_half_a_surrogate_pair_is_said(served, secret):
+    address, _ = served
+    kind, data = call(address, "on_ask", {"path": upload(address, secret)}, "a\ud800", 40, 0)
+    assert kind == "complete"
+    assert "is not valid Unicode text" in answer_of(data)[0]
+
+
+@pytest.mark.parametrize("upload", [None, {}, "x", [1], 5, {"path": None}, {"path": 5}, {"path": "/etc/passwd"}])
+def test_what_is_no_upload(tmp_path, upload):
+    with pytest.raises(UserError) as caught:
+        uploaded_photo(upload, tmp_path)
+    assert str(caught.value) == NOT_UPLOADED
+    assert photo_name(upload) == "photo"
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from page.uploads import upload_folder
+{before}
+with upload_folder(Path({parent!r})) as folder:
+    (folder / "photo.png").touch()
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(parent, before=""):
+    code = HOLD.format(root=str(REPO_ROOT), parent=str(parent), before=before)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
+
+
+def test_photos_of_a_killed_page_go_at_the_next_start_and_those_of_a_running_one_stay(tmp_path):
+    running, running_folder = holder(tmp_path)
+    killed, killed_folder = holder(tmp_path)
+    killed.kill()
+    killed.wait()
+    assert os.path.isdir(killed_folder)
+    try:
+        with upload_folder(tmp_path) as folder:
+            assert not os.path.exists(killed_folder)
+            assert os.path.isfile(f"{running_folder}/photo.png")
+            assert folder.is_dir()
+            if os.name == "posix":
+                assert folder.stat().st_mode & 0o077 == 0
+        assert not folder.exists()
+    finally:
+        running.kill()
+        running.wait()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@posix
+def test_what_is_not_ours_stays(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("kept")
+    (tmp_path / f"{PREFIX}link.lock").symlink_to(elsewhere)
+    (tmp_path / f"{PREFIX}link").mkdir()
+    (tmp_path / "other.lock").touch()
+    remove_leftovers(tmp_path)
+    assert elsewhere.read_text() == "kept"
+    assert (tmp_path / f"{PREFIX}link").is_dir()
+    assert (tmp_path / "other.lock").exists()
+
+
+@posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_page_that_is_told_to_end_removes_its_photos(tmp_path, name):
+    process, folder = holder(tmp_path, "import test_gui\ntest_gui.end_on_signals()")
+    process.send_signal(getattr(signal, name))
+    assert process.wait(timeout=60) == 0
+    assert not os.path.exists(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hosts_of_both_kinds():
+    assert (in_url("::1"), in_url("127.0.0.1")) == ("[::1]", "127.0.0.1")
+    with pytest.raises(UserError, match=r"'gui\.host': no\.such\.host\.invalid is no address"):
+        check_port(Gui(host="no.such.host.invalid"))
+    with pytest.raises(UserError, match="cannot serve on 192.0.2.1:7860"):  # an address for documentation
+        check_port(Gui(host="192.0.2.1"))
+    if not socket.has_ipv6:
+        return
+    with socket.socket(socket.AF_INET6) as other:
+        try:
+            other.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 on this machine")
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"cannot serve on \[::1\]:{port}"):
+            check_port(Gui(host="::1", port=port))
+    check_port(Gui(host="::1", port=port))
+
+
+def test_the_page_is_served_by_ipv6(tmp_path, monkeypatch):
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 on this machine")
+        gui = Gui(host="::1", port=probe.getsockname()[1])
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "")  # `launch` changes both
+    monkeypatch.setenv("NO_PROXY", "")
+    page = test_gui.build_page(SizeAnswerer(), Generate(), "checkpoint-7")
+    assert page.delete_cache == (600, 3600)  # looks every ten minutes for what was not used for an hour
+    check_port(gui)
+    test_gui.launch(page, gui)
+    try:
+        assert "checkpoint-7" in fetch(f"http://[::1]:{gui.port}/")
+    finally:
+        page.close()
