@@ -98,10 +98,11 @@ def nightly() -> None:
 
 
 def check() -> None:
-    """formatting and lint (the import rule and the config keys are tests: make test)"""
+    """formatting, lint and types (the import rule and the config keys are tests: make test)"""
     install("requirements-dev.txt")
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
+    run(PYTHON, "-m", "pyrefly", "check")
 
 
 def gui() -> None:
