@@ -23,7 +23,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import statistics
 import sys
 import tempfile
@@ -48,6 +47,7 @@ from dataset.records import Entry, Photo, Turn
 from model.model import DTYPES, MMultiModal, pick_precision
 from paths import REPO_ROOT
 from qwen.chat import IGNORE_INDEX
+from training.costs import peak_memory
 from training.loop import compile_layers
 
 DEMO = REPO_ROOT / "demo" / "backbones"
@@ -303,8 +303,10 @@ def peak_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        assert peak is not None, "/proc/self/status tells no VmHWM"
+        return int(peak[1]) * 1024
+    return peak_memory(torch.device(device))
 
 
 def reset_peak(device: str) -> None:
