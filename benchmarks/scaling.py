@@ -4,7 +4,7 @@
 
 Each row of numbers changes one quantity, all else fixed, and a straight line is fitted to it: `per_unit` is its slope.
 `worst_fit` says by how much of its value a point is off the line at most: where that is large, growth is not linear. An
-axis with a point that adds less than 16 MiB gets no line for memory: freed memory of earlier steps may hold all it needs.
+axis with a point that adds less than 16 MiB gets no line for memory: memory freed by earlier steps may hold it all.
 """
 
 import argparse
