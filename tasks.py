@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 DEMO_RUN = "checkpoints/demo"
+# tests use one thread each, so they run in as many processes as there are cores; each needs up to 2 GB. The tests of a
+# file stay together, since they share what is slow to make (a trained checkpoint, a page with its browser)
+PARALLEL = ("-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile")
 
 
 def install(requirements: str) -> None:
@@ -88,13 +91,13 @@ def check_scores(report: Path) -> None:
 def test() -> None:
     """all tests that take seconds"""
     install("requirements-dev.txt")
-    run(PYTHON, "-m", "pytest", "-m", "not nightly")
+    run(PYTHON, "-m", "pytest", *PARALLEL, "-m", "not nightly")
 
 
 def nightly() -> None:
     """all tests, those that take minutes too"""
     install("requirements-dev.txt")
-    run(PYTHON, "-m", "pytest")
+    run(PYTHON, "-m", "pytest", *PARALLEL)
 
 
 def check() -> None:
