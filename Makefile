@@ -1,6 +1,6 @@
 # `make help` lists what there is. Without make (Windows): the same names with `python tasks.py NAME`.
 PYTHON ?= python3
 
-.PHONY: help demo test check nightly gui bench
-help demo test check nightly gui bench:
+.PHONY: help demo test check nightly smoke newest gui bench
+help demo test check nightly smoke newest gui bench:
 	@$(PYTHON) tasks.py $@

@@ -108,6 +108,29 @@ def check() -> None:
     run(PYTHON, "-m", "pyrefly", "check")
 
 
+def smoke() -> None:
+    """what every system must do: --help of all scripts, data, a tiny training, an answer"""
+    install("requirements-dev.txt")
+    for script in ("process_image", "train", "predict", "eval_vqa", "export", "test_gui"):
+        run(PYTHON, f"{script}.py", "--help")
+    portable = ("tests/test_scripts.py", "tests/test_config.py", "tests/dataset", "tests/benchmarks/test_portable.py")
+    run(PYTHON, "-m", "pytest", "-m", "not nightly", *portable)
+
+
+def newest() -> None:
+    """the quick tests with the newest libraries; leaves them in .venv, so not for daily work"""
+    install("requirements-dev.txt")
+    lines = [
+        line for file in ("requirements.txt", "requirements-dev.txt") for line in (ROOT / file).read_text().splitlines()
+    ]
+    names = [line.partition("==")[0] for line in lines if "==" in line]
+    (VENV / "installed-requirements-dev.txt").unlink()  # the next task installs the pinned versions again
+    (VENV / "installed-requirements.txt").unlink(missing_ok=True)
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", *names)
+    run(PYTHON, "-m", "pip", "list")
+    run(PYTHON, "-m", "pytest", *PARALLEL, "-m", "not nightly", "-W", "always::FutureWarning")
+
+
 def gui() -> None:
     """the page, with the demo's newest checkpoint"""
     install("requirements.txt")
@@ -120,7 +143,7 @@ def bench() -> None:
     run(PYTHON, "-m", "benchmarks.train_step")
 
 
-TASKS = {task.__name__: task for task in (demo, test, check, nightly, gui, bench)}
+TASKS = {task.__name__: task for task in (demo, test, check, nightly, smoke, newest, gui, bench)}
 
 
 def main() -> None:
