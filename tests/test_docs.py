@@ -1,12 +1,14 @@
-"""What the documents say about the repository: every test that they name exists, in both languages the same ones."""
+"""What documents and workflows say about the repository: the tests, files and commands that they name exist."""
 
 import ast
 import functools
 import re
 
 import pytest
+import yaml
 
 from paths import REPO_ROOT
+from tasks import TASKS
 
 TEST_NAME = re.compile(r"tests/[\w/]+\.py(?:::\w+)+")
 FAILURES = "docs/what_can_go_wrong"
@@ -64,3 +66,32 @@ def test_links_to_files_of_the_repository_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in target:
             assert ((REPO_ROOT / document).parent / target).exists(), f"{document}: link to {target}"
+
+
+WORKFLOWS = sorted((REPO_ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
+def test_workflows_run_our_commands_with_pinned_actions(file):
+    workflow = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    assert workflow["concurrency"]
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 120
+        for step in job["steps"]:
+            if "uses" in step:
+                assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step["uses"])
+            else:
+                called = re.fullmatch(r"python tasks\.py (\w+)", step["run"])
+                assert called is None or called[1] in TASKS
+                assert called is not None or "apt-get" in step["run"]
+
+
+def test_make_knows_every_task():
+    makefile = (REPO_ROOT / "Makefile").read_text(encoding="utf-8")
+    assert set(re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split()) == {"help", *TASKS}
+
+
+def test_every_command_of_the_contributors_page_exists():
+    text = (REPO_ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`make (\w+)`", text)) <= {*TASKS, "NAME"}

@@ -9,7 +9,9 @@ from benchmarks.scaling import fit, fit_memory
 from paths import REPO_ROOT
 
 
-@pytest.mark.parametrize("name", ["fuzz", "fuzz_files", "fuzz_text", "scaling", "train_estimate", "train_step"])
+@pytest.mark.parametrize(
+    "name", ["backbone_tables", "fuzz", "fuzz_files", "fuzz_text", "scaling", "train_estimate", "train_step"]
+)
 def test_import_needs_nothing_of_unix(name, monkeypatch):
     for module in ("resource", "fcntl", "termios"):  # Windows has none of them
         monkeypatch.setitem(sys.modules, module, None)
