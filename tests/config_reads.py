@@ -61,7 +61,7 @@ def _declared(trees: list[ast.AST], sections: Types) -> tuple[Types, Types]:
             returns[node.name] = section
             if any(isinstance(mark, ast.Name) and "property" in mark.id for mark in node.decorator_list):
                 attributes[node.name] = section
-        elif isinstance(node, ast.ClassDef):
+        elif isinstance(node, ast.ClassDef) and node.name not in sections:  # the schema itself is no evidence
             for line in node.body:
                 if isinstance(line, ast.AnnAssign) and (section := _annotated(line.annotation, sections)):
                     attributes[line.target.id] = section

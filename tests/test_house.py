@@ -222,6 +222,8 @@ def main(arguments):
         print(source.weight)
     Thing(config.train).run()
     other.seed, model.visual.path, captions.images
+    data = load_config("y").data
+    print(data.seed)
 
 def load_config(path: str) -> Config: ...
 
@@ -238,7 +240,7 @@ class Thing:
 def test_reads_are_followed_through_names_loops_and_attributes():
     reads = read_fields([ast.parse(READING)], Config)
     assert {f"{section.__name__}.{field}" for section, field in reads} == {
-        "Config.data", "Data.sources", "Source.weight", "Config.train", "Train.lora_lr", "Train.max_steps"
+        "Config.data", "Data.seed", "Data.sources", "Source.weight", "Config.train", "Train.lora_lr", "Train.max_steps"
     }  # fmt: skip
 
 
