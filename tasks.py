@@ -33,6 +33,9 @@ CPU_ONLY = (
     "hint: this machine has an NVIDIA GPU, but the torch in .venv computes on the CPU only. The selector on "
     "pytorch.org gives the command that installs {torch} with CUDA; run it with {python} -m pip"
 )
+# tests use one thread each, so they run in as many processes as there are cores; each needs up to 2 GB. The tests of a
+# file stay together, since they share what is slow to make (a trained checkpoint, a page with its browser)
+PARALLEL = ("-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile")
 
 
 def install(requirements: str) -> None:
@@ -137,13 +140,13 @@ def check_scores(report: Path) -> None:
 def test() -> None:
     """all tests that take seconds (--without-bf16: as on a CPU without it)"""
     install("requirements-dev.txt")
-    run(PYTHON, "-m", "pytest", "-m", "not nightly")
+    run(PYTHON, "-m", "pytest", *PARALLEL, "-m", "not nightly")
 
 
 def nightly() -> None:
     """all tests, those that take minutes too"""
     install("requirements-dev.txt")
-    run(PYTHON, "-m", "pytest")
+    run(PYTHON, "-m", "pytest", *PARALLEL)
 
 
 def cpu() -> None:
@@ -153,10 +156,34 @@ def cpu() -> None:
 
 
 def check() -> None:
-    """formatting and lint (the import rule and the config keys are tests: make test)"""
+    """formatting, lint and types (the import rule and the config keys are tests: make test)"""
     install("requirements-dev.txt")
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
+    run(PYTHON, "-m", "pyrefly", "check")
+
+
+def smoke() -> None:
+    """what every system must do: --help of all scripts, data, a tiny training, an answer"""
+    install("requirements-dev.txt")
+    for script in ("process_image", "train", "predict", "eval_vqa", "export", "test_gui"):
+        run(PYTHON, f"{script}.py", "--help")
+    portable = ("tests/test_scripts.py", "tests/test_config.py", "tests/dataset", "tests/benchmarks/test_portable.py")
+    run(PYTHON, "-m", "pytest", "-m", "not nightly", *portable)
+
+
+def newest() -> None:
+    """the quick tests with the newest libraries; leaves them in .venv, so not for daily work"""
+    install("requirements-dev.txt")
+    lines = [
+        line for file in ("requirements.txt", "requirements-dev.txt") for line in (ROOT / file).read_text().splitlines()
+    ]
+    names = [line.partition("==")[0] for line in lines if "==" in line]
+    (VENV / "installed-requirements-dev.txt").unlink()  # the next task installs the pinned versions again
+    (VENV / "installed-requirements.txt").unlink(missing_ok=True)
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", *names)
+    run(PYTHON, "-m", "pip", "list")
+    run(PYTHON, "-m", "pytest", *PARALLEL, "-m", "not nightly", "-W", "always::FutureWarning")
 
 
 def gui() -> None:
@@ -171,7 +198,7 @@ def bench() -> None:
     run(PYTHON, "-m", "benchmarks.train_step")
 
 
-TASKS = {task.__name__: task for task in (demo, test, check, nightly, gui, bench, cpu)}
+TASKS = {task.__name__: task for task in (demo, test, check, nightly, smoke, newest, gui, bench, cpu)}
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
     python -m benchmarks.scaling [--shape tiny|half-b] [--output FILE.json]
 
 Each row of numbers changes one quantity, all else fixed, and a straight line is fitted to it: `per_unit` is its slope.
-`worst_fit` says by how much of its value a point lies off the line at most: where that is large, growth is not linear.
+`worst_fit` says by how much of its value a point is off the line at most: where that is large, growth is not linear. An
+axis with a point that adds less than 16 MiB gets no line for memory: memory freed by earlier steps may hold it all.
 """
 
 import argparse
@@ -39,6 +40,8 @@ AXES: dict[str, tuple[dict[str, int], list[int]]] = {
     "questions": ({}, [1, 2, 4, 8]),
     "photos": ({}, [1, 2, 4, 8]),
 }
+
+LEAST_MIB = 16  # of growth that can be told from what an allocator holds for later
 
 
 def work(backbones: Path, options: argparse.Namespace, pipe) -> None:
@@ -78,6 +81,11 @@ def work(backbones: Path, options: argparse.Namespace, pipe) -> None:
             seconds[point].append(step(batch))
             memory[point] = peak_bytes(options.device) - before
     pipe.send({point: (statistics.median(seconds[point]), memory[point]) for point in batches})
+
+
+def fit_memory(values: list[int], mib: list[float]) -> dict[str, float] | None:
+    """As `fit`, or None where a point is too small to tell it from memory that was held before."""
+    return fit(values, mib) if min(mib) >= LEAST_MIB else None
 
 
 def fit(values: list[int], measured: list[float]) -> dict[str, float]:
@@ -120,7 +128,7 @@ def main() -> None:
             "seconds": [round(value, 3) for value in seconds],
             "memory_mib": [round(value) for value in mib],
             "seconds_fit": fit(values, list(seconds)),
-            "memory_mib_fit": fit(values, mib),
+            "memory_mib_fit": fit_memory(values, mib),
         }
     text = json.dumps(report, indent=2)
     print(text)

@@ -23,7 +23,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import statistics
 import sys
 import tempfile
@@ -49,7 +48,8 @@ from model.model import DTYPES, MMultiModal, pick_precision
 from paths import REPO_ROOT
 from qwen.chat import IGNORE_INDEX
 from qwen.loading import set_activation_checkpointing
-from training.loop import compile_layers
+from training.build import compile_layers
+from training.costs import peak_memory
 
 DEMO = REPO_ROOT / "demo" / "backbones"
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
@@ -304,8 +304,10 @@ def peak_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        assert peak is not None, "/proc/self/status tells no VmHWM"
+        return int(peak[1]) * 1024
+    return peak_memory(torch.device(device))
 
 
 def reset_peak(device: str) -> None:
