@@ -159,7 +159,8 @@ def injections(draw: random.Random, folder: Path) -> str:
 
 @functools.cache
 def _tokenizer(model_type: str) -> Any:
-    """The demo's tokenizer for Qwen2, the same with Qwen3's think tokens, or a small `qwen.tiktoken` for Qwen v1."""
+    """The demo's tokenizer with the tool tokens of Qwen2.5, the same with Qwen3's think tokens too, or a small
+    `qwen.tiktoken` for Qwen v1."""
     from qwen.tokenizer import load_tokenizer
 
     if model_type == "qwen":
@@ -170,6 +171,7 @@ def _tokenizer(model_type: str) -> Any:
             (Path(name) / "qwen.tiktoken").write_bytes(b"".join(lines))
             return load_tokenizer(Path(name))
     tokenizer = load_tokenizer(REPO_ROOT / "demo" / "backbones" / "qwen")
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
     if model_type == "qwen3":
         tokenizer.add_tokens(["<think>", "</think>"])
         tokenizer.chat_template = None

@@ -2,7 +2,7 @@
 
 Training, evaluation, page and command line all call `ChatFormat.render`, so the model is asked the way it was taught.
 The format is ChatML, `<|im_start|>role\\ntext<|im_end|>\\n`; only this file writes control tokens. Text of users is
-data: `<|im_end|>` or `<|extra_0|>` typed in it is tokenised as the plain characters it is made of.
+data: `<|im_end|>`, `<|extra_0|>` or `<think>` typed in it is tokenised as the plain characters it is made of.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from config import IMAGE_TAG, Prompt
-from qwen.tokenizer import image_token_id
+from qwen.tokenizer import image_token_id, text_encoder
 
 THINK_BLOCK = "<think>\n\n</think>\n\n"  # how Qwen3 is told not to think (its model card)
 IGNORE_INDEX = -100  # label of positions without supervision, the default of torch's cross-entropy
@@ -50,6 +50,7 @@ class ChatFormat:
         self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, num_image_tokens: int, model_type: str = "qwen2"
     ) -> None:
         self.tokenizer = tokenizer
+        self._encoder = text_encoder(tokenizer)
         self._encoded: dict[str, list[int]] = {}
         self.prompt = prompt
         self.num_image_tokens = num_image_tokens
@@ -64,12 +65,12 @@ class ChatFormat:
         self.think_ids = tokenizer.encode(self.think, add_special_tokens=False)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of `text` with every special token spelt out in plain characters."""
+        """Ids of `text` with every control token spelt out in plain characters."""
         # a call of the tokenizer takes 0.1 ms however short the text, and most texts but the answer come again
         if text not in self._encoded:
             if len(self._encoded) >= 4096:
                 self._encoded.clear()
-            self._encoded[text] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            self._encoded[text] = self._encoder.encode(text, add_special_tokens=False).ids
         return list(self._encoded[text])
 
     def question(self, text: str, num_images: int) -> Message:
@@ -161,12 +162,10 @@ class ChatFormat:
             add([*self.encode_text(role), *self.think_ids])
             add(self.encode_text(answer), supervised=True)
         else:
-            encoding = self.tokenizer(
-                role + answer, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-            )
-            role_length = sum(start < len(role) for start, _ in encoding["offset_mapping"])
-            add(encoding["input_ids"][:role_length])
-            add(encoding["input_ids"][role_length:], supervised=True)
+            encoding = self._encoder.encode(role + answer, add_special_tokens=False)
+            role_length = sum(start < len(role) for start, _ in encoding.offsets)
+            add(encoding.ids[:role_length])
+            add(encoding.ids[role_length:], supervised=True)
         add([self.answer_end_id], supervised=True)
 
     def fingerprint(self) -> str:

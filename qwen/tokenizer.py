@@ -8,6 +8,7 @@ place before the language model reads anything.
 
 import base64
 import binascii
+import copy
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -51,6 +52,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of `<|extra_0|>`."""
     return tokenizer.convert_tokens_to_ids(IMAGE_TAG)
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the tokenizer's core that reads every added token as the plain characters it is made of.
+
+    The tokenizer itself does so for special tokens alone, and `<think>` or `<tool_call>` of Qwen2.5 and 3 are not
+    special. They must not become so: what is special is hidden when an answer is decoded.
+    """
+    encoder = copy.deepcopy(tokenizer.backend_tokenizer)
+    encoder.add_special_tokens(list(encoder.get_added_tokens_decoder().values()))  # makes those that are there special
+    encoder.encode_special_tokens = True
+    encoder.no_truncation()  # which a tokenizer.json may ask for
+    encoder.no_padding()
+    return encoder
 
 
 def read_tiktoken(file: Path) -> PreTrainedTokenizerFast:
