@@ -20,7 +20,7 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import orjson
 import torch
@@ -48,9 +48,20 @@ from model.checkpoint_folder import (
     read_provenance,
 )
 from paths import REPO_ROOT
+from qwen.chat import ChatFormat
+from visual.transform import ImageTransform
 
-if TYPE_CHECKING:
-    from model.model import MMultiModal
+
+class TrainedModel(Protocol):
+    """What a checkpoint needs of a model; `model.model.MMultiModal`, which loads itself through this module."""
+
+    config: Config
+    chat: ChatFormat
+    transform: ImageTransform
+    feature_proj: torch.nn.Module
+    LLM: Any  # with peft's LoRA
+    visual_folder: Path
+    llm_folder: Path
 
 
 def portable_config(config: Config) -> dict[str, Any]:
@@ -80,7 +91,7 @@ def portable_config(config: Config) -> dict[str, Any]:
     return raw
 
 
-def fingerprints(model: "MMultiModal") -> dict[str, str]:
+def fingerprints(model: TrainedModel) -> dict[str, str]:
     """What the trained weights depend on, one hash each: both backbones, the prompt and the image transform."""
     return {
         "visual": backbone_fingerprint(model.visual_folder),
@@ -91,7 +102,7 @@ def fingerprints(model: "MMultiModal") -> dict[str, str]:
 
 
 def save_checkpoint(
-    model: "MMultiModal",
+    model: TrainedModel,
     folder: Path,
     metrics: dict[str, Any],
     provenance: dict[str, Any],
@@ -126,7 +137,7 @@ def save_checkpoint(
 
 
 def _write_files(
-    model: "MMultiModal",
+    model: TrainedModel,
     folder: Path,
     metrics: dict[str, Any],
     provenance: dict[str, Any],
@@ -168,7 +179,7 @@ def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config
     return load_config(folder / CONFIG_FILE, overrides)
 
 
-def restore_weights(model: "MMultiModal", folder: Path) -> None:
+def restore_weights(model: TrainedModel, folder: Path) -> None:
     """Put LoRA and projector of a checkpoint into `model` and check what they were trained on.
 
     Raises:
@@ -223,7 +234,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise file_error(error, file) from error
 
 
-def _check_fingerprints(model: "MMultiModal", folder: Path) -> None:
+def _check_fingerprints(model: TrainedModel, folder: Path) -> None:
     expected = read_provenance(folder)["fingerprints"]
     places = {"visual": ("visual.path", model.visual_folder), "llm": ("llm.path", model.llm_folder)}
     for part, (key, backbone) in places.items():

@@ -19,6 +19,8 @@ from transformers.utils import logging as transformers_logging
 from config import Config
 from errors import UserError
 from model.backbone import locate_backbone
+from model.checkpoint import read_config, restore_weights
+from model.checkpoint_folder import check_complete
 from model.precision import DTYPES, pick_device, pick_precision
 from qwen.attention import PackedLayout
 from qwen.chat import ChatFormat
@@ -138,10 +140,7 @@ class MMultiModal(nn.Module):
         Raises:
             UserError: not a complete checkpoint, or its backbones are missing or are others than it was trained on.
         """
-        from model.checkpoint import check_complete, read_config, restore_weights  # checkpoint.py imports this module
-
         folder = check_complete(Path(folder))
-
         device = pick_device(device)
         if dtype is None:
             dtype = DTYPES[pick_precision("auto", device)] if device.type == "cuda" else torch.float32
@@ -229,7 +228,7 @@ class MMultiModal(nn.Module):
         if image is not None:
             image_features = self.encode_image(image)
         images = None if image_features is None else self.project(image_features)  # (B_img, N, Dl)
-        if photo_index is not None:
+        if images is not None and photo_index is not None:
             images = images[photo_index]
         output = self.LLM(
             input_ids=input_ids,

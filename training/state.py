@@ -8,11 +8,12 @@ import dataclasses
 import pickle
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.optim.lr_scheduler import LambdaLR
 
 from config import Config
 from errors import UserError, file_error
@@ -28,10 +29,9 @@ from model.checkpoint_folder import (
     read_provenance,
     recover,
 )
+from model.model import MMultiModal
 from training.agreement import all_or_none, on_main
-
-if TYPE_CHECKING:
-    from training.build import Run
+from training.estimate import Setting
 
 
 @dataclasses.dataclass
@@ -72,6 +72,22 @@ class Progress:
         torch.set_rng_state(self.generators["cpu"])
         if "cuda" in self.generators and device.type == "cuda":
             torch.cuda.set_rng_state(self.generators["cuda"])
+
+
+class Resumable(Protocol):
+    """What of a run its checkpoints hold and need; `training.build.Run`, which is built with what `restore` gives."""
+
+    config: Config
+    accelerator: Accelerator
+    output_dir: Path
+    model: MMultiModal
+    optimizer: Any
+    schedule: LambdaLR
+    setting: Setting
+    provenance: dict[str, Any]
+    progress: Progress
+
+    def say(self, sentence: str) -> None: ...
 
 
 def find_checkpoint(accelerator: Accelerator, output_dir: Path, resume: str | None) -> Path | None:
@@ -188,7 +204,7 @@ def accepted_changes(folder: Path, shape: dict[str, Any], accept: bool) -> list[
     return [*earlier, {"checkpoint": folder.name, "changes": changed}]
 
 
-def make_ready(run: "Run") -> None:
+def make_ready(run: Resumable) -> None:
     """Make the run folder on the first process; checkpoints that the run is about to make again move aside.
 
     Raises:
@@ -230,11 +246,10 @@ def prune(output_dir: Path, keep: int, newest: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save(run: "Run", progress: Progress, figures: dict[str, Any], pruning: bool = True) -> Path:
+def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: bool = True) -> Path:
     """Write `checkpoint-<step>`, then prune; all processes call it together.
 
     Args:
-        run: a `training.build.Run`.
         figures: go into `metrics.json`.
         pruning: False when saving because something went wrong.
 
@@ -263,7 +278,7 @@ def save(run: "Run", progress: Progress, figures: dict[str, Any], pruning: bool 
     return folder
 
 
-def restore(run: "Run", state: dict[str, Any]) -> Progress:
+def restore(run: Resumable, state: dict[str, Any]) -> Progress:
     """Put the saved optimizer, schedule, scaler and generators back; returns where the run stands.
 
     Raises:
