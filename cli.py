@@ -5,6 +5,7 @@ The scripts import it before anything that has to be installed.
 
 import argparse
 import importlib.util
+import io
 import logging
 import os
 import sys
@@ -67,7 +68,8 @@ def run_script(main: Callable[[], None]) -> None:
     of memory. Ctrl-C ends with status 130. Any other error is a defect and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # do not crash if the console cannot encode a character
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):  # a notebook or a program without a console has other ones
+            stream.reconfigure(errors="backslashreplace")
     _quieten_libraries()
     try:
         main()

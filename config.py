@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from config_file import parse_overrides, read_mapping
 from errors import UserError, shortened
@@ -265,7 +266,7 @@ def _validated(schema: type[S], raw: dict[str, Any], where: str) -> S:
 MISTAKES = 3  # of a config that one message names
 
 
-def _explain(item: dict[str, Any]) -> str:
+def _explain(item: ErrorDetails) -> str:
     key = shortened(".".join(str(part) for part in item["loc"]))
     if item["type"] == "extra_forbidden":
         parent = ".".join("0" if isinstance(part, int) else str(part) for part in item["loc"][:-1])

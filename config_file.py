@@ -68,7 +68,8 @@ def _set_value(raw: dict[str, Any], key: str, value: Any) -> None:
             node = node[parent]
         if not isinstance(node, dict | list):
             raise UserError(f"{where}: '{shortened(parent)}' is a value, not a section")
-    node[_item(node, leaf, where) if isinstance(node, list) else leaf] = value
+    place: Any = _item(node, leaf, where) if isinstance(node, list) else leaf
+    node[place] = value
 
 
 def _item(items: list[Any], index: str, where: str) -> int:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cli import run_script, script_arguments
 
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         for piece in answerer.stream(args.image, [{"role": "user", "content": args.question}]):
             print(piece, end="", flush=True)
         print()
-    else:
+    elif args.input is not None:
         answered, failed = answer_file(answerer, args.input, args.output)
         print(f"{answered} rows answered, {failed} with an error: {args.output}")
         if failed:
@@ -123,7 +123,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in ("answer", "error")}
 
 
-def _no_number(name: str) -> None:
+def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 

@@ -16,6 +16,7 @@ import gc
 import itertools
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from cli import run_script, script_arguments
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("--check: nothing was written")
         return
     image_map_path, captions_path, report_path, rejected_path = outputs.values()
-    beside = {
+    beside: dict[Path, Iterable[bytes]] = {
         report_path: json_pieces([report.figures() for report in reports]),
         rejected_path: itertools.chain.from_iterable(report.rejected_lines() for report in reports),
     }
@@ -188,7 +189,7 @@ def report_text(reports: list[Report]) -> str:
     """A table with one line per source and the total, then the dropped rows by reason with examples."""
     counts = [[report.source, *(getattr(report, name) for name in COLUMNS)] for report in reports]
     total = ["total", *(sum(column) for column in list(zip(*counts, strict=True))[1:])]
-    width = max(len(row[0]) for row in [*counts, ["source"], total])
+    width = max(len(name) for name in [*(report.source for report in reports), "source", "total"])
     lines = [f"{'source':{width}}" + "".join(f"  {title:>10}" for title in COLUMNS.values())]
     lines += [f"{row[0]:{width}}" + "".join(f"  {number:>10,}" for number in row[1:]) for row in [*counts, total]]
     for report in reports:

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,7 +241,7 @@ def _as_shown(history: History) -> History:
     return [message | {"content": html.escape(message["content"], quote=False) or NOTHING} for message in history]
 
 
-def _timed(pieces: Iterator[str]) -> Iterator[tuple[str, str]]:
+def _timed(pieces: Generator[str, None, None]) -> Iterator[tuple[str, str]]:
     """Text so far and a line about its speed, at most every `REFRESH_SECONDS` and once at the end."""
     start = time.perf_counter()
     shown, text = start, ""

@@ -32,7 +32,8 @@ class FoundError(Exception):
 
 
 DEEP = "\N{BALLOT X}deep"  # becomes 3,000 nested lists, which no writer of JSON or YAML would write
-CONTROL = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", IMAGE_TAG, "<|extra_1|>", "<think>", "</think>", "<tool_call>"]
+CONTROL = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", IMAGE_TAG, "<|extra_1|>"]
+CONTROL += ["<think>", "</think>", "<tool_call>"]  # which are not special, see qwen/tokenizer.py
 NAMES = ["../secret.png", "/etc/passwd", "a/../../secret.png", "..\\secret.png", "C:\\x.png", "b\0.png", "x" * 300, "."]
 NUMBERS = [0, -1, 1e308, -1e-320, 2**63, 2**64, 10**400, 0.5, float("nan"), float("inf"), True]
 TEXTS = ["", " ", "\u200b", "\ud800", "null", "2026-02-31", "yes", "图", "<image>", "<image><image>", *CONTROL]

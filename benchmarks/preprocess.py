@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -58,7 +58,7 @@ def write_annotations(folder: Path, share: float) -> list[Path]:
     """The three annotation files, `share` of their rows, written row by row: a small parent keeps the figures clean."""
     draw = random.Random(0)
 
-    def text(words: list[str], count: int, space: str) -> str:
+    def text(words: Sequence[str], count: int, space: str) -> str:
         return space.join(draw.choices(words, k=count))
 
     def ai_challenger() -> Iterator[dict]:

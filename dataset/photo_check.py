@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.pool import ThreadPool
@@ -81,12 +81,12 @@ def _undecodable(path: str) -> Problem | None:
     return problem
 
 
-def _stat_all(chunks: list[list[str]]) -> Iterator[list[Problem | None]]:
+def _stat_all(chunks: list[list[str]]) -> Generator[list[Problem | None], None, None]:
     with ThreadPool() as pool:  # threads hide the latency of network file systems
         yield from pool.imap(lambda chunk: [_missing(path) for path in chunk], chunks)
 
 
-def _decode_all(chunks: list[list[str]], processes: int) -> Iterator[list[Problem | None]]:
+def _decode_all(chunks: list[list[str]], processes: int) -> Generator[list[Problem | None], None, None]:
     if len(chunks) <= 1 or processes == 1:  # starting a process takes longer than decoding 16 photos
         yield from ([_undecodable(path) for path in chunk] for chunk in chunks)
         return
@@ -138,7 +138,9 @@ def _start_worker(stop: Event) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # a parent that is killed ends nothing by itself
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a worker ends with its parent"
+    parent.join()  # a parent that is killed ends nothing by itself
     os._exit(1)
 
 

@@ -292,7 +292,7 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
                 logits, targets = reader(batch, NOISE)
             losses.append(cross_entropy(logits.float(), targets))
             running[kind] = 0.95 * running[kind] + 0.05 * losses[-1].item()
-        sum(losses).backward()
+        torch.stack(losses).sum().backward()
         take_step(optimizers, reader)
         if step % 100 == 0:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in running.items())

@@ -95,7 +95,8 @@ def random_scene(rng: np.random.Generator) -> Scene:
     sizes = ["small", "large", *rng.choice(SIZES, size=number - 2).tolist()]
     rng.shuffle(sizes)
     cells = sorted(rng.choice(9, size=number, replace=False).tolist())
-    return tuple(_thing(*pairs[index], size, cell, rng) for index, size, cell in zip(chosen, sizes, cells, strict=True))
+    looks = [pairs[int(index)] for index in chosen]
+    return tuple(_thing(*look, size, cell, rng) for look, size, cell in zip(looks, sizes, cells, strict=True))
 
 
 def _thing(colour: str, shape: str, size: str, cell: int, rng: np.random.Generator) -> Thing:

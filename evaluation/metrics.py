@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import sacrebleu
 
@@ -100,7 +101,8 @@ def corpus_chrf(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
     return sacrebleu.corpus_chrf(answers, _streams(references)).score
 
 
-def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """sacrebleu wants one list per reference number, None where an answer has fewer references."""
+def _streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
+    """sacrebleu wants one list per reference number, None where an answer has fewer references (its annotations say
+    `str` alone)."""
     longest = max(len(texts) for texts in references)
     return [[texts[i] if i < len(texts) else None for texts in references] for i in range(longest)]

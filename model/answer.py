@@ -6,7 +6,7 @@ what a new prompt shares with it (the photo's tokens above all, and the dialogue
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class Answerer:
         with self._lock:
             return "".join(self.stream(image, [{"role": "user", "content": question}]))
 
-    def stream(self, image: Photo | None, messages: list[dict[str, str]]) -> Iterator[str]:
+    def stream(self, image: Photo | None, messages: list[dict[str, str]]) -> Generator[str, None, None]:
         """Answer the last of `messages` piece by piece.
 
         Args:
@@ -82,7 +82,7 @@ class Answerer:
                 rendered.append(chat.typed_question(message["content"], int(index == 0 and image is not None)))
         yield from self.stream_messages([] if image is None else [image], rendered)
 
-    def stream_messages(self, photos: list[Photo], messages: list[Message]) -> Iterator[str]:
+    def stream_messages(self, photos: Sequence[Photo], messages: list[Message]) -> Generator[str, None, None]:
         """As `stream`, for messages that say where each of `photos` stands (dataset entries, several photos)."""
         tokenizer = self.model.tokenizer
         pending: list[int] = []  # tokens that end within a character wait for the rest of it
@@ -176,7 +176,7 @@ class Answerer:
         self._cached_ids = self._cached_ids + list(new_ids)
         return output.logits[0, -1].float()
 
-    def _generate(self, photos: list[Photo], messages: list[Message]) -> Iterator[int]:
+    def _generate(self, photos: Sequence[Photo], messages: list[Message]) -> Iterator[int]:
         """New token ids, without the one that ends the answer."""
         settings, chat = self.settings, self.model.chat
         prompt, _ = chat.render(messages)

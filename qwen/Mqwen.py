@@ -6,6 +6,8 @@ the next row of the image features (`fuse_image_features`). Built by `model/mode
 Shapes: B batch, T text and image tokens, N image tokens of a photo, Dl width, V vocabulary, S supervised positions.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -111,10 +113,9 @@ def supervised_loss(
     if type(lm_head) is torch.nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad:
         total = _CrossEntropyOfFrozenHead.apply(hidden, targets, lm_head.weight)
     else:
-        total = sum(
-            checkpoint(_summed_cross_entropy, rows, wanted, lm_head, use_reentrant=False)
-            for rows, wanted in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
-        )
+        parts = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
+        losses = (checkpoint(_summed_cross_entropy, *part, lm_head, use_reentrant=False) for part in parts)
+        total = sum(losses, start=hidden.new_zeros(()))
     return total / (num_items_in_batch if num_items_in_batch is not None else max(len(targets), 1))
 
 
@@ -140,7 +141,7 @@ class SupervisedRows:
         return everywhere.masked_scatter(self.mask.unsqueeze(-1), rows)  # (B, T, Dl)
 
 
-class ImageInputs:
+class ImageInputs(torch.nn.Module):
     """What our classes add to transformers' causal language models: `images`, and a loss without full logits."""
 
     image_token_id: int  # set by load_language_model
@@ -179,32 +180,31 @@ class ImageInputs:
             ValueError: placeholders and features differ in number.
         """
         if inputs_embeds is None:
+            assert input_ids is not None, "give 'input_ids' or 'inputs_embeds'"
             inputs_embeds = self.embed_with_images(input_ids, images)
-        if layout is not None:
-            if position_ids is None:
-                position_ids = layout.positions().to(inputs_embeds.device)
-            attention_mask = self._packed_masks(layout, flex, inputs_embeds.device)
-        elif attention_mask is not None and attention_mask.dim() == 4:
-            attention_mask = self._masks_by_layer_type(attention_mask, position_ids, inputs_embeds.dtype)
-        elif attention_mask is None and position_ids is not None and kwargs.get("past_key_values") is None:
-            # without a mask, transformers guesses from restarting positions that sequences were packed
-            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        if layout is not None and position_ids is None:
+            position_ids = layout.positions().to(inputs_embeds.device)
+        if layout is None:
+            masks = self._masks(attention_mask, position_ids, inputs_embeds, kwargs.get("past_key_values"))
+        else:
+            masks = self._packed_masks(layout, flex, inputs_embeds.device)
         if not supervised_only:
             return super().forward(
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                attention_mask=masks,
                 position_ids=position_ids,
                 labels=labels,
                 **({} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}),
                 **kwargs,
             )
+        assert labels is not None, "'supervised_only' needs 'labels'"
         # where activations are computed again in the backward pass, that must find what the forward pass found
         if not (self.training and self.model.layers[-1].gradient_checkpointing):
             self.last_mlp.mask = functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
         try:
             outputs = self.model(
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                attention_mask=masks,
                 position_ids=position_ids,
                 **kwargs | {"use_cache": False},
             )
@@ -220,6 +220,17 @@ class ImageInputs:
             images = embeddings.new_zeros(0, 1, embeddings.shape[-1])
         return fuse_image_features(embeddings, images, input_ids == self.image_token_id)
 
+    def _masks(
+        self, mask: torch.Tensor | None, position_ids: torch.Tensor | None, embeddings: torch.Tensor, cache: object
+    ) -> Any:
+        """`forward`'s `attention_mask` in the form in which transformers does with it what was meant."""
+        if mask is not None and mask.dim() == 4:
+            return self._masks_by_layer_type(mask, position_ids, embeddings.dtype)
+        if mask is None and position_ids is not None and cache is None:
+            # without a mask, transformers guesses from restarting positions that sequences were packed
+            return torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        return mask
+
     def _packed_masks(self, layout: PackedLayout, flex: bool, device: torch.device) -> dict[str, object]:
         windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
         return {
@@ -228,12 +239,14 @@ class ImageInputs:
         }
 
     def _masks_by_layer_type(
-        self, mask: torch.Tensor, position_ids: torch.Tensor, dtype: torch.dtype
+        self, mask: torch.Tensor, position_ids: torch.Tensor | None, dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
         """A 4D mask would switch sliding windows off, so the window is cut into a second one. Distances are counted
         in positions, since rows of a packed sequence do not stand beside their predecessors."""
         masks = {"full_attention": mask}
         if "sliding_attention" in self.config.layer_types:
+            if position_ids is None:
+                position_ids = torch.arange(mask.shape[-1], device=mask.device).unsqueeze(0)
             distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]  # (B, 1, T, T)
             masks["sliding_attention"] = mask & (distance < self.config.sliding_window)
         # 0 and -inf to be added to the scores: a bool mask would be turned into that in every layer, twice
@@ -281,10 +294,11 @@ class MQwen1ForCausalLM(ImageInputs, Qwen2ForCausalLM):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        assert tokens is not None, "give 'input_ids' or 'inputs_embeds'"
         start = 0 if past_key_values is None else past_key_values.get_seq_length()
         if layout is not None:
             end = int(layout.positions().max()) + 1
-        elif attention_mask is not None and attention_mask.dim() == 4:
+        elif attention_mask is not None and attention_mask.dim() == 4 and position_ids is not None:
             end = int(position_ids.max()) + 1
         else:
             end = start + tokens.shape[1]
@@ -297,7 +311,7 @@ class MQwen1ForCausalLM(ImageInputs, Qwen2ForCausalLM):
                 )
             positions = torch.arange(start, end, device=tokens.device)[None] if position_ids is None else position_ids
             kwargs["query_scale"] = qwen1.logn_scale(positions, self.config)
-            if start > 0:
+            if past_key_values is not None and start > 0:
                 alphas = past_key_values.ntk_alpha  # keys in the cache keep the base they were rotated with
             else:
                 lengths = [end] if attention_mask is None else attention_mask.sum(-1).tolist()

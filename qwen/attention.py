@@ -12,6 +12,7 @@ Shapes: B batch, H and G query and key heads, T tokens of the row, L of one samp
 
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -136,7 +137,7 @@ def shared_prefix_attention(
 
 
 def _packed_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: PackedMask, settings: dict[str, float | None]
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: PackedMask, settings: dict[str, Any]
 ) -> torch.Tensor:
     """(1, H, T, D): sample by sample, its prefix as plain causal attention, then all its branches under one mask.
 

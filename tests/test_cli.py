@@ -1,11 +1,12 @@
 """How errors, warnings and paths of a script reach its user; each script of these tests runs in its own process."""
 
+import io
 import os
 import subprocess
 import sys
 import warnings
 
-from cli import script_arguments
+from cli import run_script, script_arguments
 
 import pytest
 
@@ -123,3 +124,9 @@ def test_a_deprecated_call_in_our_code_fails_the_tests(kind):
         warnings.warn_explicit("old", kind, "model/model.py", 1, module="model.model")
     with pytest.warns(kind, match="old"):
         warnings.warn_explicit("old", kind, "x.py", 1, module="transformers.modeling_utils")
+
+
+def test_a_stream_without_an_encoding_is_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    run_script(lambda: print("∎"))
+    assert sys.stdout.getvalue() == "∎\n"

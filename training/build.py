@@ -132,7 +132,7 @@ class Run:
         return Estimate(make_trial(self), sample, limit, trained, self.config.train.tokens_per_batch)
 
     def _setting(self, saved: dict[str, Any] | None, resumed: Path | None) -> Setting:
-        if saved is not None:
+        if saved is not None and resumed is not None:
             before, now = read_config(resumed).train, self.config.train
             if all(getattr(before, key) == getattr(now, key) for key in SETTING_KEYS):
                 return Setting(**saved["setting"])

@@ -199,7 +199,7 @@ def micro_batches(
     Raises:
         UserError: the whole epoch has fewer micro-batches than there are processes.
     """
-    if tokens is None:
+    if tokens is None or lengths is None:
         batches = [order[first : first + size] for first in range(start, len(order), size)]
     else:
         batches, room = [], 0

@@ -107,7 +107,8 @@ class Estimate:
                 break
         memory = Line.through(points[1 if len(points) > 2 else 0][:2], points[-1][:2])
         # a single sample says little about time on a GPU, where starting kernels takes most of it
-        seconds = Line.through(points[-2][::2], points[-1][::2])
+        (few, _, quicker), (many, _, slower) = points[-2:]
+        seconds = Line.through((few, quicker), (many, slower))
         return Line(memory.base + self.state_bytes, memory.slope), seconds
 
     def copies(self, number: int) -> dict[str, Any]:
@@ -146,12 +147,10 @@ def possible_settings(train: Train, checkpointing: bool) -> list[Setting]:
     """The ways to make the configured optimizer step, largest micro-batch first."""
     if train.micro_batch != "auto":
         return [Setting(train.micro_batch, train.accumulation, checkpointing)]
-    sizes = [2**power for power in range(train.samples_per_step.bit_length())]
-    return [
-        Setting(size, train.samples_per_step // size, checkpointing)
-        for size in reversed(sizes)
-        if train.samples_per_step % size == 0
-    ]
+    samples = train.samples_per_step
+    assert samples is not None, "the schema asks for it beside micro_batch: auto"
+    sizes = [2**power for power in range(samples.bit_length())]
+    return [Setting(size, samples // size, checkpointing) for size in reversed(sizes) if samples % size == 0]
 
 
 def usable_memory(device: torch.device) -> int:

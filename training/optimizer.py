@@ -1,6 +1,7 @@
 """Optimiser groups and learning-rate schedule. Called by `loop.py`."""
 
 import math
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,7 +18,7 @@ def build_optimizer(model: MMultiModal, train: Train) -> torch.optim.AdamW:
     """
     trained = {"projector": model.feature_proj, "lora": model.LLM}
     rates = {"projector": train.projector_lr, "lora": train.lora_lr}
-    groups = []
+    groups: list[dict[str, Any]] = []
     for name, part in trained.items():
         parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
         for decayed in (True, False):

@@ -8,6 +8,7 @@ import io
 import logging
 import random
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from qwen.chat import IGNORE_INDEX, ChatFormat
 from training.run_log import write_whole
 from training.sample_page import Attempt, Sample, render_page
 from visual.transform import load_image
+
+Photos = Mapping[int, Photo] | Sequence[Photo]  # by ID
 
 OPEN, CLOSE = "⟦", "⟧"  # around what is supervised; readable without colours, and no punctuation of any language
 SHOWN_QUESTIONS = 4  # of a packed sample: one with sixteen would fill the screen
@@ -126,7 +129,7 @@ class SampleSheet:
         folder: Path,
         train: list[Entry],
         val: list[Entry],
-        photos: dict[int, Photo],
+        photos: Photos,
         seed: int,
         resumed_step: int = 0,
         count: int = 10,
@@ -211,7 +214,7 @@ def _from_json(attempts: dict[str, Any], last: int) -> dict[int, Attempt]:
     }
 
 
-def _sample(entry: Entry, photos: dict[int, Photo]) -> Sample:
+def _sample(entry: Entry, photos: Photos) -> Sample:
     turn = entry.turns[0]
     pictures = [_picture(photos[ID]) for ID in entry.images]
     return Sample(

@@ -105,7 +105,9 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> tuple[Image.Image
                         "make the photo smaller") from error  # fmt: skip
     except Exception as error:  # on damaged pixels Pillow raises anything, as on damaged headers
         raise UserError(f"{name}: damaged or cut off ({shortened(error)}), fetch the photo again") from error
-    if image.mode in ("F", "LAB") or (image.mode == "I" and image.getextrema()[1] > 65535):
+    largest = image.getextrema()[1] if image.mode == "I" else 0
+    assert not isinstance(largest, tuple), "an image of mode I has one band"
+    if image.mode in ("F", "LAB") or largest > 65535:
         raise UserError(f"{name}: pixels of kind {image.mode} have no plain RGB form, save it with 8 or 16 bit")
     return _to_rgb(image), _orientation(image)
 
