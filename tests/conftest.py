@@ -8,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 
 from paths import REPO_ROOT
+from tests.raw_world import World
 from tests.tiny import tiny_config, write_qwen, write_records, write_siglip
 from training.loop import Trainer
 
@@ -42,3 +43,8 @@ def samples_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real-photo samples at {folder}")
     return folder
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)

@@ -1,102 +1,20 @@
 """The script from raw annotation files to the two JSON files: counts, drops, exit status, same bytes every time."""
 
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
 
 import pytest
 import yaml
-from PIL import Image
 
 import process_image
-from dataset.photo_check import _decode_all, photo_check
 from dataset.records import read_records
 from dataset.rows import Report
 from paths import REPO_ROOT
 from process_image import too_many_rejected
+from tests.raw_world import llava, write_json
 
 TAG = "<|extra_0|>"
-
-
-def llava(image, question, answer):
-    speech = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-    return {"id": image, "image": image, "conversations": speech}
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    return path
-
-
-class World:
-    """Six photos in two folders, three annotation files and their config; Chinese and spaces in the paths."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.output = folder / "输出 data"
-        self.photos = folder / "照片 one", folder / "train2017"
-        for index, photos in enumerate(self.photos):
-            photos.mkdir()
-            for number in range(3):
-                Image.new("RGB", (30, 20), (90 * index, 60 * number, 50)).save(photos / f"{number}.jpg")
-        self.annotations = {
-            "ali": write_json(
-                folder / "ali.json", [{"image_id": f"{n}.jpg", "caption": [f"第{n}张", "一张照片"]} for n in range(3)]
-            ),
-            "reasoning": write_json(
-                folder / "reasoning.json", [llava(f"{n}.jpg", f"why {n}?", f"r{n}") for n in (0, 1, 0)]
-            ),
-            "detail": write_json(folder / "detail.json", [llava(f"{n}.jpg", f"what {n}?", f"d{n}") for n in (2, 0)]),
-        }
-        self.data = {
-            "sources": [
-                self.source("ali", "ai_challenger", self.photos[0]),
-                self.source("reasoning", "llava", self.photos[1]),
-                self.source("detail", "llava", self.photos[1]),
-            ],
-            "image_map": str(self.output / "image_map.json"),
-            "captions": str(self.output / "captions.json"),
-            "max_rejected": 1,  # in six rows each is a large share
-        }
-        self.config = folder / "config.yaml"
-        self.write_config()
-
-    def source(self, name, kind, images):
-        return {"name": name, "format": kind, "annotations": str(self.annotations[name]), "images": str(images)}
-
-    def write_config(self):
-        config = {"data": self.data, "visual": {"path": "none"}, "llm": {"path": "none"}}
-        self.config.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
-
-    def run(self, *arguments):
-        process_image.main(["--config", str(self.config), *arguments])
-
-    def read(self):
-        return read_records(self.output / "image_map.json", self.output / "captions.json")
-
-    def written(self):
-        return {path.name: path.read_bytes() for path in self.output.iterdir()} if self.output.exists() else {}
-
-    def rejected(self):
-        """(source, file, place, reason, row) of each line of rejected.jsonl."""
-        lines = map(json.loads, (self.output / "rejected.jsonl").read_text(encoding="utf-8").splitlines())
-        return [tuple(line[key] for key in ("source", "file", "place", "reason", "row")) for line in lines]
-
-    def table(self, capsys):
-        """{source: [rows read, rows kept, new photos, questions, tags added]} from the printed table."""
-        lines = capsys.readouterr().out.splitlines()
-        return {
-            line.split()[0]: [int(number) for number in line.split()[1:6]]
-            for line in lines[1 : len(self.data["sources"]) + 2]
-        }
-
-
-@pytest.fixture
-def world(tmp_path):
-    return World(tmp_path)
 
 
 def test_names_of_the_report():
@@ -281,143 +199,6 @@ def test_encoding_and_blank_answers_are_told(world, capsys):
     assert report["encodings"] == {str(world.annotations["ali"]): "GB18030"}
     assert report["blank_answers"] == 2
     assert world.read()[1][0].turns[0].answers == ("第0张", "一张照片")
-
-
-class TestOutputs:
-    @pytest.mark.parametrize("key", ["image_map", "captions"])
-    @pytest.mark.parametrize("way", ["same", "dots", "symlink", "hard link"])
-    def test_never_over_an_input(self, world, key, way):
-        raw = world.annotations["reasoning"]
-        before = raw.read_bytes()
-        path = world.folder / "other.json"
-        if way == "same":
-            path = raw
-        elif way == "dots":
-            path = world.photos[0] / ".." / raw.name
-        elif way == "symlink":
-            try:
-                path.symlink_to(raw)
-            except OSError:
-                pytest.skip("Windows lets administrators only make links")
-        else:
-            path.hardlink_to(raw)
-        world.data[key] = str(path)
-        world.write_config()
-        sentence = rf"'data\.{key}' would be written over 'data\.sources\.1\.annotations', .*reasoning\.json: choose"
-        with pytest.raises(ValueError, match=sentence):
-            world.run()
-        assert raw.read_bytes() == before
-
-    @pytest.mark.parametrize("name", ["rejected.jsonl", "process_report.json"])
-    def test_nor_those_beside_the_captions(self, world, name):
-        world.annotations["ali"] = world.annotations["ali"].rename(world.folder / name)
-        world.data["sources"][0]["annotations"] = str(world.annotations["ali"])
-        world.data["captions"] = str(world.folder / "captions.json")
-        world.write_config()
-        with pytest.raises(
-            ValueError, match=rf"{name} \(beside 'data\.captions'\) would be written over 'data\.sources"
-        ):
-            world.run()
-
-    def test_question_file(self, world):
-        world.data["sources"] = [
-            world.source("ali", "vqav2", world.photos[0]) | {"questions": str(world.annotations["detail"])}
-        ]
-        world.data["captions"] = str(world.annotations["detail"])
-        world.write_config()
-        with pytest.raises(ValueError, match=r"'data\.captions' would be written over 'data\.sources\.0\.questions'"):
-            world.run()
-
-    def test_photo_config_and_folder(self, world):
-        photo = world.photos[0] / "0.jpg"
-        for path, message in [
-            (photo, r"0\.jpg exists and is not a JSON file, so it is not written over"),
-            (world.config, r"'data\.captions' would be written over the config"),
-            (world.photos[0], "is a folder: name a file in it"),
-        ]:
-            with pytest.raises(ValueError, match=message):
-                world.run(f"data.captions={path}")
-
-    @pytest.mark.parametrize("name", ["process_report.json", "rejected.jsonl", "Captions.JSON"])
-    def test_four_different_names(self, world, name):
-        with pytest.raises(ValueError, match="give them different names"):
-            world.run(f"data.image_map={world.output / name}")
-
-    def test_what_cannot_be_written(self, world):
-        world.run()
-        before = world.written()
-        for folder in (world.config, world.folder / ("x" * 300)):  # a file, and a name that is too long
-            with pytest.raises(ValueError, match=rf"cannot write .*{folder.name[:5]}.*: .*; mend that or "):
-                world.run(f"data.captions={folder / 'captions.json'}")
-            assert world.written() == before
-
-
-class TestDecoding:
-    """data.check_images=open with more photos than one process gets at a time."""
-
-    def many(self, world, photos=40):
-        for number in range(photos):
-            Image.new("RGB", (30, 20), (number, 60, 50)).save(world.photos[0] / f"{number}.jpg")
-        rows = [{"image_id": f"{number}.jpg", "caption": ["狗"]} for number in range(photos)]
-        write_json(world.annotations["ali"], rows)
-        world.data["sources"] = world.data["sources"][:1]
-        world.data["check_images"] = "open"
-        world.write_config()
-
-    def test_in_processes(self, world):
-        self.many(world)
-        for number in (3, 20, 39):
-            file = world.photos[0] / f"{number}.jpg"
-            file.write_bytes(file.read_bytes()[:-20])
-        (world.photos[0] / "21.jpg").unlink()
-        paths = [str(world.photos[0] / f"{number}.jpg") for number in range(40)]
-        check = photo_check("open", "s", processes=2)
-        found = check(paths)
-        assert [int(path.rpartition("/")[2][:-4]) for path in found] == [3, 20, 21, 39]
-        assert found[paths[21]] == ("photo not found", paths[21])
-        assert found[paths[3]][0] == "photo cannot be decoded"
-        assert found == photo_check("open", "s", processes=1)(paths)
-
-    def test_worker_that_dies_is_a_sentence(self):
-        paths = [f"{number}.jpg" for number in range(40)]
-        with pytest.raises(
-            ValueError, match="a process that decodes photos was ended, .* at one of these photos or soon"
-        ):
-            list(_decode_all([paths, [Deadly("41.jpg")]], 2))
-
-    @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-    @pytest.mark.parametrize("decoded", ["0", "[1-9][0-9]*"], ids=["starting", "decoding"])
-    @pytest.mark.parametrize("kind", ["SIGINT", "SIGKILL"])
-    def test_nothing_is_left_running(self, world, kind, decoded):
-        self.many(world, photos=400)
-        Image.effect_noise((2000, 2000), 50).save(world.photos[0] / "0.jpg")
-        for number in range(1, 400):
-            (world.photos[0] / f"{number}.jpg").unlink()
-            (world.photos[0] / f"{number}.jpg").hardlink_to(world.photos[0] / "0.jpg")
-        command = [sys.executable, str(REPO_ROOT / "process_image.py"), "--config", str(world.config)]
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True
-        )
-        seen = ""
-        while not re.search(rf"photos: .*\| {decoded}/400", seen):
-            piece = process.stderr.read(1)
-            assert piece, seen
-            seen += piece
-        if kind == "SIGINT":
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        else:
-            process.kill()
-        rest = process.stderr.read()  # ends when every process has ended
-        assert process.wait() == (130 if kind == "SIGINT" else -9), rest
-        assert kind == "SIGKILL" or "Traceback" not in rest
-        assert world.written() == {}
-
-
-class Deadly(str):
-    """A path that ends the process that unpickles it, as a crash of a decoder would."""
-
-    def __reduce__(self):
-        return os._exit, (1,)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     CLIPConfig,
@@ -232,6 +232,12 @@ COLOURS = {
     "black": (0, 0, 0),
     "yellow": (230, 220, 40),
 }
+
+
+def to_bin(folder: Path) -> None:
+    """Turn model.safetensors into pytorch_model.bin."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
 
 
 def write_records(folder: Path, photos: int = 6, questions: int = 3) -> None:

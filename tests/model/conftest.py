@@ -1,5 +1,7 @@
 """A folder with tiny backbones of all language-model generations, shared by the tests of the model."""
 
+import shutil
+
 import pytest
 
 from tests.tiny import write_qwen, write_qwen1, write_records, write_siglip
@@ -17,3 +19,8 @@ def backbones(tmp_path_factory):
     write_qwen1(folder / "qwen1-short", seq_length=48)  # dialogues cross this, so positions change on the way
     write_records(folder)
     return folder
+
+
+@pytest.fixture
+def folder(backbones, tmp_path):
+    return shutil.copytree(backbones / "qwen", tmp_path / "qwen")

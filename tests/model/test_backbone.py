@@ -1,34 +1,19 @@
 """Where backbones come from, and the sentence each wrong folder gets."""
 
-import hashlib
-import http.server
-import itertools
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
-import threading
-import types
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
-from model.backbone import _windows, backbone_fingerprint, locate_backbone, remember_backbones, same_backbone
-from model.download import main as download
+from model.backbone import backbone_fingerprint, locate_backbone, remember_backbones
 from model.model import MMultiModal
-from paths import REPO_ROOT
-from tests.tiny import tiny_config, write_qwen, write_siglip
+from tests.tiny import tiny_config, to_bin
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture
-def folder(backbones, tmp_path):
-    return shutil.copytree(backbones / "qwen", tmp_path / "qwen")
 
 
 def locate(folder):
@@ -44,11 +29,6 @@ def shard(folder):
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
     table = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(table), encoding="utf-8")
-
-
-def to_bin(folder):
-    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
-    (folder / WEIGHTS).unlink()
 
 
 class WritesFile:
@@ -120,94 +100,6 @@ class TestRememberedFolders:
         (tmp_path / "file").write_text("", encoding="utf-8")
         with pytest.raises(UserError, match="backbones.json"):
             remember_backbones(tmp_path / "file", folder, folder)
-
-
-class TestFingerprint:
-    """A file of one large tensor among small ones, changed in every way that makes it another backbone."""
-
-    @pytest.fixture
-    def large(self, tmp_path):
-        generator = torch.Generator().manual_seed(0)
-        tensors = {name: torch.randn(64, generator=generator) for name in ("a.bias", "n.weight", "z.bias")}
-        tensors["big.weight"] = torch.randn(2**16, 32, generator=generator)  # 8 MiB
-        save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
-        return tmp_path
-
-    def rewritten(self, folder, change):
-        tensors = load_file(folder / WEIGHTS)
-        change(tensors)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        return backbone_fingerprint(folder)
-
-    def test_half_of_the_file_is_zeros(self, large):
-        before = backbone_fingerprint(large)
-        content = (large / WEIGHTS).read_bytes()
-        for kept in (len(content) // 2, 1 << 20):
-            (large / WEIGHTS).write_bytes(content[:kept].ljust(len(content), b"\0"))
-            assert backbone_fingerprint(large) != before
-        (large / WEIGHTS).write_bytes(content)
-        assert backbone_fingerprint(large) == before
-        assert same_backbone(large, before)
-
-    @pytest.mark.parametrize("name", ["a.bias", "n.weight", "z.bias", "big.weight"])
-    def test_every_tensor_counts(self, large, name):
-        before = backbone_fingerprint(large)
-
-        def tune(tensors):
-            tensors[name] += 1e-3 * torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(1))
-
-        assert self.rewritten(large, tune) != before
-
-    def test_first_mebibyte_is_equal(self, large):
-        before = backbone_fingerprint(large)
-        assert self.rewritten(large, lambda tensors: tensors["big.weight"][2**13 :].mul_(1.001)) != before
-        old_form = hashlib.sha256(json.dumps([WEIGHTS, (large / WEIGHTS).stat().st_size]).encode())
-        old_form.update((large / WEIGHTS).read_bytes()[: 1 << 20])
-        assert same_backbone(large, old_form.hexdigest()[:16])  # as the checkpoint's own check would have it
-
-    def test_merged_lora(self, backbones, folder):
-        before = backbone_fingerprint(folder)
-        assert before == backbone_fingerprint(backbones / "qwen")
-
-        def merge(tensors):
-            q = tensors["model.layers.1.self_attn.q_proj.weight"]
-            q += torch.outer(torch.full((q.shape[0],), 0.01), torch.full((q.shape[1],), 0.01))
-
-        assert self.rewritten(folder, merge) != before
-
-    def test_form_of_earlier_checkpoints(self, large, caplog):
-        old_form = hashlib.sha256(json.dumps([WEIGHTS, (large / WEIGHTS).stat().st_size]).encode())
-        old_form.update((large / WEIGHTS).read_bytes()[: 1 << 20])
-        assert same_backbone(large, old_form.hexdigest()[:16])
-        assert "was compared by the first MiB of its weight files only" in caplog.text
-        assert not same_backbone(large, "0" * 16)
-        caplog.clear()
-        assert not same_backbone(large, "v2:" + "0" * 16)
-        assert not caplog.text
-
-    @pytest.mark.parametrize("zipped", [True, False])
-    def test_bin(self, large, zipped):
-        tensors = load_file(large / WEIGHTS)
-        (large / WEIGHTS).unlink()
-        fingerprints = []
-        for change in (0.0, 0.001):
-            tensors["z.bias"] += change
-            torch.save(tensors, large / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-            fingerprints.append(backbone_fingerprint(large))
-        if zipped:  # the old format has no table of its tensors
-            assert fingerprints[0] != fingerprints[1]
-        tensors["big.weight"] *= 1.001
-        torch.save(tensors, large / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-        assert backbone_fingerprint(large) not in fingerprints
-
-    def test_a_large_file_is_not_read_whole(self):
-        size = 15 * 2**30
-        spans = [(size * part // 340, size * (part + 1) // 340) for part in range(340)]
-        windows = list(_windows(spans))
-        assert sum(length for _, length in windows) < 25e6
-        places = sorted(position for position, _ in windows)
-        assert max(later - earlier for earlier, later in itertools.pairwise(places)) <= 4 * 2**20
-        assert all(begin in places and (end - 4096) in places for begin, end in spans)
 
 
 def test_file_instead_of_folder(folder):
@@ -333,132 +225,3 @@ class TestBin:
         with pytest.raises(ValueError, match=r"'llm.path': .*pytorch_model\.bin holds more than tensors, .* run code"):
             locate(folder)
         assert not victim.exists()
-
-
-class FakeHub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as `snapshot_download` asks for; serves the folders under `root`, notes what was fetched."""
-
-    def do_HEAD(self):
-        self.respond(with_body=False)
-
-    def do_GET(self):
-        self.respond(with_body=True)
-
-    def respond(self, with_body):
-        parts = self.path.partition("?")[0].strip("/").split("/")
-        if len(parts) < 4:
-            return self.send_error(404)
-        if parts[:2] == ["api", "models"]:
-            files = sorted((self.server.root / parts[3]).iterdir())
-            if parts[4] == "tree":
-                answer = [
-                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": f"{parts[3]}-{file.name}"}
-                    for file in files
-                ]
-            else:
-                answer = {"id": "/".join(parts[2:4]), "sha": "a" * 40}
-                answer["siblings"] = [{"rfilename": file.name} for file in files]
-            return self.send(json.dumps(answer).encode(), {"Content-Type": "application/json"}, with_body)
-        name = parts[-1]
-        if not (self.server.root / parts[1] / name).is_file():
-            return self.send_error(404)
-        if with_body:
-            self.server.fetched.append(name)
-        content = (self.server.root / parts[1] / name).read_bytes()
-        return self.send(content, {"ETag": f'"{parts[1]}-{name}"', "X-Repo-Commit": "a" * 40}, with_body)
-
-    def send(self, content, headers, with_body):
-        self.send_response(200)
-        for key, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(content)
-
-    def log_message(self, *arguments):
-        pass
-
-
-def test_hub_downloads_what_is_needed_and_no_code(tmp_path):
-    root = tmp_path / "hub"
-    write_siglip(root / "both")
-    shutil.copy(root / "both" / WEIGHTS, root / "both" / "pytorch_model.bin")
-    for name in ("modeling_qwen.py", "model.gguf", "training_args.bin", "README.md"):
-        (root / "both" / name).write_bytes(b"never fetched")
-    (root / "both" / "qwen.tiktoken").write_bytes(b"IQ== 0")
-    to_bin(write_qwen(root / "pickled"))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.root, server.fetched = root, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = (
-        "from model.backbone import locate_backbone\n"
-        "for name in ('both', 'pickled'): print(locate_backbone('owner/' + name, 'models', 'llm.path'))"
-    )
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "0",
-        "NO_PROXY": "*",
-    }
-
-    def run(**changes):
-        return subprocess.run(
-            [sys.executable, "-c", code], env=environment | changes, cwd=REPO_ROOT, capture_output=True, text=True
-        )
-
-    online = run()
-    server.shutdown()
-    server.server_close()
-    assert online.returncode == 0, online.stderr
-    fetched = ["config.json", "preprocessor_config.json", "qwen.tiktoken", WEIGHTS]
-    assert sorted(server.fetched[:4]) == sorted(fetched)
-    assert "pytorch_model.bin" in server.fetched[4:]
-    assert not {"modeling_qwen.py", "model.gguf", "training_args.bin", "README.md"} & set(server.fetched)
-    offline = run(HF_HUB_OFFLINE="1")
-    assert offline.stdout == online.stdout
-
-
-@pytest.mark.parametrize("name", ["nobody/no-such-model", "qwen/Qwen-7B-Chat"])  # qwen/ is a folder of ours
-def test_hub_without_network_names_three_ways(monkeypatch, name):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ValueError, match=r"set HF_ENDPOINT .* or copy the model to .* or name its folder with llm.path"
-    ):
-        locate_backbone(name, "models", "llm.path")
-
-
-class TestModelScope:
-    def test_its_package_is_used(self, backbones, folder, tmp_path, monkeypatch):
-        asked = []
-
-        def snapshot_download(name, allow_patterns, ignore_patterns):
-            asked.append((name, tuple(allow_patterns)))
-            return str(folder)
-
-        package = types.ModuleType("modelscope")
-        package.snapshot_download = snapshot_download
-        monkeypatch.setitem(sys.modules, "modelscope", package)
-        config = tiny_config(backbones, llm={"path": "Qwen/some-model"})
-        config.hub, config.model_root = "modelscope", str(tmp_path / "none")
-        assert MMultiModal.from_config(config).llm_folder == folder
-        small = ("*.json", "*.txt", "*.jinja", "*.tiktoken")
-        assert asked == [("Qwen/some-model", small), ("Qwen/some-model", ("*.safetensors",))]
-
-    def test_absent_package(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "modelscope", None)
-        with pytest.raises(ValueError, match="'hub' is modelscope, whose package is not installed: run `pip install"):
-            locate_backbone("Qwen/some-model", "models", "llm.path", "modelscope")
-
-    def test_no_network(self, monkeypatch):
-        package = types.ModuleType("modelscope")
-        package.snapshot_download = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no route"))
-        monkeypatch.setitem(sys.modules, "modelscope", package)
-        with pytest.raises(ValueError, match=r"nor reachable on the hub modelscope \(RuntimeError\)"):
-            locate_backbone("Qwen/some-model", "models", "llm.path", "modelscope")
-
-
-def test_download_names_both_folders(backbones, capsys):
-    download(["--config", "configs/demo.yaml", f"visual.path={backbones / 'siglip'}", f"llm.path={backbones / 'qwen'}"])
-    out = capsys.readouterr().out
-    assert f"visual.path: {backbones / 'siglip'} is in {backbones / 'siglip'}" in out
-    assert f"is in {backbones / 'qwen'}" in out

@@ -3,6 +3,9 @@
 import pytest
 
 from tests.tiny import tiny_config, write_qwen, write_records, write_siglip
+from training.loop import Trainer
+
+DROPOUT = {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}  # so that the random generators' state matters
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +30,20 @@ def configure(workshop, tmp_path):
         )
 
     return build
+
+
+@pytest.fixture
+def config(configure, tmp_path):
+    """`config(folder, **train)`: a run of four steps with dropout that saves and logs each."""
+
+    def build_config(folder="run", data=None, llm=None, **train):
+        settings = {"save_steps": 1, "log_steps": 1, "save_total_limit": 9, "max_steps": 4} | train
+        return configure(data=data, llm=llm or DROPOUT, output_dir=str(tmp_path / folder), **settings)
+
+    return build_config
+
+
+@pytest.fixture
+def whole(config):
+    """The folder of an uninterrupted run."""
+    return Trainer(config("whole")).run().parent
