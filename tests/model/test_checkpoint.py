@@ -45,6 +45,7 @@ def test_same_logits_after_loading(model, folder, backbones):
     assert torch.equal(loaded(pixels, ids).logits, model(pixels, ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
 def test_adapter_loads_with_peft_alone(model, folder, backbones):
     adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbones / "qwen"), folder)
     own = {name: tensor for name, tensor in model.LLM.named_parameters() if "lora_" in name}
