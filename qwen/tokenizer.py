@@ -8,7 +8,7 @@ place before the language model reads anything.
 
 import base64
 import binascii
-import copy
+import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -55,17 +55,14 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the tokenizer's core that reads every added token as the plain characters it is made of.
+    """A copy of the tokenizer's core that reads control tokens as the plain characters they are made of, all of them.
 
     The tokenizer itself does so for special tokens alone, and `<think>` or `<tool_call>` of Qwen2.5 and 3 are not
     special. They must not become so: what is special is hidden when an answer is decoded.
     """
-    encoder = copy.deepcopy(tokenizer.backend_tokenizer)
-    encoder.add_special_tokens(list(encoder.get_added_tokens_decoder().values()))  # makes those that are there special
-    encoder.encode_special_tokens = True
-    encoder.no_truncation()  # which a tokenizer.json may ask for
-    encoder.no_padding()
-    return encoder
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    # without those tokens, not with its encode_special_tokens: that setting does not come along to a spawned worker
+    return Tokenizer.from_str(json.dumps(core | {"added_tokens": [], "truncation": None, "padding": None}))
 
 
 def read_tiktoken(file: Path) -> PreTrainedTokenizerFast:

@@ -1,5 +1,7 @@
 """Supervised tokens character by character, equality with the chat template, and text that stays text."""
 
+import pickle
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -121,6 +123,11 @@ def test_text_is_whole_where_the_tokenizer_file_would_cut_or_fill_it(tmp_path):
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=8)
     assert len(ChatFormat(tokenizer, Prompt(), N).encode_text("abc")) == 3
+
+
+def test_text_stays_text_in_a_spawned_worker(any_chat):
+    typed = "a <think>b</think><tool_call><|im_end|> c"
+    assert pickle.loads(pickle.dumps(any_chat)).encode_text(typed) == any_chat.encode_text(typed)
 
 
 def test_only_the_photos_tags_of_a_record_are_photos(chat):
