@@ -3,8 +3,8 @@
     python -m benchmarks.kill --kills 50 --output benchmarks/results/kill.json
 
 Each run is `train.py --resume auto` on the demo's backbones and a few drawn photos, with dropout, saving at every step.
-Every other kill (SIGKILL to the whole process group) waits until a checkpoint is being written, the others come at a
-random time after the start. A run is resumed until it ends; then its weights and every logged loss must equal those of
+Half of the kills (SIGKILL to the whole process group) come while a checkpoint is being written, the others at a random
+time after the start. A run is resumed until it ends; then its weights and every logged loss must equal those of
 the run that was left alone. Linux and macOS.
 """
 
@@ -33,7 +33,9 @@ from paths import REPO_ROOT
 STEPS = 12
 COMPARED = ("loss", "grad_norm", "projector_lr", "lora_lr", "supervised_tokens", "epoch")  # the rest are times
 KILLS_PER_RUN = 5
-LATEST_KILL = 1.5  # times the seconds that an uninterrupted run takes to its first checkpoint
+WRITING = "while a checkpoint was written"
+WRITING_SECONDS = 0.01  # a checkpoint of these small models is written in some 20 ms
+LATEST_KILL = 1.2  # times the seconds that an uninterrupted run takes
 SETTINGS = {
     "data.val_fraction": 0.3,
     "visual.path": "demo/backbones/siglip",
@@ -77,6 +79,11 @@ def start(data: Path, output: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=REPO_ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
+def is_writing(output: Path) -> bool:
+    """Whether there is a checkpoint that has not got its name yet."""
+    return any(output.glob("checkpoint-*.tmp"))
+
+
 def kill_at(process: subprocess.Popen, output: Path, writing: bool, delay: float, first: list[Path]) -> str | None:
     """Kill the process `delay` seconds after its start or, if `writing`, after a checkpoint of its own was begun.
 
@@ -84,8 +91,9 @@ def kill_at(process: subprocess.Popen, output: Path, writing: bool, delay: float
         What it was doing; None if it had ended before.
     """
     began = time.perf_counter()
-    while writing and process.poll() is None and not list(output.glob("*.tmp")):
-        time.sleep(0.0005)
+    for begun in (False, True) if writing else ():  # what an earlier kill left is cleared at the start
+        while process.poll() is None and is_writing(output) != begun:
+            time.sleep(0.0005)
     if writing:
         began = time.perf_counter()
     while process.poll() is None and time.perf_counter() - began < delay:
@@ -94,8 +102,8 @@ def kill_at(process: subprocess.Popen, output: Path, writing: bool, delay: float
         return None
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    if list(output.glob("*.tmp")):
-        return "while a checkpoint was written"
+    if is_writing(output):
+        return WRITING
     return "between checkpoints" if list_checkpoints(output) != first else "before the next checkpoint"
 
 
@@ -133,8 +141,8 @@ def run(kills: int, seed: int) -> dict:
             runs += 1
             output = folder / f"run-{runs}"
             for _ in range(min(KILLS_PER_RUN, kills - made)):
-                writing = made % 2 == 0
-                delay = choose.uniform(0, 0.03) if writing else choose.uniform(0, LATEST_KILL * seconds)
+                writing = moments.get(WRITING, 0) <= made / 2
+                delay = choose.uniform(0, WRITING_SECONDS if writing else LATEST_KILL * seconds)
                 process = start(folder, output)
                 moment = kill_at(process, output, writing, delay, list_checkpoints(output))
                 if moment is None:
