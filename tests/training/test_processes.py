@@ -10,19 +10,34 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from errors import UserError
 from model.checkpoint_folder import damage, list_checkpoints
 from paths import REPO_ROOT
+from training.loop import Trainer
 
 LIMIT_SECONDS = 240  # for all runs of a launch; a deadlock would last for half an hour
 SCRIPT = Path(__file__).with_name("process_cases.py")
 
 
-def launch(cases, processes, folder):
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node={}"
+# what it starts for several GPUs; for several processes on the CPU it needs MPI
+ACCELERATE = (
+    "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0 --num_processes {}"
+)
+
+
+def launch(cases, processes, folder, launcher=TORCHRUN):
     """Run the cases; the results by case, one of each process, and what was printed on stderr."""
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps(cases))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, str(SCRIPT), str(folder / "cases.json"), str(folder)]
+    command = [
+        sys.executable,
+        *launcher.format(processes).split(),
+        str(SCRIPT),
+        str(folder / "cases.json"),
+        str(folder),
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=REPO_ROOT, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS
@@ -173,3 +188,28 @@ def test_a_process_that_ends_alone_ends_the_others(make_case, tmp_path, fault):
     assert last is None if fault == "killed" else last["error"].startswith("out of memory at step 2")
     (checkpoint,) = list_checkpoints(Path(case["config"]["train"]["output_dir"]))
     assert not damage(checkpoint)
+
+
+def test_accelerate_launches_it_too(make_case, tmp_path):
+    case = make_case("by accelerate", max_steps=1)
+    results, stderr = launch([case], 2, tmp_path / "out", ACCELERATE)
+    first, last = results["by accelerate"]
+    assert first == last, stderr[-2000:]
+    state = torch.load(Path(first["folder"]) / "trainer_state" / "state.pt", weights_only=True)
+    assert state["processes"] == 2
+
+
+def test_accelerate_that_starts_one_process_in_place_of_several_is_refused(configure, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")  # what it sets without MPI
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UserError, match="asked for several processes on the CPU and started one"):
+        Trainer(configure())
+
+
+def test_frozen_tensors_are_never_sent(configure):
+    """What DistributedDataParallel broadcasts at its start and before each forward pass is all but the ignored."""
+    trainer = Trainer(configure())
+    ignored = set(trainer.model._ddp_params_and_buffers_to_ignore)
+    sent = {name for name, _ in trainer.model.named_parameters()} - ignored
+    assert sent == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert {name for name, _ in trainer.model.named_buffers()} <= ignored
