@@ -13,7 +13,7 @@ import torch
 
 from errors import UserError
 from training import state
-from training.agreement import AgreedError
+from training.agreement import AgreedError, on_main
 from training.batches import make_loader
 from training.build import Run
 from training.costs import peak_memory
@@ -79,7 +79,7 @@ class Trainer(Run):
             self.watch.ask(self)
         self.last_figures |= line
         if evaluating or step == 1 or step % train.log_steps == 0:
-            self.watch.write(step, line)
+            on_main(self.accelerator, lambda: self.watch.write(step, line))
             self.progress.window.clear()
         if last or step % train.save_steps == 0:
             self._save()

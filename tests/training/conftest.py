@@ -1,20 +1,11 @@
-"""A folder with tiny backbones and records; each test trains in a run folder of its own."""
+"""Each test trains in a run folder of its own."""
 
 import pytest
 
-from tests.tiny import tiny_config, write_qwen, write_records, write_siglip
+from tests.tiny import tiny_config
 from training.loop import Trainer
 
 DROPOUT = {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}  # so that the random generators' state matters
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("workshop")
-    write_siglip(folder / "siglip")
-    write_qwen(folder / "qwen")
-    write_records(folder)
-    return folder
 
 
 @pytest.fixture
