@@ -19,7 +19,7 @@ def came():
 
 @pytest.mark.parametrize("first", SIGNALS)
 @pytest.mark.parametrize("second", SIGNALS)
-def test_a_second_signal_acts_as_without_us(came, monkeypatch, first, second):
+def test_a_second_signal_has_its_usual_effect(came, monkeypatch, first, second):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with StopSignals() as stop:
         signal.raise_signal(first)
