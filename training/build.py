@@ -207,6 +207,11 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
         mixed_precision="no" if precision == "float32" else precision,
         kwargs_handlers=patience,
     )
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch was asked for several processes on the CPU and started one, for it needs MPI there: use "
+            "torchrun --nproc-per-node N train.py … (or unset MASTER_ADDR if one is meant)"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(f"{launched} processes were launched but {accelerator.num_processes} joined the run")
