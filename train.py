@@ -28,8 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--accept-changes",
         action="store_true",
-        help="with --resume: continue although data, split, seeds, packing, source weights or prompt have changed; the "
-        "checkpoints record it",
+        help="with --resume: continue although data, split, seeds, packing, sample length, weights or prompt changed; "
+        "the checkpoints record it",
     )
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
