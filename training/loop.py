@@ -53,7 +53,7 @@ class Trainer(Run):
             together = self.accelerator.num_processes == 1 or isinstance(error, AgreedError)
             if together and self.whole_step and not isinstance(error, NonFiniteError):
                 self._save_before_ending("interrupted")
-            if self.stop.received:  # it took the workers along, before the step could be finished
+            if self.stop.received:  # the signal also ended the workers, so the step could not be finished
                 raise SystemExit(128 + self.stop.received) from None
             if isinstance(error, torch.OutOfMemoryError):
                 raise UserError(
@@ -67,7 +67,7 @@ class Trainer(Run):
         return self.output_dir / f"checkpoint-{self.progress.step}"
 
     def _after_step(self, figures: dict[str, Any]) -> None:
-        """Log, validate and save where it is due."""
+        """Log, validate and save if this step is due for it."""
         train, step, device = self.config.train, self.progress.step, self.accelerator.device
         last = step == self.total_steps
         self.progress.window.append(figures)
@@ -86,7 +86,7 @@ class Trainer(Run):
             self.watch.draw()
 
     def _save(self, pruning: bool = True) -> Path:
-        self.saved_step = self.progress.step  # also if it fails: there is no second attempt
+        self.saved_step = self.progress.step  # set before saving, so that a failed save is not tried again
         return state.save(self, self.progress, self.last_figures, pruning)
 
     def _save_before_ending(self, reason: str) -> None:
@@ -100,13 +100,13 @@ class Trainer(Run):
         except RuntimeError:
             if not self.stop.received:
                 raise
-            # a scheduler's SIGTERM reaches the workers too; all processes hear of it before they learn anything
+            # a scheduler's SIGTERM ends the workers too; all processes get this error before the step changes anything
             return [{"error": "the processes that read photos were ended by the signal"}]
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """Make optimizer steps until the run is over, yielding the figures of each (see `figures.summarise`)."""
         rank, processes, progress = self.accelerator.process_index, self.accelerator.num_processes, self.progress
-        own_batches: list[list[int]] = []  # the loader reads them anew each epoch
+        own_batches: list[list[int]] = []  # the loader reads this list again in each epoch
         epoch_loader = make_loader(
             self.train_set,
             own_batches,
@@ -136,5 +136,5 @@ class Trainer(Run):
                 }
                 if progress.step >= self.total_steps:
                     return
-            if not remaining:  # a resumed run that cuts its steps another way may find too little left of an epoch
+            if not remaining:  # a run resumed with other step sizes may have too few samples left in its epoch
                 progress.epoch, progress.samples = progress.epoch + 1, 0

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end become a number that the training loop reads between steps. Used by `loop.py`."""
+"""Notes the signals that ask a run to end, so that the loop can read them between steps. Used by `loop.py`."""
 
 import os
 import signal
@@ -15,15 +15,18 @@ LAUNCHER_SECONDS = 2.0
 
 
 def ignore_terminal(worker: int) -> None:
-    """`worker_init_fn` of data loaders: keep them through Ctrl-C and a closed terminal, which reach the whole process
-    group, so that the training process can finish its step. SIGTERM is what ends them, so it keeps torch's handler."""
+    """`worker_init_fn` of data loaders: ignore Ctrl-C and a closed terminal.
+
+    Both reach the whole process group, but the training process needs its workers to finish the step. torch ends the
+    workers by SIGTERM, so that signal keeps torch's handler.
+    """
     for number in SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
 
 
 class StopSignals:
-    """`with StopSignals() as stop:` notes the first signal in `stop.received`; a second one acts as without us.
+    """`with StopSignals() as stop:` notes the first signal in `stop.received`; a second one has its usual effect.
 
     Attributes:
         received: number of the signal, 0 before one came.

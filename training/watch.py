@@ -16,7 +16,7 @@ class Watch:
     """Follows the steps of `run`, whose output folder exists on the first process.
 
     Raises:
-        UserError: the folder takes no files.
+        UserError: the folder cannot be written.
     """
 
     def __init__(self, run: Run) -> None:
