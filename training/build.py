@@ -1,5 +1,6 @@
 """From the config to the parts of a run: processes, model, data, setting, optimizer. `loop.py` puts them to work."""
 
+import contextlib
 import math
 import os
 import platform
@@ -44,6 +45,7 @@ from training.data import (
 from training.estimate import Estimate, Setting, Trial, choose_setting, longest_sample, usable_memory
 from training.optimizer import build_optimizer, build_schedule
 from training.run_log import check_trackers
+from training.signals import StopSignals
 
 # keys that decide how a step is cut; unless one of them changes, a resumed run keeps what `auto` chose
 SETTING_KEYS = ("micro_batch", "accumulation", "samples_per_step", "tokens_per_batch", "gradient_checkpointing")
@@ -65,6 +67,7 @@ class Run:
         setting: how a step is cut into micro-batches.
         optimizer, schedule: of the trained parts.
         progress: where the run stands.
+        stop: the signal that asked this process to end, once the run listens to signals.
         steps_per_epoch, total_steps: optimizer steps.
 
     Raises:
@@ -113,6 +116,7 @@ class Run:
         self.arithmetic = Arithmetic(self.model)
         self.matrix_peak = matrix_peak(self.accelerator.device, DTYPES[self.precision])
         torch.manual_seed(config.train.seed + self.accelerator.process_index)  # dropout, another on each process
+        self.stop = StopSignals()
         self.whole_step = True  # False while some weights are those of the next step
         self.last_figures: dict[str, Any] = {}
         self.progress = state.Progress() if saved is None else state.restore(self, saved)
@@ -151,7 +155,8 @@ class Run:
     def say(self, sentence: str) -> None:
         """Print a line on the first process, above its progress bar."""
         if self.accelerator.is_main_process:
-            tqdm.write(sentence)
+            with contextlib.suppress(OSError):  # a closed terminal or pipe
+                tqdm.write(sentence)
 
     def agree(self, problem: str | None) -> None:
         """Carry on if no process has a problem; else all raise the first as a UserError."""
