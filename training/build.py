@@ -8,7 +8,6 @@ import subprocess
 import time
 from datetime import timedelta
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -19,7 +18,7 @@ from accelerate.utils import gather_object
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from config import Config
+from config import Config, Train
 from dataset.image_caption_dataset import ImageCaptionDataset
 from errors import UserError
 from model.checkpoint import fingerprints, read_config, restore_weights
@@ -47,8 +46,9 @@ from training.optimizer import build_optimizer, build_schedule
 from training.run_log import check_trackers
 from training.signals import StopSignals
 
-# keys that decide how a step is cut; unless one of them changes, a resumed run keeps what `auto` chose
+# decide how a step is cut; unless one of them changes, a resumed run keeps what `auto` chose
 SETTING_KEYS = ("micro_batch", "accumulation", "samples_per_step", "tokens_per_batch", "gradient_checkpointing")
+LENGTH_KEYS = ("epochs", "max_steps")  # decide with them how many steps a run has
 
 
 class Run:
@@ -91,9 +91,14 @@ class Run:
             self.provenance["accepted_changes"] = accepted
 
         self.model = MMultiModal.from_config(config, self.accelerator.device)
-        origin = resumed or (config.train.init_from and check_complete(Path(config.train.init_from)))
-        if origin:
-            restore_weights(self.model, origin)
+        notes: list[str] = []
+        if resumed is not None:
+            notes = restore_weights(self.model, resumed, other_prompt=accept_changes)
+        elif config.train.init_from is not None:
+            origin = check_complete(resolve_path(config.train.init_from))
+            notes = restore_weights(self.model, origin, other_prompt=True, fresh_lora=True)
+        for note in notes:
+            self.say(note)
         if config.train.lora_lr == 0:
             self.model.freeze_lora()
         if config.train.compile:
@@ -106,10 +111,11 @@ class Run:
         self.val_samples = validation_sample(self.val_set, config.train.eval_samples, config.train.seed)
 
         self.wrapped = wrap(self.accelerator, self.model)
-        self.setting = self._setting(saved, resumed)
+        before = None if resumed is None else read_config(resumed).train
+        self.setting = self._setting(saved, before)
         self.set_checkpointing(self.setting.checkpointing)
         self.steps_per_epoch = math.ceil(len(self.epoch_batches(0)) / self.batches_per_step)
-        self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
+        self.total_steps = self._count_steps(saved, before)
         optimizer = build_optimizer(self.model, config.train)
         self.schedule = build_schedule(optimizer, config.train, self.total_steps)
         self.optimizer = self.accelerator.prepare(optimizer)
@@ -135,14 +141,25 @@ class Run:
         limit = usable_memory(self.accelerator.device)
         return Estimate(make_trial(self), sample, limit, trained, self.config.train.tokens_per_batch)
 
-    def _setting(self, saved: dict[str, Any] | None, resumed: Path | None) -> Setting:
-        if saved is not None:
-            before, now = read_config(resumed).train, self.config.train
-            if all(getattr(before, key) == getattr(now, key) for key in SETTING_KEYS):
-                return Setting(**saved["setting"])
+    def _setting(self, saved: dict[str, Any] | None, before: Train | None) -> Setting:
+        if before is not None and same_keys(before, self.config.train, SETTING_KEYS):
+            return Setting(**saved["setting"])
         setting = choose_setting(self.config.train, lambda: self.estimate)
         self.model.zero_grad()
         return setting
+
+    def _count_steps(self, saved: dict[str, Any] | None, before: Train | None) -> int:
+        train = self.config.train
+        if train.max_steps is not None or before is None:
+            return train.max_steps or train.epochs * self.steps_per_epoch
+        if same_keys(before, train, SETTING_KEYS + LENGTH_KEYS):
+            return saved["total_steps"]
+        # the steps that were made may have held another number of samples than those to come
+        step, epoch, samples = (saved["progress"][name] for name in ("step", "epoch", "samples"))
+        if epoch >= train.epochs:
+            return step
+        rest = math.ceil(len(self.epoch_batches(epoch, samples)) / self.batches_per_step)
+        return step + rest + (train.epochs - epoch - 1) * self.steps_per_epoch
 
     def _same_on_all_processes(self) -> None:
         """Refuse processes that have other files: their gradients would be averaged all the same."""
@@ -188,6 +205,10 @@ class Run:
         self.train_set.set_epoch(epoch)
         order = epoch_order(self.train_set, self.weights, self.config.train.seed, epoch)
         return self.cut(self.train_set, order, self.accelerator.num_processes, samples)
+
+
+def same_keys(before: Train, now: Train, keys: tuple[str, ...]) -> bool:
+    return all(getattr(before, key) == getattr(now, key) for key in keys)
 
 
 def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:

@@ -132,9 +132,9 @@ def user_problem(error: Exception, step: int) -> UserError | None:
         return error
     if is_out_of_memory(error):
         return UserError(
-            f"out of memory at step {step + 1}: lower train.micro_batch and raise train.accumulation by as much, or set "
-            "train.gradient_checkpointing=on or llm.quantization=nf4, or lower train.max_questions or data.max_length "
-            "(train.py --dry-run tells what fits)"
+            f"out of memory at step {step + 1}: lower train.micro_batch and raise train.accumulation by as much, or "
+            "set train.gradient_checkpointing=on or llm.quantization=nf4, or lower train.max_questions or "
+            "data.max_length (train.py --dry-run tells what fits)"
         )
     if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is at that moment
         return UserError(

@@ -16,9 +16,11 @@ LAUNCHER_SECONDS = 2.0
 
 
 def outlast_signals(running: torch.Tensor, worker: int) -> None:
-    """`worker_init_fn` of data loaders, with `StopSignals.running` bound: a worker ends by a signal only when the run is
-    over. Terminals and schedulers send theirs to all processes, and the training process needs its workers to the end
-    of a step; at the end of the program it sends SIGTERM to those that are left."""
+    """`worker_init_fn` of data loaders, with `StopSignals.running` bound: while the run lasts, no signal ends a worker.
+
+    Terminals and schedulers send theirs to all processes, and the training process needs its workers to the end of the
+    step. At the end of the program, Python sends SIGTERM to those that are left.
+    """
 
     def obey(number: int, frame: FrameType | None) -> None:
         if not running:
