@@ -119,6 +119,12 @@ def test_smaller_steps_end_with_the_epoch_all_the_same(config, tmp_path):
     assert lines(tmp_path / "run")[-1]["epoch"] == 1
 
 
+def test_a_folder_of_an_odd_name_is_no_checkpoint(config, tmp_path):
+    Trainer(config(max_steps=1)).run()
+    (tmp_path / "run" / "checkpoint-²").mkdir()
+    assert Trainer(config(), resume="auto").progress.step == 1
+
+
 def test_an_accepted_prompt_is_taken(config, tmp_path):
     Trainer(config()).run()
     other = config(prompt={"system": "Answer briefly."}, max_steps=5)
