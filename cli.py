@@ -15,7 +15,7 @@ from pathlib import Path
 
 from errors import UserError, is_out_of_memory, shortened
 
-if importlib.util.find_spec("torch") is None:  # here, since the scripts import it next, which would be a traceback
+if importlib.util.find_spec("torch") is None:  # checked here, because the scripts import torch next
     raise SystemExit(
         "error: the packages of requirements.txt are not installed for this Python. Run `python tasks.py demo`, which "
         r"makes .venv, or activate it: `source .venv/bin/activate`, on Windows `.venv\Scripts\activate`"
@@ -44,7 +44,7 @@ def script_arguments(description: str, default_config: str | None = "config.yaml
         parser.add_argument(
             "--config",
             type=_typed_config,
-            default=Path(default_config),  # no string, which argparse would take for typed
+            default=Path(default_config),  # not a string: argparse would pass a string through `_typed_config`
             metavar="FILE",
             help=f"YAML file of the run (default {default_config} of the repository)",
         )
@@ -56,7 +56,7 @@ def script_arguments(description: str, default_config: str | None = "config.yaml
 
 
 def _typed_config(text: str) -> Path:
-    """A file of the working directory if it is there, else as it is, which `load_config` takes from the repository."""
+    """The file in the working directory if it exists, else the path as typed, which counts from the repository."""
     return Path(text).absolute() if os.path.exists(text) else Path(text)
 
 
@@ -89,7 +89,7 @@ def _end(sentence: str) -> None:
 
 
 def _quieten_libraries() -> None:
-    """Keep to ourselves what libraries tell developers: users can do nothing about it, and errors drown in it.
+    """Hide what libraries tell developers: users cannot act on it, and errors would be hard to find among it.
 
     Tests show all of it. `python -W default` and TRANSFORMERS_VERBOSITY bring it back.
     """

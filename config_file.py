@@ -1,4 +1,4 @@
-"""The YAML of a run as plain Python values: reads the file and puts overrides in. Called by `config.py`."""
+"""Reads the YAML of a run as plain Python values and puts overrides in. Called by `config.py`."""
 
 import os
 from pathlib import Path
@@ -79,7 +79,7 @@ def _item(items: list[Any], index: str, where: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """A date is a text, since it may name a folder; a value that cannot be read is said with its place."""
+    """Reads dates as text, since they may name a folder, and reports the place of a value that cannot be read."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:

@@ -1,9 +1,10 @@
 """Scores a checkpoint on its own data: accuracy per question type, with the photo and with another one (blind).
 
-    python eval_vqa.py --checkpoint checkpoints/demo/checkpoint-500
+    python eval_vqa.py --checkpoint checkpoints/demo/checkpoint-240
     python eval_vqa.py --checkpoint DIR --split all --limit 100 --gallery gallery.png data.captions=data/captions.json
 
-The data are those of the checkpoint's config unless `data.image_map=`, `data.captions=` name others.
+The data are those of the checkpoint's config unless `data.image_map=` and `data.captions=` name others. Prints a table,
+and writes the scores as JSON with every question and answer.
 """
 
 import functools
@@ -29,15 +30,17 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__, default_config=None)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint folder")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder")
     parser.add_argument(
         "--split", choices=["val", "train", "all"], default="val", help="default val, the held-out part"
     )
     parser.add_argument(
         "--limit", type=int, metavar="PHOTOS", help="ask about this many photos only, drawn from all sources"
     )
-    parser.add_argument("--no-blind", action="store_true", help="leave out the pass with swapped photos")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="default DIR/eval_<split>.json")
+    parser.add_argument("--no-blind", action="store_true", help="leave out the second pass, with swapped photos")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="where the scores go (default DIR/eval_<split>.json)"
+    )
     parser.add_argument("--gallery", type=Path, metavar="FILE.png", help="draw eight photos with their answers")
     args = parser.parse_intermixed_args(arguments)
 

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     if os.path.lexists(output):  # said before the model is loaded, which may take minutes
         raise UserError(f"--output: {shortened(output)} exists already, name a new folder")
     check_folder(output, "--output")
-    whole = {"llm.quantization": "none", "llm.device_map": None}  # whatever it was trained with
+    whole = {"llm.quantization": "none", "llm.device_map": None}  # not as in training
     overrides = parse_overrides(args.overrides) | whole
     model = MMultiModal.from_checkpoint(
         args.checkpoint.absolute(), device="cpu", dtype=torch.float32, overrides=overrides

@@ -1,4 +1,4 @@
-"""Where things are: the repository root, and how a path in a config becomes a file or folder that exists.
+"""The repository root, and how a path in a config becomes a file or folder that exists.
 
 One rule for relative paths: those in a config or a `key=value` count from the repository root, those typed as options
 (`--checkpoint`, `--image`, `--input`, `--output`, `--resume`) from the working directory, as in any shell command.
@@ -18,7 +18,7 @@ Kind = Literal["file", "folder"]
 
 
 def resolve_path(path: str | Path) -> Path:
-    """A relative path counts from the repository root, whatever the working directory; `~` is expanded."""
+    """The path, counted from the repository root if it is relative; `~` is expanded."""
     return REPO_ROOT / os.path.expanduser(path)  # unlike Path's, it takes a '~name' without such a user as it is
 
 
@@ -44,7 +44,7 @@ def existing_path(path: str | Path, key: str, kind: Kind = "file") -> Path:
 def nearest_name_hint(path: Path, kind: Kind = "folder") -> str:
     """'Did you mean …? ' for a path whose name is misspelt, or which part of it does not exist; '' if unknown.
 
-    Only what is of that kind and can be meant is named: no folder of code.
+    It names only paths of that kind, and no folder of code.
     """
     parent = path.parent
     if os.path.lexists(path):

@@ -5,9 +5,9 @@
     python predict.py --checkpoint DIR --input questions.jsonl --output answers.jsonl
 
 A row of the input is {"image": FILE, "question": TEXT, …}; relative photo paths count from the folder of that file,
-"image" may be missing. The row comes back with "answer", or with "error" where it could not be answered; other keys
-are kept. The exit status is 1 if any row failed. Questions on the same photo are quickest in a row. Out of memory and
-Ctrl-C end the work at once, and what was answered is kept.
+"image" may be missing. The output has the same rows with "answer" added, or "error" where there is no answer. The exit
+status is 1 if any row failed. It is fastest if questions on the same photo follow one another. Out of memory and Ctrl-C
+end the work at once; the rows answered so far are in the output.
 """
 
 import json
@@ -29,11 +29,11 @@ from paths import check_writable
 
 def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__, default_config=None)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint folder")
-    parser.add_argument("--image", type=Path, help="photo; without one the question is about text only")
-    parser.add_argument("--question", help="the answer is printed while it is made")
-    parser.add_argument("--input", type=Path, metavar="FILE.jsonl", help="one question per line")
-    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="where the answered rows go")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="photo; without one, a question without a photo")
+    parser.add_argument("--question", metavar="TEXT", help="the question; its answer is printed as it grows")
+    parser.add_argument("--input", type=Path, metavar="FILE.jsonl", help="questions, one row a line")
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="the rows with their answers")
     args = parser.parse_intermixed_args(arguments)
     if (args.question is None) == (args.input is None):
         raise UserError("give either --question TEXT (with --image FILE) or --input FILE.jsonl --output FILE.jsonl")

@@ -1,7 +1,7 @@
 """Turns the raw annotations that the config names into `image_map.json` and `captions.json`.
 
     python process_image.py                                       # the sources of config.yaml
-    python process_image.py --config configs/demo.yaml --check    # only tell what would be kept and dropped
+    python process_image.py --config configs/demo.yaml --check    # only print what would be kept and rejected
     python process_image.py data.check_images=open                # decode every photo too
 
 Prints what was kept, what was rejected and why. Beside the captions it writes the same to `process_report.json`, and
@@ -46,7 +46,7 @@ COLUMNS = {
 
 def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__)
-    parser.add_argument("--check", action="store_true", help="tell what would be kept and dropped, write nothing")
+    parser.add_argument("--check", action="store_true", help="print what would be kept and rejected; write nothing")
     args = parser.parse_intermixed_args(arguments)
     data = load_data(args.config, args.overrides)
     outputs = output_files(data)

@@ -43,7 +43,7 @@ def install(requirements: str) -> None:
     files = [ROOT / "requirements.txt", ROOT / requirements]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     stamp = VENV / f"installed-{requirements}"
-    # torch goes first and by itself: at a pinned version a prepared wheel is taken, whatever the others ask for
+    # torch is installed first and alone, so that pip keeps a prepared wheel of the pinned version
     torch = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
     if not stamp.is_file() or stamp.read_text() != digest:
         _install(requirements, torch)
@@ -53,7 +53,7 @@ def install(requirements: str) -> None:
 
 
 def _install(requirements: str, torch: str) -> None:
-    if sys.version_info < (3, 11):  # noqa: UP036 - whoever runs this has whatever Python they have
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before the right Python is known
         raise SystemExit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
     if not PYTHON.exists():
         venv.create(VENV, with_pip=True)

@@ -1,10 +1,11 @@
 """A web page to ask a checkpoint about photos.
 
-    python test_gui.py --checkpoint checkpoints/demo/checkpoint-500
+    python test_gui.py --checkpoint checkpoints/demo/checkpoint-240
     python test_gui.py --checkpoint DIR gui.port=8000 gui.max_upload_mb=50
 
-One process, one answer at a time, on this machine only; nothing is fetched from the network. Uploaded photos are kept
-in a temporary folder until an hour after their last use, or until the page ends. Nothing else on the disk is opened.
+Only this machine can open the page (gui.host=0.0.0.0 lets others in). It answers one question at a time and fetches
+nothing from the network. Uploaded photos stay in a temporary folder until an hour after their last use, or until the
+page ends. The page opens no other file of the disk.
 """
 
 import contextlib
@@ -164,7 +165,7 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
                 for text, line in _timed(answerer.stream(load(upload), history)):
                     yield show([*history, {"role": "assistant", "content": text}], line, busy=True)
                 yield show([*history, {"role": "assistant", "content": text}], line, busy=False)
-            except Exception as error:  # whatever it was, it is said in the chat and the page is usable again
+            except Exception as error:  # any error is shown in the chat, and the page stays usable
                 failed = [*history, {"role": "assistant", "content": f"⚠ {_sentence(error, upload)}"}]
                 yield show(history[:-1], "", busy=False) | {chat: _as_shown(failed), question: asked}
                 if not isinstance(error, UserError) and not is_out_of_memory(error):
@@ -232,7 +233,7 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
 
 
 def _answered(history: History) -> History:
-    """Without a last question that nobody answered."""
+    """The history without a last question that has no answer."""
     return history[: len(history) // 2 * 2]
 
 
@@ -304,7 +305,7 @@ def end_on_signals() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__, default_config=None)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint folder")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder")
     args = parser.parse_intermixed_args(arguments)
     checkpoint = args.checkpoint.absolute()
     overrides = parse_overrides(args.overrides)

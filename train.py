@@ -1,9 +1,15 @@
-"""Trains projector and LoRA: `python train.py [--config FILE] [--resume auto|DIR] [--dry-run] [key=value …]`.
+"""Trains projector and LoRA.
 
-Reads `data.image_map` and `data.captions` (made by `process_image.py`), writes `train.output_dir/checkpoint-<step>/`,
-`metrics.jsonl` and `tensorboard/`. `--dry-run` loads everything, tries the longest sample and prints what will fit and
-how long a run will take.
-Several GPUs: `torchrun --nproc-per-node 4 train.py …`.
+    python train.py --config my.yaml --dry-run        # try the longest sample; print memory and time by setting
+    python train.py --config my.yaml train.max_steps=100
+    python train.py --config my.yaml --resume auto    # continue after an interruption
+    torchrun --nproc-per-node 4 train.py              # several GPUs
+
+Reads `data.image_map` and `data.captions`, which `process_image.py` makes. Writes to `train.output_dir`:
+`checkpoint-<step>/`, `metrics.jsonl`, `samples.html`, `loss.png`, `backbones.json` and the trackers' files.
+
+Ctrl-C, SIGTERM and a closed terminal end the run after its current step, with a checkpoint and exit status 128 + the
+number of the signal; a second signal ends it at once.
 """
 
 from pathlib import Path
@@ -15,14 +21,15 @@ from config import load_config
 
 def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__)
-    parser.add_argument("--resume", metavar="auto|DIR", help="go on from the newest checkpoint of the run, or from DIR")
+    parser.add_argument("--resume", metavar="auto|DIR", help="continue from the run's newest checkpoint, or from DIR")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print sizes, token statistics, memory and time; no training"
+        "--dry-run", action="store_true", help="print parameters, tokens, memory and time; train and write nothing"
     )
     parser.add_argument(
         "--accept-changes",
         action="store_true",
-        help="resume although data, split, seeds, packing, weights or prompt changed; the provenance records it",
+        help="with --resume: continue although data, split, seeds, packing, sample length, weights or prompt changed; "
+        "the checkpoints record it",
     )
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)

@@ -191,11 +191,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=["all", *TARGETS], default="all")
+    parser.add_argument("--target", choices=["all", *TARGETS], default="all", help="what is damaged (default all)")
     parser.add_argument("--count", type=int, help="cases of each target (default " + _counts() + ")")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all cases (default 0)")
     parser.add_argument("--case", type=int, help="run this case of --target alone and show its traceback")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="workers (default 2)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args(arguments)
     if options.case is not None:

@@ -97,11 +97,11 @@ def fit(values: list[int], measured: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny", help="widths of the model (default tiny)")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each point (default 3)")
-    parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto")
-    parser.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto", help="default auto")
+    parser.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa", help="default sdpa")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default all)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"

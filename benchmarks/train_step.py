@@ -420,16 +420,16 @@ def why_no_liger(device: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny", help="widths of the model (default tiny)")
     parser.add_argument("--questions", type=int, nargs="+", default=[1, 2, 5], help="per photo (default 1 2 5)")
-    parser.add_argument("--photos", type=int, default=2)
+    parser.add_argument("--photos", type=int, default=2, help="of a micro-batch (default 2)")
     parser.add_argument("--pairs", type=int, default=5, help="steps of each side that count (default 5)")
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
-    parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="default all")
+    parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto", help="default auto")
     parser.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa", help="of ours")
     parser.add_argument("--compile", action="store_true", help="torch.compile for our layers")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on all sides")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default all)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"

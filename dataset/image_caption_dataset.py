@@ -73,7 +73,7 @@ class ImageCaptionDataset(Dataset):
         load_photo: photo → pixels (3, H, W) float32, or its cached features (N, Dv); UserError for a broken photo.
         photo_key: name of what `load_photo` gives, `pixel_values` or `image_features`.
         max_length: longest dialogue in tokens; longer ones lose whole turns from the end, then the end of the answer.
-        max_questions: how many questions of a photo ride in one sequence; 1: no packing.
+        max_questions: most questions of a photo in one sequence; 1: no packing.
         seed: of the choice among several accepted answers, together with epoch and index.
         keep_apart: see `group_entries`.
         replace_broken: draw another sample where a photo cannot be read.
@@ -136,8 +136,8 @@ class ImageCaptionDataset(Dataset):
         `photo_ids` with the K IDs, and what `tokens` gives.
 
         Where a photo cannot be read and `replace_broken` is on, this is another sample, and `replaced` lists a sentence
-        for each photo that was given up. If all are broken, or the dialogue is too long, it is `{"error": sentence}`
-        for the training process to raise; out of a worker the error would come wrapped in a traceback.
+        for each photo that was given up. If all are broken, or the dialogue is too long, it is `{"error": sentence}`,
+        which the training process raises: an error raised in a worker would arrive with a traceback.
         """
         broken: list[str] = []
         try:
@@ -239,12 +239,12 @@ def group_entries(
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples to a batch: one row in which they lie behind one another, without padding.
+    """Collate samples into a batch: one row in which they follow one another, without padding.
 
     Returns:
-        `input_ids`, `labels` and `position_ids` (1, T) int64; `layout`, what stands where in the row; and unless all
+        `input_ids`, `labels` and `position_ids` (1, T) int64; `layout`, the parts of the row; and unless all
         samples are text only, `pixel_values` (B_img, 3, H, W) or `image_features` (B_img, N, Dv), each distinct photo
-        once, and `photo_index` (placeholders' photos,) int64, which of them stands where, in reading order; `replaced`,
+        once, and `photo_index` (placeholders' photos,) int64, the one at each place, in reading order; `replaced`,
         a sentence for each photo that could not be read, where samples were replaced. If a sample is an error:
         `{"error": sentence}` alone.
     """

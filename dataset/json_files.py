@@ -114,10 +114,10 @@ def _is_utf8(content: bytes) -> bool:
 def _gb18030(content: bytes) -> bytes | None:
     """`content` as UTF-8 if it is Chinese text in GB18030, else None.
 
-    Strict decoding is not enough: most bytes above 127 that stand in pairs decode to some Chinese character, those of
-    Western, Japanese and Korean encodings and of damaged UTF-8 too. So the characters must also be common ones: GB2312
-    keeps punctuation in rows A1 to A3 and the 3,755 common characters in rows B0 to D7, which make up nearly all of a
-    modern text, and not only the Korean syllables' rows up to C8.
+    Strict decoding is not enough: most pairs of bytes above 127 decode to some Chinese character, also in Western,
+    Japanese and Korean encodings and in damaged UTF-8. So the characters must also be common ones. GB2312 has
+    punctuation in rows A1 to A3 and the 3,755 common characters, nearly all of a modern text, in rows B0 to D7. Korean
+    syllables end at row C8, so a longer text with hardly any character of later rows is taken for Korean.
     """
     if _share_of_utf8(content) > 0.7:
         return None

@@ -2,7 +2,7 @@
 
     [prefix + photo][question 1 + answer 1][question 2 + answer 2] …
 
-Every branch sees the prefix and itself, and its positions go on where the prefix ends, so loss and gradients equal
+Every branch sees the prefix and itself, and its positions continue where the prefix ends, so loss and gradients equal
 those of the separate samples while the photo's tokens pass the language model once (`qwen/attention.py` sees to that).
 Used by `dataset/image_caption_dataset.py`.
 """

@@ -1,7 +1,7 @@
-"""Whether the photos of a source can be used, as `data.check_images` asks: `process_image.py` calls it once a source.
+"""Checks whether the photos of a source can be used (`data.check_images`). `process_image.py` calls it once a source.
 
-Photos are decoded in processes, since a decoder that crashes ends a process and holds the interpreter's lock for long.
-The processes are started anew ("spawn") on every system, so that what is tested on Linux is what Windows runs.
+Photos are decoded in other processes, because a decoder may crash its process and keeps the interpreter's lock.
+The processes are started by "spawn" on every system, so that tests on Linux run what Windows runs.
 """
 
 import contextlib

@@ -116,7 +116,7 @@ def process_coco(
 
 
 def merge_captions(captions: Captions, new: Captions) -> None:
-    """Add `new` to `captions` in place; a photo that stands in both keeps all its entries."""
+    """Add `new` to `captions` in place; a photo that is in both keeps all its entries."""
     for key, entries in new.items():
         captions.setdefault(key, []).extend(entries)
 

@@ -1,6 +1,6 @@
 """The two files of a prepared data set, `image_map.json` and `captions.json`: written, read and checked here only.
 
-`process_image.py` writes them; training and evaluation read them. `write_records` tells their form.
+`process_image.py` writes them; training and evaluation read them. `write_records` describes their form.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from dataset.json_files import read_json
 from errors import UserError, file_error
 from paths import REPO_ROOT
 
-TEXT_KEY = "text"  # the key in captions.json under which the rows without a photo stand
+TEXT_KEY = "text"  # key in captions.json of the rows without a photo
 UNNAMED_SOURCE = "unnamed"  # of entries in the report's form, which name no source
 
 ImageMap = dict[str, dict[str, Any]]
@@ -118,8 +118,8 @@ def write_files(contents: dict[Path, Iterable[bytes]]) -> None:
 def read_records(image_map: Path, captions: Path) -> tuple[dict[int, Photo], list[Entry]]:
     """Read and check both files.
 
-    Also takes the report's form of captions, where a value is one `{"q", "a"}`, and a single text for `"a"`. Whether
-    the photos exist is not asked: `process_image.py` has looked, and `visual.transform.load_image` will.
+    Also takes the report's form of captions, where a value is one `{"q", "a"}`, and a single text for `"a"`. It
+    does not check that the photos exist: `process_image.py` did, and `visual.transform.load_image` will.
 
     Returns:
         photos by ID, and the entries in the order of the file.
@@ -213,10 +213,10 @@ def split_entries(
 ) -> tuple[list[Entry], list[Entry]]:
     """Split into (train, val) by a hash of the photo's key, or of the first question where there is no photo.
 
-    Photos that share an entry stay together, and so do those that share others with them: the first of their keys in
-    order of the alphabet decides for all. So no photo is on both sides, all questions on a photo stay on one, and
-    adding data moves nothing that it does not link. Linked photos that are more than half of all train, since held out
-    they would leave too little. `val_fraction` is in [0, 1); the share is met on average, so a small set may get no
+    Photos that share an entry are linked, also through other photos; the alphabetically first key of linked photos
+    decides for all of them. So no photo is on both sides, all questions on a photo are on one side, and new data move
+    only photos that they link. If linked photos are more than half of all, they go to training, because holding them
+    out would leave too little. `val_fraction` is in [0, 1); the share is met on average, so a small set may get no
     validation part.
 
     Raises:

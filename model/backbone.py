@@ -28,11 +28,11 @@ from paths import nearest_name_hint, resolve_path
 
 # beside the checkpoints of a run, never in one: where its backbones were found on this machine
 BACKBONES_FILE = "backbones.json"
-FINGERPRINT_FORM = "v2:"  # opens a fingerprint that saw every tensor; those of earlier checkpoints have no such mark
+FINGERPRINT_FORM = "v2:"  # begins a fingerprint of every tensor; those of earlier checkpoints have no such mark
 # bytes read at the start, the middle and the end of every tensor, and once in so many bytes of a large one
 WINDOW = 1 << 12
 STRIDE = 1 << 22
-FIRST_FORM_BYTES = 1 << 20  # of each file, all that a fingerprint of the first form saw
+FIRST_FORM_BYTES = 1 << 20  # of each file, which a fingerprint of the first form covers
 # what transformers looks for, in its order: one file, or an index that names the shards
 WEIGHT_FILES = (
     "model.safetensors",
@@ -57,7 +57,7 @@ def locate_backbone(
         path: value of config key `key` (`visual.path` or `llm.path`). A hub id has the form `owner/name` and is
             downloaded once (`HF_ENDPOINT` names a mirror, `HF_HUB_OFFLINE=1` keeps to what is cached).
         hub: `huggingface` or `modelscope`.
-        run_folder: of a checkpoint; where the run found its backbones is tried last (`remember_backbones`).
+        run_folder: folder of a checkpoint's run; the places that `remember_backbones` noted there are tried last.
 
     Raises:
         UserError: not found anywhere (says what was tried and the three ways to get it), or not a folder of whole,
@@ -68,7 +68,7 @@ def locate_backbone(
     folders = [
         folder for folder in [*candidates, *remembered] if os.path.isdir(folder)
     ]  # takes names that are too long
-    if folders:  # a package of ours may bear the name too, so one with a config.json comes first
+    if folders:  # a package of ours may have the same name, so a folder with a config.json comes first
         folder = next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
         _check_kind(folder, path, key)
         _check_weights(folder, key)
@@ -131,14 +131,14 @@ def _remembered_folder(run_folder: Path, path: str, key: str) -> list[Path]:
     """Where the run found its backbone `key`, if `path` is the bare name that a checkpoint keeps of such a folder."""
     try:
         folders = json.loads((run_folder / BACKBONES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a help, which may be missing or damaged
+    except (OSError, ValueError):  # the file is optional, so it may be missing or damaged
         return []
     folder = folders.get(key) if isinstance(folders, dict) else None
     return [Path(folder)] if isinstance(folder, str) and Path(folder).name == path else []
 
 
 def _downloader(hub: str, path: str, model_root: str, key: str) -> Callable[[list[str]], Path]:
-    """What fetches the files of hub id `path` that match some patterns and returns their folder."""
+    """A function that fetches the files of hub id `path` that match some patterns and returns their folder."""
     if hub == "modelscope":
         try:
             library = importlib.import_module("modelscope")
@@ -244,12 +244,12 @@ def _check_weights(folder: Path, key: str) -> None:
 
 
 def backbone_fingerprint(folder: Path) -> str:
-    """Hash that differs between backbones: it sees every tensor of every weight file. A re-sharded copy differs too.
+    """Hash that differs between backbones: it reads from every tensor. A copy in other shards has another hash.
 
     Of each tensor it reads the start, the middle and the end, of a large one also a window in every 4 MiB, and the
     tables of names, shapes and offsets. A fine-tuned or merged model differs all over such tensors, and a hole of 4 MiB
-    or more is found. That is 20 MB out of 15 GB, read at each start; to hash all would take minutes on a slow disk. A
-    few bytes changed between two windows are not seen.
+    or more is found. That is 20 MB out of 15 GB, read at each start; hashing all would take minutes on a slow disk. A
+    change of a few bytes between two windows is not found.
     """
     digest = hashlib.sha256()
     for file in weight_files(folder):
@@ -267,7 +267,7 @@ def backbone_fingerprint(folder: Path) -> str:
 def same_backbone(folder: Path, stored: str) -> bool:
     """Whether `folder` holds the backbone whose fingerprint a checkpoint stored.
 
-    Those of checkpoints written earlier saw the sizes and the first MiB of the files only; they are compared in that
+    Fingerprints of earlier checkpoints cover the sizes and the first MiB of the files only; they are compared in that
     form, with a warning in the log.
     """
     if stored.startswith(FINGERPRINT_FORM):

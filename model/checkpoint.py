@@ -1,6 +1,6 @@
 """The checkpoint folder: one self-describing place for a trained model.
 
-Written by `training/loop.py`, read by every script.
+Written by `training/state.py`, read by every script.
 
     config.yaml                  the resolved run; names and relative paths, never an absolute one
     adapter_config.json          LoRA in peft's own layout
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 def portable_config(config: Config) -> dict[str, Any]:
-    """The config as a mapping whose paths hold on other machines: relative to the repository, else the bare name."""
+    """The config as a mapping whose paths work on other machines: relative to the repository, else the bare name."""
     raw = config.model_dump(mode="json")
 
     def portable(path: str) -> str:
@@ -97,7 +97,7 @@ def save_checkpoint(
     provenance: dict[str, Any],
     trainer_state: dict[str, Any],
 ) -> None:
-    """Write a checkpoint folder atomically; whatever fails, an existing folder of that name stays as it was.
+    """Write a checkpoint folder atomically; if anything fails, an existing folder of that name stays as it was.
 
     Args:
         folder: final name; its parent exists. An existing checkpoint of that name is replaced.

@@ -39,7 +39,7 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def recover(output_dir: Path) -> None:
-    """Clear what a killed process left: half-written folders go, a checkpoint that was about to be replaced returns."""
+    """Clean up after a killed process: delete half-written folders, and put a checkpoint being replaced back."""
     for aside in output_dir.glob("checkpoint-*.old"):
         final = aside.with_suffix("")
         if final.exists():
@@ -62,6 +62,7 @@ def flush(path: Path) -> None:
 
 
 def checksum(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -91,7 +92,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path) -> list[str]:
-    """What keeps a run from being resumed from `folder`, file by file; empty for a sound checkpoint."""
+    """The problems that prevent resuming from `folder`, file by file; empty for a sound checkpoint."""
     missing = [name for name in (*REQUIRED_FILES, STATE_FILE) if not (folder / name).is_file()]
     problems = [f"{name} is missing" for name in missing]
     for name in {CONFIG_FILE, "adapter_config.json"} - set(missing):

@@ -1,4 +1,4 @@
-"""Where the page is served: tries the address before the model is loaded. Called by `test_gui.py`."""
+"""The address of the page, tried before the model is loaded. Called by `test_gui.py`."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from errors import UserError, shortened
 
 
 def in_url(host: str) -> str:
-    """An IPv6 address in brackets, as URLs have it; Gradio takes them off again."""
+    """An IPv6 address in brackets, as in URLs; Gradio removes them again."""
     return f"[{host}]" if ":" in host else host
 
 

@@ -1,7 +1,7 @@
 """The photos that the page was sent: their folder, and the check that nothing else is opened. Called by `test_gui.py`.
 
-A folder carries a lock that the system takes back however its page ends, killed or not. The next start removes the
-folders whose lock is free.
+Each folder has a lock, which the system releases when its page ends or is killed. The next start removes the folders
+whose lock is free.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ import filelock
 from errors import UserError
 
 PREFIX = "vqa-photos-"
-# One sentence whether a file is there or not: the page must not tell what is on the server's disk.
+# The same sentence for existing and missing files, because the page must not reveal what is on the server's disk.
 NOT_UPLOADED = "This photo was not uploaded here, or is gone: choose it again. 照片未在此上传或已被清除，请重新选择。"
 
 
 @contextlib.contextmanager
 def upload_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A new folder for uploads, for this user only; it goes at the end, and with it what killed pages left.
+    """A new folder for uploads, for this user only, removed at the end. First removes what killed pages left.
 
     Args:
         parent: default the system's folder for temporary files.
@@ -33,7 +33,7 @@ def upload_folder(parent: Path | None = None) -> Iterator[Path]:
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     remove_leftovers(parent)
     folder = parent / f"{PREFIX}{secrets.token_hex(8)}"
-    # locked before the folder is there, so that another start cannot take it for a leftover
+    # locked before the folder exists, so that another start cannot take it for a leftover
     lock = filelock.FileLock(f"{folder}.lock", mode=0o600)
     try:
         with lock:
@@ -74,7 +74,7 @@ def uploaded_photo(upload: Any, folder: Path) -> Path:
     """
     path = upload.get("path") if isinstance(upload, dict) else None
     folders = (folder.absolute(), folder.resolve())
-    # by its letters first, so that the disk is not even asked about other paths
+    # compares the text first, so that other paths never reach the disk
     if not isinstance(path, str) or not any(Path(os.path.abspath(path)).is_relative_to(place) for place in folders):
         raise UserError(NOT_UPLOADED)
     if not os.path.isfile(path):
@@ -83,7 +83,7 @@ def uploaded_photo(upload: Any, folder: Path) -> Path:
     if not file.resolve().is_relative_to(folder.resolve()):  # a link that leads out
         raise UserError(NOT_UPLOADED)
     with contextlib.suppress(OSError):
-        os.utime(file)  # its time to be kept counts from its last use
+        os.utime(file)  # uploads are kept for a time after their last use
     return file
 
 

@@ -26,6 +26,16 @@ def fresh_accelerator():
 
 
 @pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Path:
+    """A folder with tiny backbones and records."""
+    folder = tmp_path_factory.mktemp("workshop")
+    write_siglip(folder / "siglip")
+    write_qwen(folder / "qwen")
+    write_records(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint folder of random tiny backbones; they lie beside the run: `model_root=` its grandparent's parent."""
     folder = tmp_path_factory.mktemp("tiny")

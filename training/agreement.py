@@ -1,7 +1,7 @@
-"""How the processes of one run agree, so that none waits for another that has ended. Used by `build.py` and `state.py`.
+"""Lets the processes of a run agree, so that none waits for one that has ended. Used by `build.py` and `state.py`.
 
-A collective that one process does not enter makes the others wait for ever. So work of one process alone (reading,
-writing, deciding) goes through `on_main`, and trouble of any process through `all_or_none`.
+If one process does not enter a collective, the others wait for ever. So work of one process alone (reading, writing,
+deciding) goes through `on_main`, and a problem of any process through `all_or_none`.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ def all_or_none(accelerator: Accelerator, problem: str | None) -> None:
 
 @contextmanager
 def lost_processes() -> Iterator[None]:
-    """Turn the communication error that a process meets when another has ended into one sentence.
+    """Turn the communication error that a process gets when another has ended into one sentence.
 
     Raises:
         UserError: another process of the run ended.

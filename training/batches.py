@@ -25,12 +25,12 @@ def make_loader(
     at_once: int = 1,
     persistent: bool = False,
 ) -> DataLoader:
-    """A loader that hands out `batches` of sample indices, collated.
+    """A loader that gives the samples of `batches`, which hold their indices, collated.
 
     Args:
         stop: while this says that the run lasts, no signal ends the workers; None: they are as torch makes them.
         at_once: micro-batches that a step asks for together; so many are prefetched.
-        persistent: keep the workers for the next time it is iterated.
+        persistent: keep the workers between iterations.
     """
     return DataLoader(
         dataset,
@@ -49,7 +49,7 @@ def checked(batch: dict[str, Any]) -> dict[str, Any]:
     """A sample or batch itself.
 
     Raises:
-        UserError: it stands for a photo that could not be read, or a question that is too long.
+        UserError: it holds an error: a photo that could not be read, or a question that is too long.
     """
     if "error" in batch:
         raise UserError(f"{batch['error']} (python process_image.py with data.check_images=open finds all such photos)")
@@ -67,7 +67,7 @@ def batch_loss(
     """Summed loss of a collated batch divided by `num_items_in_batch` (None: by its own labels); a scalar.
 
     Args:
-        model: an `MMultiModal`, or what wraps it for several processes.
+        model: an `MMultiModal`, or its wrapper for several processes.
     """
     inputs = {
         name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value

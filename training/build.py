@@ -1,4 +1,4 @@
-"""From the config to the parts of a run: processes, model, data, setting, optimizer. `loop.py` puts them to work."""
+"""Builds the parts of a run from the config: processes, model, data, setting, optimizer. Used by `loop.py`."""
 
 import contextlib
 import math
@@ -56,17 +56,17 @@ class Run:
 
     Args:
         config: the run.
-        resume: a checkpoint folder to go on from, `"auto"` for the newest of `train.output_dir`, None to start anew.
+        resume: a checkpoint folder to continue from, `"auto"` for the newest of `train.output_dir`, None to start anew.
         accept_changes: resume although data, split, seeds, packing, weights or prompt differ from the checkpoint's.
         dry_run: nothing will be trained: existing checkpoints do not matter, and no feature cache is filled.
 
     Attributes:
         accelerator, precision: the processes of the run, and the dtype they compute in.
-        model, wrapped: the model, and what synchronises its gradients over processes.
+        model, wrapped: the model, and its wrapper that synchronises gradients over processes.
         train_set, val_set: the data; `val_samples` are the indices that each validation reads.
         setting: how a step is cut into micro-batches.
         optimizer, schedule: of the trained parts.
-        progress: where the run stands.
+        progress: the position of the run.
         stop: the signal that asked this process to end, once the run listens to signals.
         steps_per_epoch, total_steps: optimizer steps.
 
@@ -162,7 +162,7 @@ class Run:
         return step + rest + (train.epochs - epoch - 1) * self.steps_per_epoch
 
     def _same_on_all_processes(self) -> None:
-        """Refuse processes that have other files: their gradients would be averaged all the same."""
+        """Refuse processes with different files, whose gradients would be averaged without any error."""
         own = {"backbones and prompt": fingerprints(self.model), "data and config": self.provenance["shape"]}
         first = gather_object([own])[0]
         different = [name for name in own if own[name] != first[name]]
@@ -189,13 +189,13 @@ class Run:
         self.model.encoder.eval()
 
     def forward(self, batch: dict[str, Any], num_items_in_batch: int | None) -> torch.Tensor:
-        """The loss of a collated batch, through what synchronises the gradients; see `batch_loss`."""
+        """The loss of a collated batch, through the wrapper that synchronises gradients; see `batch_loss`."""
         return batch_loss(self.wrapped, batch, self.accelerator.device, num_items_in_batch)
 
     def cut(
         self, dataset: ImageCaptionDataset, order: list[int], processes: int = 1, start: int = 0
     ) -> list[list[int]]:
-        """Sample indices from position `start` of `order` to micro-batches; see `micro_batches`."""
+        """Cut the sample indices from position `start` of `order` into micro-batches; see `micro_batches`."""
         train = self.config.train
         lengths = None if train.tokens_per_batch is None else sample_lengths(dataset, train.workers)
         return micro_batches(order, self.setting.micro_batch, processes, lengths, train.tokens_per_batch, start)
@@ -226,13 +226,18 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
     precision = pick_precision(config.train.precision, device)
     if config.train.attention == "flex" and device.type != "cuda":
         raise UserError("'train.attention': flex needs a CUDA GPU, elsewhere it has no backward pass; use sdpa")
-    # encoding a large data set on one process may take longer than the others wait by default
+    # one process may encode a large data set for longer than the others wait by default
     patience = [accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=6))] if config.data.cache_features else []
     accelerator = accelerate.Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no" if precision == "float32" else precision,
         kwargs_handlers=patience,
     )
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch was asked for several processes on the CPU and started one, for it needs MPI there: use "
+            "torchrun --nproc-per-node N train.py … (or unset MASTER_ADDR if one is meant)"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(f"{launched} processes were launched but {accelerator.num_processes} joined the run")
@@ -240,7 +245,7 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
 
 
 def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Module:
-    """The model as the accelerator runs it; frozen tensors are the same everywhere and are never sent."""
+    """Wrap the model for several processes. Frozen tensors are equal on all of them, so they are not sent."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
@@ -250,7 +255,8 @@ def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Mo
 def compile_layers(language_model: torch.nn.Module) -> None:
     """`torch.compile` for attention, MLP and norms of every decoder layer, in place, for any length of batch.
 
-    The parts and not the layer: gradient checkpointing wraps that, and inside a wrapped one nothing would be compiled.
+    Gradient checkpointing wraps the whole layer, and torch compiles nothing inside such a wrapper; so the parts are
+    compiled and not the layer.
     """
     for layer in language_model.model.layers:
         for part in layer.children():
@@ -258,8 +264,10 @@ def compile_layers(language_model: torch.nn.Module) -> None:
 
 
 def make_trial(run: Run) -> Trial:
-    """What measures a batch for `Estimate`: the quicker of two passes; the gradients stay, as they do between the
-    micro-batches of a step."""
+    """The function that measures a batch for `Estimate`: peak memory, and the time of the faster of two passes.
+
+    The gradients stay, as between the micro-batches of a step.
+    """
 
     def trial(batch: dict[str, Any] | None, checkpointing: bool) -> tuple[int, float]:
         run.set_checkpointing(checkpointing)
@@ -280,7 +288,7 @@ def make_trial(run: Run) -> Trial:
 
 
 def make_provenance(config: Config) -> dict[str, Any]:
-    """What made a checkpoint: library versions, the code's commit, and what shaped the run."""
+    """The origin of a checkpoint: library versions, the code's commit, and what shaped the run."""
     libraries = {"torch": torch, "transformers": transformers, "peft": peft, "accelerate": accelerate}
     return {
         "versions": {"python": platform.python_version()} | {name: lib.__version__ for name, lib in libraries.items()},

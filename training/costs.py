@@ -17,11 +17,11 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PEAK_SIZES = (2048, 4096, 8192)
 PEAK_PRODUCTS = 10
 PEAK_ROUNDS = 5
-SAMPLING_SECONDS = 0.002  # between two looks at this process's memory
+SAMPLING_SECONDS = 0.002  # between two readings of this process's memory
 
 
 class Arithmetic:
-    """Floating-point operations a training step needs, whatever the program spends beyond (recomputing, padding).
+    """Floating-point operations that a training step needs, without recomputing and padding.
 
     A matrix with P weights costs 2·P for each position it is applied to, in the forward pass and again for the gradient
     of its input; one that is trained costs 2·P more for its own gradient (Kaplan et al. 2020, arXiv 2001.08361, section
@@ -63,14 +63,14 @@ def _linear_operations(module: nn.Module, frozen: int, trained: int) -> int:
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     """Operations per second of the fastest large square matrix product on a GPU; to be called before training starts.
 
-    None elsewhere. On a CPU no product of that kind is a peak: wide layers in bf16 came to 1.3 times the fastest
-    square one, and a share above 1 says nothing.
+    None elsewhere: on a CPU this is not a peak. Wide layers in bf16 reached 1.3 times the fastest square product, and a
+    share above 1 means nothing.
     """
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
     peak = max(_products_per_second(size, device, dtype) for size in peak_sizes(free, dtype))
-    torch.cuda.empty_cache()  # the matrices must not stay in what training can use
+    torch.cuda.empty_cache()  # gives the memory of the matrices back before training
     return peak
 
 
@@ -98,8 +98,11 @@ def _products_per_second(size: int, device: torch.device, dtype: torch.dtype) ->
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as peak: …` and then `peak.bytes`: what was allocated on a CUDA device at the highest,
-    elsewhere the highest resident memory of this process, looked at every 2 ms and so a rough figure."""
+    """`with PeakMemory(device) as peak: …` and then `peak.bytes`.
+
+    On a CUDA device it is the most memory allocated; elsewhere the highest resident memory of this process, read every
+    2 ms, so a rough figure.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

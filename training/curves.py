@@ -1,6 +1,6 @@
 """Draws the losses and learning rates of a run as a PNG; called by `training/run_log.py` at every save.
 
-With Pillow, which is there already: two line charts do not need matplotlib and the six packages it brings.
+It uses Pillow, which is installed already: two line charts do not need matplotlib and its six packages.
 """
 
 import io

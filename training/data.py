@@ -58,7 +58,7 @@ def build_datasets(
     weights = source_weights(config, {entry.source for entry in [*train, *val]})
     train_set = dataset(train, {entry.source: weights.get(entry.source, 1.0) for entry in train}, True)
     epoch_order(train_set, weights, config.train.seed, 0)  # so that a wrong weight is an error before the first step
-    # its loss is told by source, and a photo that cannot be read would make two losses incomparable
+    # its loss is given by source; losses could not be compared if unreadable photos were replaced
     val_set = dataset(val, {entry.source: entry.source for entry in val}, False)
     return train_set, val_set
 
@@ -113,7 +113,7 @@ def epoch_order(dataset: ImageCaptionDataset, weights: dict[str, float], seed: i
     """Sample indices of one epoch in random order.
 
     Args:
-        weights: by source; 2.0 draws each sample of it twice, 0.5 half of them. Each epoch draws by itself, so the
+        weights: by source; 2.0 draws each sample of it twice, 0.5 half of them. Epochs draw independently, so the
             halves of two epochs overlap.
 
     Raises:
@@ -187,13 +187,13 @@ def micro_batches(
 ) -> list[list[int]]:
     """Cut `order[start:]` into micro-batches, as many as all processes can share; at most `processes - 1` are left out.
 
-    Begun again after any of its steps (`start` samples on), the cut goes on as it would have.
+    Started at the end of a step (`start` samples on), it gives the same micro-batches as the rest of a whole cut.
 
     Args:
         order: sample indices of a whole epoch.
         size: samples of a micro-batch, unless there is a token budget.
         lengths: tokens of each sample, by its index.
-        tokens: the budget: a micro-batch goes on until the next sample would exceed it; a longer sample goes alone.
+        tokens: the budget of a micro-batch; a sample that would exceed it starts the next, and a longer one is alone.
         start: samples of the epoch that were taken before.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: the text of `train.py --dry-run`."""
+"""Memory and time of a run before it starts: the text of `train.py --dry-run`."""
 
 import random
 from statistics import mean
@@ -23,7 +23,7 @@ def describe_run(run: Run) -> str:
         run.model.parameter_summary(),
         f"samples: {len(dataset):,} for training with {len(dataset.entries):,} questions, {len(run.val_set):,} for "
         f"validation; {run.total_steps:,} steps, {run.steps_per_epoch:,} an epoch",
-        f"tokens per sample: mean {mean(lengths):.0f} (of {len(sampled)} looked at), longest {estimate.longest}; "
+        f"tokens per sample: mean {mean(lengths):.0f} (of {len(sampled)} samples), longest {estimate.longest}; "
         f"supervised {sum(supervised) / sum(lengths):.1%}",
         f"questions per sample: {mean(questions):.1f}; packing leaves {sum(lengths) / sum(separate):.0%} of the tokens",
         "",

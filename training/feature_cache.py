@@ -32,7 +32,7 @@ from visual.transform import load_image
 
 END = b"features complete 1"
 CHECKED = 64  # photos whose checksum is compared before a file is used; each is compared again when it is read
-ABANDONED_SECONDS = 3600  # a temporary file that grew last so long ago belongs to a run that was killed
+ABANDONED_SECONDS = 3600  # a temporary file that has not grown for so long belongs to a killed run
 
 
 class PixelLoader:
@@ -73,8 +73,8 @@ class FeatureLoader:
     def _block(self, row: int) -> bytearray | None:
         """The bytes of a photo's features; None where they do not match their checksum."""
         block = bytearray(self.photo_bytes)
-        # opened anew each time (0.02 ms), because forked workers would share the position in an open file, and reading
-        # a mapped one that was cut would end the process
+        # opened again each time (0.02 ms): forked workers would share the position in an open file, and reading a
+        # memory-mapped file that was cut short would kill the process
         with open(self.file, "rb") as stream:
             stream.seek(row * self.photo_bytes)
             stream.readinto(block)

@@ -11,7 +11,7 @@ from typing import Any
 
 from errors import UserError, is_out_of_memory
 from training import state
-from training.agreement import AgreedError
+from training.agreement import AgreedError, on_main
 from training.batches import make_loader
 from training.build import Run
 from training.costs import peak_memory
@@ -61,7 +61,7 @@ class Trainer(Run):
         return self.output_dir / f"checkpoint-{self.progress.step}"
 
     def _after_step(self, figures: dict[str, Any]) -> None:
-        """Log, validate and save where it is due."""
+        """Log, validate and save if this step is due for it."""
         train, step, device = self.config.train, self.progress.step, self.accelerator.device
         last = step == self.total_steps
         self.progress.window.append(figures)
@@ -73,14 +73,14 @@ class Trainer(Run):
             self.watch.ask(self)
         self.last_figures |= line
         if evaluating or step == 1 or step % train.log_steps == 0:
-            self.watch.write(step, line)
+            on_main(self.accelerator, lambda: self.watch.write(step, line))
             self.progress.window.clear()
         if last or step % train.save_steps == 0:
             self._save()
             self.watch.draw()
 
     def _save(self, pruning: bool = True) -> Path:
-        self.saved_step = self.progress.step  # also if it fails: there is no second attempt
+        self.saved_step = self.progress.step  # set before saving, so that a failed save is not tried again
         return state.save(self, self.progress, self.last_figures, pruning)
 
     def _save_before_ending(self, reason: str) -> None:
@@ -91,7 +91,7 @@ class Trainer(Run):
     def steps(self) -> Iterator[dict[str, Any]]:
         """Make optimizer steps until the run is over, yielding the figures of each (see `figures.summarise`)."""
         rank, processes, progress = self.accelerator.process_index, self.accelerator.num_processes, self.progress
-        own_batches: list[list[int]] = []  # the loader reads them anew each epoch
+        own_batches: list[list[int]] = []  # the loader reads this list again in each epoch
         epoch_loader = make_loader(
             self.train_set,
             own_batches,
@@ -122,7 +122,7 @@ class Trainer(Run):
                 }
                 if progress.step >= self.total_steps:
                     return
-            if not remaining:  # a resumed run that cuts its steps another way may find too little left of an epoch
+            if not remaining:  # a run resumed with other step sizes may have too few samples left in its epoch
                 progress.epoch, progress.samples = progress.epoch + 1, 0
 
 

@@ -90,12 +90,12 @@ def read_log(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
 class RunLog:
     """Writes `metrics.jsonl`, `loss.png` and the trackers' records of a run. For the first process alone.
 
-    A tracker that fails, at its start or later, is warned of once and stops nothing; a line that cannot be written to
+    A tracker that fails, at its start or later, causes one warning and stops nothing; a line that cannot be written to
     `metrics.jsonl` is an error.
 
     Args:
         folder: the run folder; made if missing.
-        resumed_step: lines after this step belong to work that is repeated, and are cut off; 0: a new log.
+        resumed_step: lines after this step are removed, because these steps are repeated; 0: a new log.
         trackers: config key `train.trackers`; call `check_trackers` first.
         settings: what the trackers keep as the settings of the run, usually the whole config.
 
@@ -165,7 +165,7 @@ class RunLog:
         """Run `action`; whether it succeeded. Its first failure is logged under `name`."""
         try:
             action()
-        except Exception as error:  # foreign code and the network may raise anything, and training is worth more
+        except Exception as error:  # libraries and the network may raise anything; training must continue
             if name not in self._warned:
                 self._warned.add(name)
                 logger.warning(

@@ -80,7 +80,7 @@ def _marked(chat: ChatFormat, ids: list[int], labels: list[int]) -> str:
 
 
 def choose_entries(entries: list[Entry], count: int, seed: int) -> list[Entry]:
-    """Draw up to `count` entries: sources in turn, in each source its question types in turn, photos once if they can.
+    """Draw up to `count` entries: sources in turn, question types of a source in turn, each photo once if possible.
 
     The same entries and seed give the same choice.
     """
@@ -108,8 +108,8 @@ def choose_entries(entries: list[Entry], count: int, seed: int) -> list[Entry]:
 class SampleSheet:
     """`samples.html`: a few fixed questions with photo, truth, and what the model answered at every evaluation.
 
-    `samples.json` beside it keeps the answers for `--resume`. For the first process alone. What cannot be shown, a bad
-    photo or a failed answer, is said in its place on the page; nothing here stops a run.
+    `samples.json` beside it keeps the answers for `--resume`. For the first process alone. A bad photo or a failed
+    answer is reported in its place on the page; nothing here stops a run.
 
     Args:
         folder: the run folder; exists.
@@ -117,7 +117,7 @@ class SampleSheet:
         val: entries of the validation set.
         photos: by ID.
         seed: of the choice of questions.
-        resumed_step: answers of later steps belong to work that is repeated, and go; 0: a new sheet.
+        resumed_step: answers after this step are removed, because these steps are repeated; 0: a new sheet.
         count: how many questions.
     """
 
@@ -175,7 +175,7 @@ class SampleSheet:
             text = "".join(answerer.stream_messages(images, messages))
         except UserError as error:
             return Attempt(str(error), failed=True)
-        except Exception as error:  # a page for people to look at: training is worth more, and the page shows it
+        except Exception as error:  # the page shows it; training must continue
             logger.warning("a question of samples.html got no answer", exc_info=error)
             return Attempt(f"{type(error).__name__}: {error}", failed=True)
         return Attempt(text, right=metrics.accuracy(text, entry.turns[0].answers) >= 0.5)

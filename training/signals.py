@@ -1,4 +1,4 @@
-"""Signals that ask a run to end become a number that the training loop reads between steps. Used by `loop.py`."""
+"""Notes the signals that ask a run to end, so that the loop can read them between steps. Used by `loop.py`."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def outlast_signals(running: torch.Tensor, worker: int) -> None:
 
 
 class StopSignals:
-    """`with StopSignals() as stop:` notes the first signal in `stop.received`; a second one acts as without us.
+    """`with StopSignals() as stop:` notes the first signal in `stop.received`; a second one has its usual effect.
 
     A signal that the process was started to ignore stays ignored: `nohup` does this with SIGHUP.
 

@@ -1,4 +1,4 @@
-"""What is saved, resumed, pruned and refused: the life of a run's checkpoints. Called by `build.py` and `loop.py`.
+"""Saves, finds, compares and deletes the checkpoints of a run. Called by `build.py` and `loop.py`.
 
 A checkpoint holds the state after a whole step: weights, optimizer, schedule, random generators and the position in the
 data, counted in samples so that a resumed run may cut its steps another way. Only a successful save prunes.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands after a whole step.
+    """The position of a run after a whole step.
 
     Attributes:
         step: optimizer steps made.
@@ -75,14 +75,14 @@ class Progress:
 
 
 def find_checkpoint(accelerator: Accelerator, output_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint to resume; the first process decides, for its disk may be the only one that has them.
+    """The checkpoint to resume; the first process decides, because only its disk may have them.
 
     Args:
         resume: `auto` for the newest of `output_dir`, a folder, or None to start anew.
 
     Raises:
         UserError: a damaged checkpoint (names the files, and an older one that is sound), one that another process does
-            not see, or checkpoints in the way of a new run.
+            not see, or a new run whose folder already holds checkpoints.
     """
     folder = on_main(accelerator, lambda: _choose(output_dir, resume))
     unseen = folder is not None and not (folder / PROVENANCE_FILE).is_file()
@@ -149,7 +149,7 @@ def read_state(folder: Path, accelerator: Accelerator) -> dict[str, Any]:
 
 
 def run_shape(config: Config, data: str) -> dict[str, Any]:
-    """What decides which sample a run learns from when, and how it is asked; a resumed run must agree.
+    """What determines the samples, their order and their prompts; a resumed run must have the same.
 
     Args:
         data: hash of the two record files.
@@ -168,10 +168,10 @@ def run_shape(config: Config, data: str) -> dict[str, Any]:
 
 
 def accepted_changes(folder: Path, shape: dict[str, Any], accept: bool) -> list[dict[str, Any]]:
-    """The changes of shape that a run was resumed with so far, this time's included; goes into the provenance.
+    """The changed settings that this run was resumed with, now and earlier; they go into the provenance.
 
     Raises:
-        UserError: the run would be resumed with another shape and `accept` is false; gives both values.
+        UserError: a setting of the shape has changed and `accept` is false; gives both values.
     """
     provenance = read_provenance(folder)
     saved = provenance.get("shape", {})
@@ -189,7 +189,7 @@ def accepted_changes(folder: Path, shape: dict[str, Any], accept: bool) -> list[
 
 
 def make_ready(run: "Run") -> None:
-    """Make the run folder on the first process; checkpoints that the run is about to make again move aside.
+    """Make the run folder on the first process, and rename the checkpoints beyond the resumed step.
 
     Raises:
         UserError: the folder cannot be made or changed.
@@ -265,7 +265,7 @@ def save(run: "Run", progress: Progress, figures: dict[str, Any], pruning: bool 
 
 
 def restore(run: "Run", state: dict[str, Any]) -> Progress:
-    """Put the saved optimizer, schedule, scaler and generators back; returns where the run stands.
+    """Put the saved optimizer, schedule, scaler and generators back; returns the position of the run.
 
     Learning rates, weight decay and betas are those of the config, also where they were others before.
 

@@ -34,7 +34,7 @@ def optimizer_step(
 
     Raises:
         NonFiniteError: nothing was learned; names the samples.
-        AgreedError: a batch that stands for an error, or too many photos that cannot be read.
+        AgreedError: a batch that holds an error in place of samples, or too many photos that cannot be read.
     """
     supervised, tokens = _count(run, batches)
     run.training_mode()
@@ -85,7 +85,7 @@ def _figures(run: Run, batches: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _count(run: Run, batches: list[dict[str, Any]]) -> tuple[int, int]:
-    """Supervised and all tokens of the step over all processes, which hear of each other's bad photos here."""
+    """Supervised tokens and all tokens of the step, summed over processes; also reports their bad photos to all."""
     problem = next((batch["error"] for batch in batches if "error" in batch), None)
     replaced = [sentence for batch in batches for sentence in batch.get("replaced", ())]
     sound = [batch for batch in batches if "error" not in batch]

@@ -10,8 +10,8 @@ from training.build import Run
 def validate(run: Run) -> dict[str, float]:
     """Mean loss per supervised token on `run.val_samples`: `val_loss`, and `val_loss/<source>` where there are several.
 
-    Each process reads its share. The model is called without what wraps it, so a process without a share enters no
-    collective but the sum at the end.
+    Each process reads its share. The model is called without its wrapper, so the sum at the end is the only collective,
+    and a process without a share can join it.
     """
     dataset, train = run.val_set, run.config.train
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes

@@ -16,7 +16,7 @@ class Watch:
     """Follows the steps of `run`, whose output folder exists on the first process.
 
     Raises:
-        UserError: the folder takes no files.
+        UserError: the folder cannot be written.
     """
 
     def __init__(self, run: Run) -> None:
@@ -39,9 +39,12 @@ class Watch:
         self.bar.set_postfix(shown | {"questions_s": f"{line['questions_per_second']:.1f}"})
 
     def write(self, step: int, line: dict[str, Any]) -> None:
-        """Add a line to the log."""
-        if self.main:
-            self.log.write(step, line)
+        """Add a line to the log; for the first process alone.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self.log.write(step, line)
 
     def ask(self, run: Run) -> None:
         """Let the model answer the questions of `samples.html`; it is in eval mode afterwards."""

@@ -1,7 +1,7 @@
 """`load_image`: any photo file → upright RGB picture, with bounded memory and without starting other programs.
 
-Apart from `visual/transform.py`, which passes it on, and without torch: the processes in which `process_image.py`
-decodes photos start in a fraction of a second and stay small.
+It is apart from `visual/transform.py`, which re-exports it, and imports no torch, so that the processes in which
+`process_image.py` decodes photos start in a fraction of a second and stay small.
 """
 
 import os
@@ -15,8 +15,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from errors import UserError, file_error, shortened
 
-# What Pillow may read. Left out are formats that start another program (EPS: Ghostscript) and those of no camera or
-# website. JPEG includes MPO (cameras with several views), PPM covers PBM, PGM, PNM and PFM.
+# What Pillow may read. Formats that start another program (EPS: Ghostscript) and those of no camera or website are left
+# out. JPEG includes MPO (cameras with several views), PPM covers PBM, PGM, PNM and PFM.
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 
 # Decoding takes up to 12 bytes a pixel (progressive JPEG and AVIF 10 to 12, others 1 to 4, measured with Pillow 12.3),
@@ -59,7 +59,7 @@ def load_image(file: str | Path | BinaryIO | Image.Image, max_pixels: int = MAX_
     else:
         name = "the given file" if not isinstance(file, str | Path) else _checked_name(file)
         image, orientation = _open(file, name, max_pixels)
-    # last, when the decoded original is out of memory
+    # last, when the memory of the decoded original is free again
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 

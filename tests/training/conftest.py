@@ -1,17 +1,8 @@
-"""A folder with tiny backbones and records; each test trains in a run folder of its own."""
+"""Each test trains in a run folder of its own."""
 
 import pytest
 
-from tests.tiny import tiny_config, write_qwen, write_records, write_siglip
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("workshop")
-    write_siglip(folder / "siglip")
-    write_qwen(folder / "qwen")
-    write_records(folder)
-    return folder
+from tests.tiny import tiny_config
 
 
 @pytest.fixture

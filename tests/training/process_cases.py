@@ -1,0 +1,85 @@
+"""Run under torchrun by `test_processes.py`: several runs in one group of processes, each perhaps with a fault.
+
+    torchrun --nproc-per-node 2 process_cases.py cases.json OUTPUT
+
+Every process writes `OUTPUT/<case>-<rank>.json`: how the run ended there.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+
+from config import Config
+from errors import UserError
+from training import state
+from training.agreement import lost_processes
+from training.loop import Trainer
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def in_step(trainer, number, action):
+    """Call `action` in the forward pass of optimizer step `number`."""
+    forward = trainer.forward
+
+    def wrapped(*arguments):
+        if trainer.progress.step == number - 1:
+            action()
+        return forward(*arguments)
+
+    trainer.forward = wrapped
+
+
+def bad_batch(trainer):
+    fetch = trainer._fetch
+
+    def failing(loader, count):
+        batches = fetch(loader, count)
+        return [{"error": "the question fills 'data.max_length'"}] if trainer.progress.step == 1 else batches
+
+    trainer._fetch = failing
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+FAULTS = {  # what happens in the last process only
+    "signal": lambda trainer: in_step(trainer, 2, lambda: signal.raise_signal(signal.SIGTERM)),
+    "bad batch": bad_batch,
+    "out of memory": lambda trainer: in_step(trainer, 2, out_of_memory),
+    "killed": lambda trainer: in_step(trainer, 2, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+}
+
+
+def run(case):
+    """How the run ended: its last folder, a sentence, or an exit status."""
+    AcceleratorState._reset_state()
+    state.PROVENANCE_FILE = "nowhere" if case.get("own disk") and RANK else "provenance.json"
+    config = Config.model_validate(case["config"])
+    if RANK and "other captions" in case:
+        config.data.captions = case["other captions"]
+    try:
+        with lost_processes():
+            trainer = Trainer(config, case.get("resume"))
+            if "fault" in case and int(os.environ["WORLD_SIZE"]) - 1 == RANK:
+                FAULTS[case["fault"]](trainer)
+            folder = trainer.run()
+    except UserError as error:
+        return {"error": str(error)}
+    except SystemExit as error:
+        return {"exit": error.code}
+    setting = trainer.setting
+    return {"folder": str(folder), "setting": [setting.micro_batch, setting.accumulation, setting.checkpointing]}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        result = run(case)
+        (Path(sys.argv[2]) / f"{case['name']}-{RANK}.json").write_text(json.dumps(result))

@@ -1,0 +1,215 @@
+"""Several processes: equal to one, and never waiting for one that has ended. Communication by gloo, on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from errors import UserError
+from model.checkpoint_folder import damage, list_checkpoints
+from paths import REPO_ROOT
+from training.loop import Trainer
+
+LIMIT_SECONDS = 240  # for all runs of a launch; a deadlock would last for half an hour
+SCRIPT = Path(__file__).with_name("process_cases.py")
+
+
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node={}"
+# what it starts for several GPUs; for several processes on the CPU it needs MPI
+ACCELERATE = (
+    "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0 --num_processes {}"
+)
+
+
+def launch(cases, processes, folder, launcher=TORCHRUN):
+    """Run the cases; the results by case, one of each process, and what was printed on stderr."""
+    folder.mkdir()
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [
+        sys.executable,
+        *launcher.format(processes).split(),
+        str(SCRIPT),
+        str(folder / "cases.json"),
+        str(folder),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=REPO_ROOT, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS
+    )
+    results = {}
+    for case in cases:
+        files = [folder / f"{case['name']}-{rank}.json" for rank in range(processes)]
+        results[case["name"]] = [json.loads(file.read_text()) if file.exists() else None for file in files]
+    return results, done.stderr
+
+
+def weights(folder):
+    return load_file(Path(folder) / "feature_proj.safetensors") | load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def lines(folder):
+    return [json.loads(line) for line in (Path(folder).parent / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def make_case(workshop, tmp_path_factory):
+    """`make_case(name, data={…}, **train)`: a run of three steps in a folder of its own."""
+    from tests.tiny import tiny_config
+
+    root = tmp_path_factory.mktemp("processes")
+    captions = json.loads((workshop / "captions.json").read_text())
+    captions["0"].pop()  # leaves 12 samples, one with text only: as many micro-batches for one, two and three
+    (root / "captions.json").write_text(json.dumps(captions))
+
+    def make(name, data=None, more=None, folder=None, **train):
+        settings = {"micro_batch": 1, "max_steps": 3, "log_steps": 1, "max_questions": 2, "trackers": []} | train
+        config = tiny_config(
+            workshop,
+            data={"captions": str(root / "captions.json")} | (data or {}),
+            train=settings | {"output_dir": str(root / (folder or name))},
+        )
+        return {"name": name, "config": config.model_dump(mode="json")} | (more or {})
+
+    make.root = root
+    return make
+
+
+EQUAL = {  # to one process that makes as many micro-batches itself
+    "plain": {},  # some processes draw only text in some steps
+    "budget": {"tokens_per_batch": 300, "max_steps": 2},
+    "cache": {"data": {"cache_features": True}},
+    "validation": {"data": {"val_fraction": 0.4}, "eval_steps": 1, "eval_samples": 2, "max_steps": 2},
+    "several epochs": {"max_steps": 9, "micro_batch": 2},
+}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def together(request, make_case, workshop, tmp_path_factory):
+    """All cases that end in every process, by one launch of each number of processes, and of one process."""
+    processes = request.param
+    prefix = f"{processes} "
+    captions = json.loads((workshop / "captions.json").read_text())
+    other = make_case.root / f"other-{processes}.json"
+    other.write_text(json.dumps(captions | {"0": captions["0"][:1]}))
+    few = make_case.root / f"few-{processes}.json"
+    few.write_text(json.dumps({"0": captions["0"]}))
+    auto = {"micro_batch": "auto", "samples_per_step": 2, "gradient_checkpointing": "auto"}
+    one = [make_case(prefix + "one " + name, **kind | {"accumulation": processes}) for name, kind in EQUAL.items()]
+    interrupted = {"save_steps": 100, "folder": prefix + "signal"}
+    several = [
+        *[make_case(prefix + name, **kind) for name, kind in EQUAL.items()],
+        make_case(prefix + "auto", **auto),
+        make_case(prefix + "signal", more={"fault": "signal"}, **interrupted),
+        make_case(prefix + "after signal", more={"resume": "auto"}, **interrupted),
+        make_case(prefix + "bad batch", more={"fault": "bad batch"}, save_steps=100),
+        make_case(prefix + "small epoch", data={"captions": str(few)}, micro_batch=16, max_questions=16),
+        make_case(prefix + "other data", more={"other captions": str(other)}),
+        make_case(prefix + "own disk", folder=prefix + "signal", more={"resume": "auto", "own disk": True}),
+        make_case(prefix + "in the way", folder=prefix + "signal"),
+    ]
+    results, stderr = launch(several, processes, tmp_path_factory.mktemp("several") / "out")
+    single, _ = launch(one, 1, tmp_path_factory.mktemp("one") / "out")
+    results = {name.removeprefix(prefix): result for name, result in (results | single).items()}
+    assert all(result is not None for found in results.values() for result in found), (results, stderr[-3000:])
+    return processes, results
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_several_processes_equal_one(together, name):
+    processes, results = together
+    (one,), several = results["one " + name], results[name]
+    assert [result.get("folder") for result in several] == [several[0]["folder"]] * processes
+    expected, actual = weights(one["folder"]), weights(several[0]["folder"])
+    for tensor in expected:  # float32 sums in another order, carried through some AdamW steps
+        assert (actual[tensor] - expected[tensor]).norm() <= 1e-3 * expected[tensor].norm(), tensor
+    for first, second in zip(lines(one["folder"]), lines(several[0]["folder"]), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+        assert second["supervised_tokens"] == first["supervised_tokens"]
+        assert ("val_loss" in first) == ("val_loss" in second)
+        assert second.get("val_loss", 0.0) == pytest.approx(first.get("val_loss", 0.0), rel=1e-4)
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step_and_resumes(together, make_case):
+    processes, results = together
+    assert results["signal"] == [{"exit": 128 + 15}] * processes
+    expected, actual = (weights(results[name][0]["folder"]) for name in ("plain", "after signal"))
+    for name in expected:
+        if processes == 2:
+            assert torch.equal(actual[name], expected[name])
+        else:  # DDP forms other buckets in the first step after a start, and three terms have more than one order
+            assert (actual[name] - expected[name]).norm() <= 1e-5 * expected[name].norm()
+    folder = make_case.root / f"{processes} signal"
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
+    assert not any(damage(path) for path in list_checkpoints(folder))
+
+
+def test_a_bad_batch_in_one_process_is_one_sentence_in_all(together, make_case):
+    processes, results = together
+    sentences = {result["error"] for result in results["bad batch"]}
+    assert sentences == {f"process {processes - 1}: the question fills 'data.max_length'"}
+    folders = list_checkpoints(make_case.root / f"{processes} bad batch")
+    assert [path.name for path in folders] == ["checkpoint-1"]  # they still saved together
+
+
+SENTENCES = {
+    "small epoch": "fewer than the {} processes: lower train.micro_batch",
+    "other data": "process 1: has other data and config than process 0",
+    "own disk": "process 1: {{}} is not on this machine: set train.output_dir to a folder that all machines share",
+    "in the way": "already holds checkpoint-3: go on from it with --resume auto",
+}
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_trouble_is_one_sentence_in_every_process(together, name):
+    processes, results = together
+    for result in results[name]:
+        for part in SENTENCES[name].format(processes).split("{}"):
+            assert part in result["error"]
+
+
+def test_auto_is_the_same_in_every_process(together):
+    _, results = together
+    settings = [result["setting"] for result in results["auto"]]
+    assert settings == [[2, 1, False]] * len(settings)
+
+
+@pytest.mark.parametrize("fault", ["killed", "out of memory"])
+def test_a_process_that_ends_alone_ends_the_others(make_case, tmp_path, fault):
+    case = make_case(fault, more={"fault": fault}, save_steps=1)
+    results, _ = launch([case], 2, tmp_path / "out")
+    first, last = results[fault]
+    assert first == {"error": "another process of this run has ended; its own message says why"}
+    assert last is None if fault == "killed" else last["error"].startswith("out of memory at step 2")
+    (checkpoint,) = list_checkpoints(Path(case["config"]["train"]["output_dir"]))
+    assert not damage(checkpoint)
+
+
+def test_accelerate_launches_it_too(make_case, tmp_path):
+    case = make_case("by accelerate", max_steps=1)
+    results, stderr = launch([case], 2, tmp_path / "out", ACCELERATE)
+    first, last = results["by accelerate"]
+    assert first == last, stderr[-2000:]
+    state = torch.load(Path(first["folder"]) / "trainer_state" / "state.pt", weights_only=True)
+    assert state["processes"] == 2
+
+
+def test_accelerate_that_starts_one_process_in_place_of_several_is_refused(configure, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")  # what it sets without MPI
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UserError, match="asked for several processes on the CPU and started one"):
+        Trainer(configure())
+
+
+def test_frozen_tensors_are_never_sent(configure):
+    """What DistributedDataParallel broadcasts at its start and before each forward pass is all but the ignored."""
+    trainer = Trainer(configure())
+    ignored = set(trainer.model._ddp_params_and_buffers_to_ignore)
+    sent = {name for name, _ in trainer.model.named_parameters()} - ignored
+    assert sent == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert {name for name, _ in trainer.model.named_buffers()} <= ignored
