@@ -179,13 +179,24 @@ def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config
     return load_config(folder / CONFIG_FILE, overrides)
 
 
-def restore_weights(model: TrainedModel, folder: Path) -> None:
+def restore_weights(
+    model: TrainedModel, folder: Path, other_prompt: bool = False, fresh_lora: bool = False
+) -> list[str]:
     """Put LoRA and projector of a checkpoint into `model` and check what they were trained on.
+
+    Args:
+        other_prompt: the prompt may differ, because training will adapt to it; for answering it may not.
+        fresh_lora: leave LoRA as it is if that of the checkpoint was never trained (a first stage with
+            `train.lora_lr: 0`); it may then have other settings.
+
+    Returns:
+        A sentence for each of the two that was made use of.
 
     Raises:
         UserError: another backbone, prompt or transform than in training, other LoRA settings, damaged files, or
             tensors that do not fit.
     """
+    notes = []
     folder = check_complete(folder)
     checksums: dict[str, str] = {}
     if report_layout.is_report_checkpoint(folder):
@@ -195,17 +206,22 @@ def restore_weights(model: TrainedModel, folder: Path) -> None:
     else:
         checksums = read_provenance(folder).get("checksums", {})
         _check_fingerprints(model, folder)
+        notes += _check_prompt(model, folder, other_prompt)
         lora = _saved_lora(folder / "adapter_config.json")
         files = (ADAPTER_FILE, PROJECTOR_FILE)
         adapter, projector = (_read_tensors(folder / name) for name in files)
     ours = model.config.llm.lora
-    if (ours.r, ours.alpha, set(ours.target_modules)) != (lora["r"], lora["alpha"], set(lora["target_modules"])):
+    untrained = not any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+    if leave_lora := fresh_lora and untrained:
+        notes.append(f"LoRA was never trained in {folder}: only the projector is taken from there")
+    elif (ours.r, ours.alpha, set(ours.target_modules)) != (lora["r"], lora["alpha"], set(lora["target_modules"])):
         raise UserError(
             f"'llm.lora' differs from the adapter in {folder}: that has r={lora['r']}, alpha={lora['alpha']}, "
             f"target_modules={sorted(lora['target_modules'])}"
         )
     own = {name.replace(".default", ""): tensor for name, tensor in model.LLM.named_parameters() if "lora_" in name}
-    trained = ((own, adapter, files[0]), (dict(model.feature_proj.named_parameters()), projector, files[1]))
+    trained = [(dict(model.feature_proj.named_parameters()), projector, files[1])]
+    trained += [] if leave_lora else [(own, adapter, files[0])]
     for parameters, tensors, name in trained:
         _check_shapes(parameters, tensors, folder / name)
     altered = [problem for name in files if name in checksums and (problem := changed(folder, name, checksums))]
@@ -215,6 +231,7 @@ def restore_weights(model: TrainedModel, folder: Path) -> None:
         for parameters, tensors, _ in trained:
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
+    return notes
 
 
 def _saved_lora(file: Path) -> dict[str, Any]:
@@ -243,10 +260,16 @@ def _check_fingerprints(model: TrainedModel, folder: Path) -> None:
                 f"{folder} was trained on another '{key}': its backbone has the fingerprint {expected[part]}, "
                 f"{backbone} has {backbone_fingerprint(backbone)}. Set {key}=FOLDER to the model it was trained with"
             )
-    if model.chat.fingerprint() != expected["prompt"]:
-        raise UserError(f"{folder} was trained with another prompt: leave prompt.* as in its {CONFIG_FILE}")
     if model.transform.fingerprint() != expected["transform"]:
         raise UserError(f"{folder} was trained with other preprocessor settings than {model.visual_folder} has now")
+
+
+def _check_prompt(model: TrainedModel, folder: Path, may_differ: bool) -> list[str]:
+    if model.chat.fingerprint() == read_provenance(folder)["fingerprints"]["prompt"]:
+        return []
+    if may_differ:
+        return [f"{folder} was trained with another prompt than this run's, to which training will adapt it"]
+    raise UserError(f"{folder} was trained with another prompt: leave prompt.* as in its {CONFIG_FILE}")
 
 
 def _check_shapes(parameters: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], file: Path) -> None:

@@ -141,5 +141,6 @@ def check_complete(folder: Path) -> Path:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first; unfinished ones (`.tmp`) are not among them."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    # isdecimal, since int refuses some of what isdigit takes, such as '²'
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))

@@ -4,6 +4,7 @@ Used by `loop.py`, `validation.py` and, for its trial passes, `build.py`.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from dataset.image_caption_dataset import collate
 from errors import UserError
 from qwen.chat import IGNORE_INDEX
-from training.signals import ignore_terminal
+from training.signals import StopSignals, outlast_signals
 
 
 def make_loader(
@@ -20,12 +21,14 @@ def make_loader(
     batches: list[list[int]],
     workers: int,
     device: torch.device,
+    stop: StopSignals | None = None,
     at_once: int = 1,
     persistent: bool = False,
 ) -> DataLoader:
     """A loader that gives the samples of `batches`, which hold their indices, collated.
 
     Args:
+        stop: while this says that the run lasts, no signal ends the workers; None: they are as torch makes them.
         at_once: micro-batches that a step asks for together; so many are prefetched.
         persistent: keep the workers between iterations.
     """
@@ -38,7 +41,7 @@ def make_loader(
         persistent_workers=persistent and workers > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # without one, each epoch would move the global generator
-        worker_init_fn=ignore_terminal,
+        worker_init_fn=None if stop is None else partial(outlast_signals, stop.running),
     )
 
 

@@ -1,5 +1,6 @@
 """Builds the parts of a run from the config: processes, model, data, setting, optimizer. Used by `loop.py`."""
 
+import contextlib
 import math
 import os
 import platform
@@ -7,7 +8,6 @@ import subprocess
 import time
 from datetime import timedelta
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from config import Config
+from config import Config, Train
 from dataset.image_caption_dataset import ImageCaptionDataset
 from errors import UserError
 from model.checkpoint import fingerprints, read_config, restore_weights
@@ -44,9 +44,11 @@ from training.data import (
 from training.estimate import Estimate, Setting, Trial, choose_setting, longest_sample, usable_memory
 from training.optimizer import build_optimizer, build_schedule
 from training.run_log import check_trackers
+from training.signals import StopSignals
 
-# keys that decide how a step is cut; unless one of them changes, a resumed run keeps what `auto` chose
+# decide how a step is cut; unless one of them changes, a resumed run keeps what `auto` chose
 SETTING_KEYS = ("micro_batch", "accumulation", "samples_per_step", "tokens_per_batch", "gradient_checkpointing")
+LENGTH_KEYS = ("epochs", "max_steps")  # decide with them how many steps a run has
 
 
 class Run:
@@ -65,6 +67,7 @@ class Run:
         setting: how a step is cut into micro-batches.
         optimizer, schedule: of the trained parts.
         progress: the position of the run.
+        stop: the signal that asked this process to end, once the run listens to signals.
         steps_per_epoch, total_steps: optimizer steps.
 
     Raises:
@@ -88,9 +91,14 @@ class Run:
             self.provenance["accepted_changes"] = accepted
 
         self.model = MMultiModal.from_config(config, self.accelerator.device)
-        origin = resumed or (config.train.init_from and check_complete(Path(config.train.init_from)))
-        if origin:
-            restore_weights(self.model, origin)
+        notes: list[str] = []
+        if resumed is not None:
+            notes = restore_weights(self.model, resumed, other_prompt=accept_changes)
+        elif config.train.init_from is not None:
+            origin = check_complete(resolve_path(config.train.init_from))
+            notes = restore_weights(self.model, origin, other_prompt=True, fresh_lora=True)
+        for note in notes:
+            self.say(note)
         if config.train.lora_lr == 0:
             self.model.freeze_lora()
         if config.train.compile:
@@ -103,16 +111,18 @@ class Run:
         self.val_samples = validation_sample(self.val_set, config.train.eval_samples, config.train.seed)
 
         self.wrapped = wrap(self.accelerator, self.model)
-        self.setting = self._setting(saved, resumed)
+        before = None if resumed is None else read_config(resumed).train
+        self.setting = self._setting(saved, before)
         self.set_checkpointing(self.setting.checkpointing)
         self.steps_per_epoch = math.ceil(len(self.epoch_batches(0)) / self.batches_per_step)
-        self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
+        self.total_steps = self._count_steps(saved, before)
         optimizer = build_optimizer(self.model, config.train)
         self.schedule = build_schedule(optimizer, config.train, self.total_steps)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.arithmetic = Arithmetic(self.model)
         self.matrix_peak = matrix_peak(self.accelerator.device, DTYPES[self.precision])
         torch.manual_seed(config.train.seed + self.accelerator.process_index)  # dropout, another on each process
+        self.stop = StopSignals()
         self.whole_step = True  # False while some weights are those of the next step
         self.last_figures: dict[str, Any] = {}
         self.progress = state.Progress() if saved is None else state.restore(self, saved)
@@ -131,14 +141,25 @@ class Run:
         limit = usable_memory(self.accelerator.device)
         return Estimate(make_trial(self), sample, limit, trained, self.config.train.tokens_per_batch)
 
-    def _setting(self, saved: dict[str, Any] | None, resumed: Path | None) -> Setting:
-        if saved is not None and resumed is not None:
-            before, now = read_config(resumed).train, self.config.train
-            if all(getattr(before, key) == getattr(now, key) for key in SETTING_KEYS):
-                return Setting(**saved["setting"])
+    def _setting(self, saved: dict[str, Any] | None, before: Train | None) -> Setting:
+        if saved is not None and before is not None and same_keys(before, self.config.train, SETTING_KEYS):
+            return Setting(**saved["setting"])
         setting = choose_setting(self.config.train, lambda: self.estimate)
         self.model.zero_grad()
         return setting
+
+    def _count_steps(self, saved: dict[str, Any] | None, before: Train | None) -> int:
+        train = self.config.train
+        if train.max_steps is not None or before is None or saved is None:
+            return train.max_steps or train.epochs * self.steps_per_epoch
+        if same_keys(before, train, SETTING_KEYS + LENGTH_KEYS):
+            return saved["total_steps"]
+        # the steps that were made may have held another number of samples than those to come
+        step, epoch, samples = (saved["progress"][name] for name in ("step", "epoch", "samples"))
+        if epoch >= train.epochs:
+            return step
+        rest = math.ceil(len(self.epoch_batches(epoch, samples)) / self.batches_per_step)
+        return step + rest + (train.epochs - epoch - 1) * self.steps_per_epoch
 
     def _same_on_all_processes(self) -> None:
         """Refuse processes with different files, whose gradients would be averaged without any error."""
@@ -151,7 +172,8 @@ class Run:
     def say(self, sentence: str) -> None:
         """Print a line on the first process, above its progress bar."""
         if self.accelerator.is_main_process:
-            tqdm.write(sentence)
+            with contextlib.suppress(OSError):  # a closed terminal or pipe
+                tqdm.write(sentence)
 
     def agree(self, problem: str | None) -> None:
         """Carry on if no process has a problem; else all raise the first as a UserError."""
@@ -183,6 +205,11 @@ class Run:
         self.train_set.set_epoch(epoch)
         order = epoch_order(self.train_set, self.weights, self.config.train.seed, epoch)
         return self.cut(self.train_set, order, self.accelerator.num_processes, samples)
+
+
+def same_keys(before: Train, now: Train, keys: tuple[str, ...]) -> bool:
+    """Whether both have the same values under `keys`."""
+    return all(getattr(before, key) == getattr(now, key) for key in keys)
 
 
 def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:

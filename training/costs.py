@@ -6,7 +6,7 @@ import gc
 import sys
 import threading
 
-import psutil  # comes with accelerate
+import psutil
 import torch
 from torch import nn
 

@@ -9,16 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from errors import UserError
+from errors import UserError, is_out_of_memory
 from training import state
 from training.agreement import AgreedError, on_main
 from training.batches import make_loader
 from training.build import Run
 from training.costs import peak_memory
 from training.figures import summarise
-from training.signals import StopSignals
 from training.step import NonFiniteError, optimizer_step
 from training.validation import validate
 from training.watch import Watch
@@ -39,7 +36,7 @@ class Trainer(Run):
             UserError: a bad photo or question, a non-finite loss, too little memory, or a disk without room.
         """
         state.make_ready(self)
-        self.stop, self.saved_step, self.watch = StopSignals(), self.progress.step, Watch(self)
+        self.saved_step, self.watch = self.progress.step, Watch(self)
         try:
             with self.stop:
                 for figures in self.steps():
@@ -47,21 +44,18 @@ class Trainer(Run):
                     if figures["signal"]:
                         self._save_before_ending("stopped by a signal")
                         raise SystemExit(128 + figures["signal"])
-        except (UserError, torch.OutOfMemoryError) as error:
+        except (UserError, RuntimeError, MemoryError) as error:
+            problem = user_problem(error, self.progress.step)
+            if problem is None:
+                raise
             self.optimizer.zero_grad()
             # saving is collective; if one process raised alone, the others will not join it
             together = self.accelerator.num_processes == 1 or isinstance(error, AgreedError)
             if together and self.whole_step and not isinstance(error, NonFiniteError):
                 self._save_before_ending("interrupted")
-            if self.stop.received:  # the signal also ended the workers, so the step could not be finished
-                raise SystemExit(128 + self.stop.received) from None
-            if isinstance(error, torch.OutOfMemoryError):
-                raise UserError(
-                    f"out of memory at step {self.progress.step + 1}: lower train.micro_batch and raise "
-                    "train.accumulation by as much, or set train.gradient_checkpointing=on or llm.quantization=nf4, or "
-                    "lower train.max_questions or data.max_length (train.py --dry-run tells what fits)"
-                ) from None
-            raise
+            if problem is error:
+                raise
+            raise problem from error
         finally:
             self.watch.close()
         return self.output_dir / f"checkpoint-{self.progress.step}"
@@ -94,15 +88,6 @@ class Trainer(Run):
             folder = self._save(pruning=False)
             self.say(f"{reason}: {folder} holds all so far, continue with --resume auto")
 
-    def _fetch(self, loader: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-        try:
-            return [next(loader) for _ in range(count)]
-        except RuntimeError:
-            if not self.stop.received:
-                raise
-            # a scheduler's SIGTERM ends the workers too; all processes get this error before the step changes anything
-            return [{"error": "the processes that read photos were ended by the signal"}]
-
     def steps(self) -> Iterator[dict[str, Any]]:
         """Make optimizer steps until the run is over, yielding the figures of each (see `figures.summarise`)."""
         rank, processes, progress = self.accelerator.process_index, self.accelerator.num_processes, self.progress
@@ -112,6 +97,7 @@ class Trainer(Run):
             own_batches,
             self.config.train.workers,
             self.accelerator.device,
+            self.stop,
             at_once=self.setting.accumulation,
             persistent=True,
         )
@@ -123,7 +109,7 @@ class Trainer(Run):
             for start in range(0, len(remaining), self.batches_per_step):
                 began = time.perf_counter()
                 indices = remaining[start : start + self.batches_per_step]
-                batches = self._fetch(loader, len(indices[rank::processes]))
+                batches = [next(loader) for _ in indices[rank::processes]]
                 waited = time.perf_counter() - began
                 last_of_epoch = start + self.batches_per_step >= len(remaining)
                 epoch = progress.epoch + (progress.samples + sum(map(len, indices))) / epoch_samples
@@ -138,3 +124,21 @@ class Trainer(Run):
                     return
             if not remaining:  # a run resumed with other step sizes may have too few samples left in its epoch
                 progress.epoch, progress.samples = progress.epoch + 1, 0
+
+
+def user_problem(error: Exception, step: int) -> UserError | None:
+    """What the user can mend about an error after `step` steps; None for a defect."""
+    if isinstance(error, UserError):
+        return error
+    if is_out_of_memory(error):
+        return UserError(
+            f"out of memory at step {step + 1}: lower train.micro_batch and raise train.accumulation by as much, or "
+            "set train.gradient_checkpointing=on or llm.quantization=nf4, or lower train.max_questions or "
+            "data.max_length (train.py --dry-run tells what fits)"
+        )
+    if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is at that moment
+        return UserError(
+            f"the system ended a process that reads photos at step {step + 1}, most likely for lack of memory ("
+            f"{str(error).splitlines()[0]}): lower train.workers, or close other programs"
+        )
+    return None

@@ -164,10 +164,12 @@ class SampleSheet:
                 sample.attempts[step] = self._attempt(answerer, entry)
         try:
             self._write()
-        except OSError as error:
+        except Exception as error:  # as below
             if not self._warned:
                 self._warned = True
-                logger.warning("%s cannot be written (%s); training continues", self.folder / "samples.html", error)
+                details = None if isinstance(error, OSError) else error
+                file = self.folder / "samples.html"
+                logger.warning("%s cannot be written (%r); training continues", file, error, exc_info=details)
 
     def _attempt(self, answerer: Answerer, entry: Entry) -> Attempt:
         messages = entry_messages(entry, answerer.model.chat, [])[:1]

@@ -7,6 +7,8 @@ import time
 from types import FrameType
 from typing import Any
 
+import torch
+
 # what Ctrl-C, a scheduler's preemption and a closed terminal send; Windows has no SIGHUP
 NAMES = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 SIGNALS = [signal.Signals[name] for name in NAMES]
@@ -14,35 +16,46 @@ SIGNALS = [signal.Signals[name] for name in NAMES]
 LAUNCHER_SECONDS = 2.0
 
 
-def ignore_terminal(worker: int) -> None:
-    """`worker_init_fn` of data loaders: ignore Ctrl-C and a closed terminal.
+def outlast_signals(running: torch.Tensor, worker: int) -> None:
+    """`worker_init_fn` of data loaders, with `StopSignals.running` bound: while the run lasts, no signal ends a worker.
 
-    Both reach the whole process group, but the training process needs its workers to finish the step. torch ends the
-    workers by SIGTERM, so that signal keeps torch's handler.
+    Terminals and schedulers send theirs to all processes, and the training process needs its workers to the end of the
+    step. At the end of the program, Python sends SIGTERM to those that are left.
     """
+
+    def obey(number: int, frame: FrameType | None) -> None:
+        if not running:
+            os._exit(0)
+
     for number in SIGNALS:
-        if number != signal.SIGTERM:
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, obey)
 
 
 class StopSignals:
     """`with StopSignals() as stop:` notes the first signal in `stop.received`; a second one has its usual effect.
 
+    A signal that the process was started to ignore stays ignored: `nohup` does this with SIGHUP.
+
     Attributes:
         received: number of the signal, 0 before one came.
+        running: 1 inside of `with`, else 0; in memory that worker processes share.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self.running = torch.zeros((), dtype=torch.int64).share_memory_()
         self._noted_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self._before = {number: signal.signal(number, self._note) for number in heard}
+        self.running.fill_(1)
         return self
 
     def __exit__(self, *_) -> None:
+        self.running.fill_(0)
         self._restore()
 
     def _restore(self) -> None:

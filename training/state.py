@@ -84,6 +84,7 @@ class Resumable(Protocol):
     optimizer: Any
     schedule: LambdaLR
     setting: Setting
+    total_steps: int
     provenance: dict[str, Any]
     progress: Progress
 
@@ -264,6 +265,7 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
         state = {
             "progress": {**dataclasses.asdict(progress), "generators": all_generators},
             "setting": dataclasses.asdict(run.setting),
+            "total_steps": run.total_steps,
             "processes": run.accelerator.num_processes,
             "optimizer": run.optimizer.state_dict(),
             "schedule": run.schedule.state_dict(),
@@ -281,6 +283,8 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
 def restore(run: Resumable, state: dict[str, Any]) -> Progress:
     """Put the saved optimizer, schedule, scaler and generators back; returns the position of the run.
 
+    Learning rates, weight decay and betas are those of the config, also where they were others before.
+
     Raises:
         UserError: other parts are trained than before.
     """
@@ -292,8 +296,12 @@ def restore(run: Resumable, state: dict[str, Any]) -> Progress:
             f"the checkpoint trained {before}, this run trains {now}: "
             "leave train.lora_lr at 0 or above it as it was, or start a new run with train.init_from"
         )
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.schedule.load_state_dict(state["schedule"])
+    run.optimizer.load_state_dict(state["optimizer"] | {"param_groups": run.optimizer.state_dict()["param_groups"]})
+    run.schedule.load_state_dict(state["schedule"] | {"base_lrs": run.schedule.base_lrs})
+    # the rate of the next step, which for the saved schedule may have been after its end
+    factors = [factor(run.schedule.last_epoch) for factor in run.schedule.lr_lambdas]
+    for group, peak, factor in zip(run.optimizer.param_groups, run.schedule.base_lrs, factors, strict=True):
+        group["lr"] = peak * factor
     if state["scaler"] is not None and run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     saved = state["progress"]

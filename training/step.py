@@ -62,7 +62,8 @@ def optimizer_step(
     }
     run.whole_step = False  # while weights and position change, no checkpoint can be made
     run.optimizer.step()
-    run.schedule.step()
+    if not run.optimizer.step_was_skipped:  # by fp16's scaler; torch warns of a schedule that begins before the steps
+        run.schedule.step()
     run.progress.advance(sum(map(len, indices)), last_of_epoch, device)
     run.whole_step = True
     run.optimizer.zero_grad()

@@ -24,7 +24,7 @@ def validate(run: Run) -> dict[str, float]:
     device = run.accelerator.device
     sums = torch.zeros(len(sources), 2, dtype=torch.float32 if device.type == "mps" else torch.float64)
     run.model.eval()
-    loader = make_loader(dataset, [batch for _, batch in batches], train.workers, device)
+    loader = make_loader(dataset, [batch for _, batch in batches], train.workers, device, run.stop)
     problem = None
     for (number, _), batch in zip(batches, loader, strict=True):
         if "error" in batch:

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from config import Config
 from errors import UserError
-from training import state
+from training import loop, state
 from training.agreement import lost_processes
 from training.loop import Trainer
 
@@ -36,13 +36,13 @@ def in_step(trainer, number, action):
 
 
 def bad_batch(trainer):
-    fetch = trainer._fetch
+    inner = loop.optimizer_step
 
-    def failing(loader, count):
-        batches = fetch(loader, count)
-        return [{"error": "the question fills 'data.max_length'"}] if trainer.progress.step == 1 else batches
+    def failing(run, batches, *rest):
+        bad = run is trainer and run.progress.step == 1
+        return inner(run, [{"error": "the question fills 'data.max_length'"}] if bad else batches, *rest)
 
-    trainer._fetch = failing
+    loop.optimizer_step = failing
 
 
 def out_of_memory():

@@ -90,11 +90,11 @@ def test_trains_validates_resumes_and_answers(
     model = MMultiModal.from_checkpoint(folder, overrides=root)
     photo = trainer.train_set.photos[0].path
     answer = Answerer(model).answer(photo, "Which colour?")
-    assert isinstance(answer, str)
+    assert answer == Answerer(trainer.model.eval()).answer(photo, "Which colour?")
     whole = MMultiModal.from_checkpoint(folder, overrides=root | {"llm.quantization": "none", "llm.device_map": "auto"})
     weight = whole.LLM.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight
     assert weight.dtype == torch.float32
-    assert isinstance(Answerer(whole).answer(photo, "Which colour?"), str)
+    Answerer(whole).answer(photo, "Which colour?")  # adapter and backbone have one device and dtype
     assert export_checkpoint(whole, tmp_path / "exported") < 1e-4
 
 

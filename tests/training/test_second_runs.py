@@ -1,0 +1,211 @@
+"""What a resumed or second run may change, the end of an epoch, and the gradient scaler of fp16."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from errors import UserError
+from training import build
+from training.loop import Trainer
+from training.step import MOST_SKIPPED, NonFiniteError
+
+
+def weights(folder):
+    return load_file(folder / "feature_proj.safetensors") | load_file(folder / "adapter_model.safetensors")
+
+
+def same(first, second):
+    first, second = weights(first), weights(second)
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+@pytest.fixture
+def config(configure, tmp_path):
+    """`config(folder, **train)`: a run of four steps that saves and logs each."""
+
+    def build_config(folder="run", prompt=None, **settings):
+        chosen = {"save_steps": 1, "log_steps": 1, "save_total_limit": 99, "max_steps": 4, "trackers": []} | settings
+        made = configure(output_dir=str(tmp_path / folder), **chosen)
+        return made.model_copy(update={"prompt": made.prompt.model_copy(update=prompt or {})})
+
+    return build_config
+
+
+def at_step(trainer, number, action):
+    """Call `action` in the first forward pass of optimizer step `number`."""
+    forward, called = trainer.forward, []
+
+    def wrapped(*arguments):
+        if trainer.progress.step == number - 1 and not called:
+            called.append(number)
+            action()
+        return forward(*arguments)
+
+    trainer.forward = wrapped
+
+
+def test_learning_rates_of_the_config_hold_after_a_resumption(config, tmp_path):
+    """Also because the sentence about a non-finite loss advises to lower them."""
+    Trainer(config(max_steps=8, warmup_ratio=0.0)).run()
+    for number in range(3, 9):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{number}")
+    changed = config(max_steps=8, warmup_ratio=0.0, projector_lr=1e-4, weight_decay=0.5, betas=(0.8, 0.9))
+    trainer = Trainer(changed, resume="auto")
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, 0.5}
+    assert {tuple(group["betas"]) for group in trainer.optimizer.param_groups} == {(0.8, 0.9)}
+    trainer.run()
+    logged = lines(tmp_path / "run")
+    factors = [line["lora_lr"] / 1e-2 for line in logged]
+    assert factors[2:] == pytest.approx([line["projector_lr"] / 1e-4 for line in logged[2:]])
+
+
+def test_more_epochs_after_the_last_step(config, tmp_path):
+    settings = {"max_steps": None, "micro_batch": 4, "max_questions": 1}
+    first = Trainer(config(epochs=1, **settings))
+    first.run()
+    assert len(lines(tmp_path / "run")) == first.steps_per_epoch
+    Trainer(config(epochs=2, **settings), resume="auto").run()
+    logged = lines(tmp_path / "run")
+    assert len(logged) == 2 * first.steps_per_epoch
+    assert logged[-1]["epoch"] == 2
+    # the first new step learns, though the rate of the old schedule had come to nothing
+    assert logged[first.steps_per_epoch]["projector_lr"] > logged[-1]["projector_lr"]
+
+
+def test_at_the_end_of_an_epoch(config, tmp_path):
+    settings = {"max_steps": None, "epochs": 2, "micro_batch": 4, "max_questions": 1}
+    whole = Trainer(config("whole", **settings)).run()
+    trainer = Trainer(config(**settings))
+    trainer.run()
+    for number in range(trainer.steps_per_epoch + 1, trainer.total_steps + 1):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{number}")
+    resumed = Trainer(config(**settings), resume="auto")
+    assert (resumed.progress.epoch, resumed.progress.samples) == (1, 0)
+    assert same(resumed.run(), whole)
+    again = Trainer(config(**settings), resume="auto")
+    assert again.run() == tmp_path / "run" / whole.name  # nothing is left to do
+    assert lines(tmp_path / "run")[-1]["epoch"] == 2
+
+
+def test_smaller_steps_end_with_the_epoch_all_the_same(config, tmp_path):
+    """`train.micro_batch=1` after a lack of memory, without more accumulation."""
+    settings = {"max_steps": None, "epochs": 1, "max_questions": 1}
+    trainer = Trainer(config(micro_batch=4, **settings))
+    at_step(trainer, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer.run()
+    smaller = config(micro_batch=1, **settings)
+    resumed = Trainer(smaller, resume="auto")
+    left = len(resumed.train_set) - resumed.progress.samples
+    assert resumed.total_steps == 3 + left
+    at_step(resumed, 5, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        resumed.run()
+    last = Trainer(smaller, resume="auto")
+    assert last.total_steps == 3 + left
+    last.run()
+    assert lines(tmp_path / "run")[-1]["epoch"] == 1
+
+
+def test_a_folder_of_an_odd_name_is_no_checkpoint(config, tmp_path):
+    Trainer(config(max_steps=1)).run()
+    (tmp_path / "run" / "checkpoint-²").mkdir()
+    assert Trainer(config(), resume="auto").progress.step == 1
+
+
+def test_an_accepted_prompt_is_taken(config, tmp_path):
+    Trainer(config()).run()
+    other = config(prompt={"system": "Answer briefly."}, max_steps=5)
+    with pytest.raises(UserError, match=r"belongs to another run: prompt was .*--accept-changes"):
+        Trainer(other, resume="auto")
+    assert Trainer(other, resume="auto", accept_changes=True).run().name == "checkpoint-5"
+    assert Trainer(other, resume="auto").progress.step == 5
+
+
+def test_a_first_stage_of_the_projector_fits_any_lora(config, capsys):
+    first = Trainer(config("first", lora_lr=0)).run()
+    other = {"prompt": {"system": "Answer briefly."}, "llm": {"lora": {"r": 2, "alpha": 8, "dropout": 0.0}}}
+    capsys.readouterr()
+    second = Trainer(config("second", init_from=str(first), **other))
+    said = capsys.readouterr().out
+    assert f"LoRA was never trained in {first}: only the projector is taken" in said
+    assert f"{first} was trained with another prompt than this run's" in said
+    own = second.model.feature_proj.state_dict()
+    expected = load_file(first / "feature_proj.safetensors")
+    assert all(torch.equal(own[name], expected[name]) for name in expected)
+    third = second.run()
+    with pytest.raises(UserError, match=r"'llm.lora' differs from the adapter .*r=2"):  # that one was trained
+        Trainer(config("third", init_from=str(third), prompt=other["prompt"]))
+
+
+# fp16's scaler, with a scale that overflows
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """`scaled(scale)`: from now on, runs have a gradient scaler that begins with that scale."""
+
+    def use(scale, growth=2000):
+        make = build.make_accelerator
+
+        def make_accelerator(config):
+            accelerator, precision = make(config)
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth)
+            clip = torch.nn.utils.clip_grad_norm_
+
+            def clip_grad_norm(parameters, longest):  # accelerate's own unscales for fp16 only
+                accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
+                return clip(parameters, longest)
+
+            accelerator.clip_grad_norm_ = clip_grad_norm
+            return accelerator, precision
+
+        monkeypatch.setattr(build, "make_accelerator", make_accelerator)
+
+    return use
+
+
+@pytest.mark.filterwarnings("error:Detected call of `lr_scheduler.step")
+def test_a_scaler_skips_until_its_scale_fits(config, scaled):
+    scaled(2.0**121)  # more than the backward pass can take in float32
+    trainer = Trainer(config(max_steps=40, save_steps=10))
+    start = {name: parameter.clone() for name, parameter in trainer.model.feature_proj.named_parameters()}
+    seen = []
+    after = trainer._after_step
+
+    def noting(figures):
+        moved = any(not torch.equal(start[name], own) for name, own in trainer.model.feature_proj.named_parameters())
+        seen.append((trainer.progress.skipped, moved))
+        return after(figures)
+
+    trainer._after_step = noting
+    trainer.run()
+    count = [moved for _, moved in seen].index(True)
+    assert count > 1
+    assert seen == [(number, False) for number in range(1, count + 1)] + [(0, True)] * (40 - count)
+    scale = trainer.accelerator.scaler.get_scale()
+    assert scale == 2.0 ** (121 - count)
+    assert trainer.schedule.last_epoch == 40 - count
+    assert Trainer(config(max_steps=41), resume="auto").accelerator.scaler.get_scale() == scale
+
+
+def test_a_scaler_that_skips_for_ever_stops_the_run(config, tmp_path, scaled):
+    scaled(1.0)
+    trainer = Trainer(config(max_steps=99, save_steps=100))
+    forward = trainer.forward
+    trainer.forward = lambda *given: forward(*given) + (trainer.model.feature_proj[0].weight * 0).sum().abs().sqrt()
+    with pytest.raises(NonFiniteError, match=rf"the gradient became nan at step {MOST_SKIPPED};"):
+        trainer.run()
+    assert names(tmp_path / "run") == []
