@@ -1,5 +1,6 @@
 """Fixtures that more than one test file uses."""
 
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +12,11 @@ from paths import REPO_ROOT
 from tests.raw_world import World
 from tests.tiny import tiny_config, write_qwen, write_records, write_siglip
 from training.loop import Trainer
+
+# a background job of a shell, or nohup, starts with these ignored, and so would every program that a test starts
+for number, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, number) and signal.getsignal(signal.Signals[number]) == signal.SIG_IGN:
+        signal.signal(signal.Signals[number], handler)
 
 torch.set_num_threads(1)  # models of a few thousand weights only lose time in handing work to threads
 
