@@ -220,8 +220,8 @@ def restore_weights(
             f"target_modules={sorted(lora['target_modules'])}"
         )
     own = {name.replace(".default", ""): tensor for name, tensor in model.LLM.named_parameters() if "lora_" in name}
-    trained = [(dict(model.feature_proj.named_parameters()), projector, files[1])]
-    trained += [] if leave_lora else [(own, adapter, files[0])]
+    trained = [] if leave_lora else [(own, adapter, files[0])]
+    trained += [(dict(model.feature_proj.named_parameters()), projector, files[1])]
     for parameters, tensors, name in trained:
         _check_shapes(parameters, tensors, folder / name)
     altered = [problem for name in files if name in checksums and (problem := changed(folder, name, checksums))]
