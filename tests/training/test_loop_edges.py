@@ -194,7 +194,8 @@ from tests.training.test_loop_edges import Loader, defect, killed
 from training.loop import Trainer
 def main():
     trainer = Trainer(Config.model_validate_json(open(sys.argv[1]).read()))
-    trainer.train_set.load_photo = Loader(trainer.train_set.load_photo, 3, {"defect": defect, "killed": killed}[sys.argv[2]])
+    fault = {"defect": defect, "killed": killed}[sys.argv[2]]
+    trainer.train_set.load_photo = Loader(trainer.train_set.load_photo, 3, fault)
     trainer.run()
 run_script(main)
 """
