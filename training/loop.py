@@ -4,6 +4,7 @@ One optimizer step reads `setting.accumulation` micro-batches on each process. I
 divided by their supervised tokens, so neither accumulation nor the number of processes changes what is learned.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,10 @@ class Trainer(Run):
         evaluating = last or (train.eval_steps is not None and step % train.eval_steps == 0)
         if evaluating := evaluating and not figures["signal"]:
             line |= validate(self) if self.val_samples else {}
+            if not math.isfinite(line.get("val_loss", 0.0)):
+                self.say(
+                    f"the validation loss at step {step} is {line['val_loss']}: the weights overflow in evaluation"
+                )
             self.watch.ask(self)
         self.last_figures |= line
         if evaluating or step == 1 or step % train.log_steps == 0:

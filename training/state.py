@@ -199,8 +199,8 @@ def accepted_changes(folder: Path, shape: dict[str, Any], accept: bool) -> list[
     if not accept:
         differences = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in changed.items())
         raise UserError(
-            f"{folder} belongs to another run: {differences}. Set these back, or resume all the same with "
-            "--resume auto --accept-changes: the position in the data then means other samples"
+            f"{folder} belongs to another run: {differences}. Set these back, or resume all the same by "
+            "adding --accept-changes: the position in the data then means other samples"
         )
     return [*earlier, {"checkpoint": folder.name, "changes": changed}]
 

@@ -15,19 +15,11 @@ from model.answer import Answerer
 from model.checkpoint_folder import list_checkpoints
 from model.model import MMultiModal
 from paths import REPO_ROOT
+from tests.training.runs import losses, weights
 from training.data import epoch_order, micro_batches, sample_lengths
 from training.dry_run import describe_run
 from training.loop import Trainer
 from training.optimizer import build_optimizer, build_schedule
-
-
-def trained_weights(folder):
-    return load_file(folder / "feature_proj.safetensors") | load_file(folder / "adapter_model.safetensors")
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines}
 
 
 def test_frozen_stays_frozen_and_the_rest_moves(configure):
@@ -55,7 +47,7 @@ def test_resume_equals_uninterrupted(configure, tmp_path, budget):
     parts = resumed.run()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "parts")) == 8
-    expected, actual = trained_weights(whole), trained_weights(parts)
+    expected, actual = weights(whole), weights(parts)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
@@ -66,7 +58,7 @@ def test_accumulation_equals_one_big_batch(configure, tmp_path):
             output_dir=str(tmp_path / str(micro_batch)), micro_batch=micro_batch, accumulation=accumulation, max_steps=3
         )
         folders.append(Trainer(config).run())
-    first, second = map(trained_weights, folders)
+    first, second = map(weights, folders)
     for name in first:  # float32 sums in another order, carried through three AdamW steps
         torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=2e-5, msg=name)
 
@@ -298,7 +290,7 @@ def test_two_processes_equal_one(configure, tmp_path):
         )
         assert result.returncode == 0, result.stderr[-3000:]
         folders.append(output)
-    one, two = (trained_weights(folder / "checkpoint-3") for folder in folders)
+    one, two = (weights(folder / "checkpoint-3") for folder in folders)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5, msg=name)
     first, second = map(losses, folders)

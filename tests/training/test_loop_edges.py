@@ -10,60 +10,17 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from errors import UserError
 from model.checkpoint_folder import list_checkpoints
 from paths import REPO_ROOT
+from tests.training.runs import at_step, lines, names, same
 from training import samples
 from training.loop import Trainer
 from training.signals import SIGNALS, StopSignals, outlast_signals
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-
-
-def weights(folder):
-    return load_file(folder / "feature_proj.safetensors") | load_file(folder / "adapter_model.safetensors")
-
-
-def same(first, second):
-    first, second = weights(first), weights(second)
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def names(folder):
-    return sorted(path.name for path in folder.glob("checkpoint-*"))
-
-
-@pytest.fixture
-def config(configure, tmp_path):
-    """`config(folder, **train)`: a run of four steps that saves and logs each."""
-
-    def build_config(folder="run", prompt=None, **settings):
-        chosen = {"save_steps": 1, "log_steps": 1, "save_total_limit": 99, "max_steps": 4, "trackers": []} | settings
-        made = configure(output_dir=str(tmp_path / folder), **chosen)
-        return made.model_copy(update={"prompt": made.prompt.model_copy(update=prompt or {})})
-
-    return build_config
-
-
-def at_step(trainer, number, action):
-    """Call `action` in the first forward pass of optimizer step `number`."""
-    forward, called = trainer.forward, []
-
-    def wrapped(*arguments):
-        if trainer.progress.step == number - 1 and not called:
-            called.append(number)
-            action()
-        return forward(*arguments)
-
-    trainer.forward = wrapped
 
 
 # Signals
@@ -317,3 +274,9 @@ def test_text_alone_trains_and_validates(config, tmp_path, cache):
     trainer = Trainer(config(data=data, eval_steps=2))
     folder = trainer.run()
     assert "val_loss" in lines(folder.parent)[1]
+
+
+def test_a_validation_loss_that_is_no_number_is_said(config, monkeypatch, capsys):
+    monkeypatch.setattr("training.loop.validate", lambda run: {"val_loss": float("nan")})
+    Trainer(config(max_steps=1, data={"val_fraction": 0.4})).run()
+    assert "the validation loss at step 1 is nan" in capsys.readouterr().out

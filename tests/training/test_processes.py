@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from errors import UserError
 from model.checkpoint_folder import damage, list_checkpoints
 from paths import REPO_ROOT
+from tests.training.runs import lines, weights
 from training.loop import Trainer
 
 LIMIT_SECONDS = 240  # for all runs of a launch; a deadlock would last for half an hour
@@ -47,14 +47,6 @@ def launch(cases, processes, folder, launcher=TORCHRUN):
         files = [folder / f"{case['name']}-{rank}.json" for rank in range(processes)]
         results[case["name"]] = [json.loads(file.read_text()) if file.exists() else None for file in files]
     return results, done.stderr
-
-
-def weights(folder):
-    return load_file(Path(folder) / "feature_proj.safetensors") | load_file(Path(folder) / "adapter_model.safetensors")
-
-
-def lines(folder):
-    return [json.loads(line) for line in (Path(folder).parent / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +117,10 @@ def test_several_processes_equal_one(together, name):
     processes, results = together
     (one,), several = results["one " + name], results[name]
     assert [result.get("folder") for result in several] == [several[0]["folder"]] * processes
-    expected, actual = weights(one["folder"]), weights(several[0]["folder"])
+    expected, actual = weights(Path(one["folder"])), weights(Path(several[0]["folder"]))
     for tensor in expected:  # float32 sums in another order, carried through some AdamW steps
         assert (actual[tensor] - expected[tensor]).norm() <= 1e-3 * expected[tensor].norm(), tensor
-    for first, second in zip(lines(one["folder"]), lines(several[0]["folder"]), strict=True):
+    for first, second in zip(lines(Path(one["folder"]).parent), lines(Path(several[0]["folder"]).parent), strict=True):
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
         assert second["supervised_tokens"] == first["supervised_tokens"]
         assert ("val_loss" in first) == ("val_loss" in second)
@@ -138,7 +130,7 @@ def test_several_processes_equal_one(together, name):
 def test_a_signal_to_one_process_ends_all_after_the_same_step_and_resumes(together, make_case):
     processes, results = together
     assert results["signal"] == [{"exit": 128 + 15}] * processes
-    expected, actual = (weights(results[name][0]["folder"]) for name in ("plain", "after signal"))
+    expected, actual = (weights(Path(results[name][0]["folder"])) for name in ("plain", "after signal"))
     for name in expected:
         if processes == 2:
             assert torch.equal(actual[name], expected[name])

@@ -1,6 +1,5 @@
 """What a resumed or second run may change, the end of an epoch, and the gradient scaler of fp16."""
 
-import json
 import shutil
 import signal
 
@@ -9,51 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from errors import UserError
+from tests.training.runs import at_step, lines, names, same
 from training import build
 from training.loop import Trainer
 from training.step import MOST_SKIPPED, NonFiniteError
-
-
-def weights(folder):
-    return load_file(folder / "feature_proj.safetensors") | load_file(folder / "adapter_model.safetensors")
-
-
-def same(first, second):
-    first, second = weights(first), weights(second)
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def names(folder):
-    return sorted(path.name for path in folder.glob("checkpoint-*"))
-
-
-@pytest.fixture
-def config(configure, tmp_path):
-    """`config(folder, **train)`: a run of four steps that saves and logs each."""
-
-    def build_config(folder="run", prompt=None, **settings):
-        chosen = {"save_steps": 1, "log_steps": 1, "save_total_limit": 99, "max_steps": 4, "trackers": []} | settings
-        made = configure(output_dir=str(tmp_path / folder), **chosen)
-        return made.model_copy(update={"prompt": made.prompt.model_copy(update=prompt or {})})
-
-    return build_config
-
-
-def at_step(trainer, number, action):
-    """Call `action` in the first forward pass of optimizer step `number`."""
-    forward, called = trainer.forward, []
-
-    def wrapped(*arguments):
-        if trainer.progress.step == number - 1 and not called:
-            called.append(number)
-            action()
-        return forward(*arguments)
-
-    trainer.forward = wrapped
 
 
 def test_learning_rates_of_the_config_hold_after_a_resumption(config, tmp_path):

@@ -1,7 +1,6 @@
 """Failures injected into training: no checkpoint is ever worth less than before, and none is of half a step."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -11,44 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from errors import UserError
 from model.checkpoint_folder import damage, list_checkpoints
 from paths import REPO_ROOT
+from tests.training.runs import at_step, losses, names, same, weights
 from training import build, state, step
 from training.loop import Trainer
 from training.signals import SIGNALS
 from training.step import NonFiniteError
-
-
-def weights(folder):
-    return load_file(folder / "feature_proj.safetensors") | load_file(folder / "adapter_model.safetensors")
-
-
-def losses(folder):
-    return {line["step"]: line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
-
-
-def same(first, second):
-    first, second = weights(first), weights(second)
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.glob("checkpoint-*"))
-
-
-def at_step(trainer, number, action):
-    """Call `action` in the forward pass of optimizer step `number`."""
-    forward = trainer.forward
-
-    def wrapped(*arguments):
-        if trainer.progress.step == number - 1:
-            action()
-        return forward(*arguments)
-
-    trainer.forward = wrapped
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
