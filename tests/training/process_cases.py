@@ -80,6 +80,8 @@ def run(case):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # torchrun ends the processes that are left with SIGTERM, which must not come before the result is written
+    signal.signal(signal.SIGTERM, lambda *_: None)
     for case in json.loads(Path(sys.argv[1]).read_text()):
         result = run(case)
         (Path(sys.argv[2]) / f"{case['name']}-{RANK}.json").write_text(json.dumps(result))
