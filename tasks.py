@@ -76,7 +76,7 @@ def run(*command: str | Path) -> None:
 
 
 def demo() -> None:
-    """draw a small world, train on it, score it and answer a question (8 to 10 minutes on two cores)"""
+    """draw a small world, train on it, score it and answer a question (4 to 10 minutes on two cores)"""
     install("requirements.txt")
     clear_demo_run(ROOT / DEMO_RUN)
     run(PYTHON, "-m", "demo.make_data")
