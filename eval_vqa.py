@@ -15,14 +15,13 @@ from cli import run_script, script_arguments
 
 from tqdm import tqdm
 
+from answering.answer import Answerer
 from config import Data, parse_overrides
 from dataset.records import Entry, Photo, read_records, split_entries
 from errors import UserError, file_error
 from evaluation.report import draw_gallery, table, write_json
 from evaluation.runner import evaluate, sample_photos
-from model.answer import Answerer
-from model.checkpoint import read_config
-from model.model import MMultiModal
+from model.checkpoint import load_checkpoint, read_config
 from paths import check_writable, existing_path, resolve_path
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -56,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--gallery: {args.gallery} must end in one of {', '.join(PICTURES)}")
         check_writable(args.gallery, "--gallery")
 
-    answerer = Answerer(MMultiModal.from_checkpoint(checkpoint, overrides=overrides))
+    answerer = Answerer(load_checkpoint(checkpoint, overrides=overrides))
     progress = functools.partial(tqdm, unit="photo", dynamic_ncols=True)
     trained = evaluate(answerer, entries, photos, progress=functools.partial(progress, desc="own photo"))
     blind = None

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 
 from config import parse_overrides
 from errors import UserError, file_error, shortened
-from model.export import export_checkpoint
-from model.model import MMultiModal
+from exporting.vipllava import export_checkpoint
+from model.checkpoint import load_checkpoint
 from paths import check_folder
 
 
@@ -33,9 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_folder(output, "--output")
     whole = {"llm.quantization": "none", "llm.device_map": None}  # not as in training
     overrides = parse_overrides(args.overrides) | whole
-    model = MMultiModal.from_checkpoint(
-        args.checkpoint.absolute(), device="cpu", dtype=torch.float32, overrides=overrides
-    )
+    model = load_checkpoint(args.checkpoint.absolute(), device="cpu", dtype=torch.float32, overrides=overrides)
     try:
         difference = export_checkpoint(model, output)
     except (OSError, SafetensorError) as error:  # no permission, or the disk is full

@@ -20,10 +20,10 @@ from cli import run_script, script_arguments
 
 from tqdm import tqdm
 
+from answering.answer import Answerer
 from config import parse_overrides
 from errors import UserError, check_text, file_error, is_out_of_memory, shortened
-from model.answer import Answerer
-from model.model import MMultiModal
+from model.checkpoint import load_checkpoint
 from paths import check_writable
 
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_text(args.question, "--question")
 
     overrides = parse_overrides(args.overrides)
-    answerer = Answerer(MMultiModal.from_checkpoint(args.checkpoint.absolute(), overrides=overrides))
+    answerer = Answerer(load_checkpoint(args.checkpoint.absolute(), overrides=overrides))
     if args.question is not None:
         for piece in answerer.stream(args.image, [{"role": "user", "content": args.question}]):
             print(piece, end="", flush=True)

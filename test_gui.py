@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from cli import run_script, script_arguments
 
+from answering.answer import Answerer
 from config import Generate, Gui, changed, parse_overrides
 from errors import UserError, check_text, is_out_of_memory
-from model.answer import Answerer
-from model.checkpoint import read_config
-from model.model import MMultiModal
+from model.checkpoint import load_checkpoint, read_config
 from page.address import check_port, in_url
 from page.uploads import photo_name, upload_folder, uploaded_photo
 from visual.transform import load_image
@@ -311,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     overrides = parse_overrides(args.overrides)
     gui = read_config(checkpoint, overrides).gui
     check_port(gui)  # before the model is loaded, which may take a minute
-    model = MMultiModal.from_checkpoint(checkpoint, overrides=overrides)
+    model = load_checkpoint(checkpoint, overrides=overrides)
     end_on_signals()
     with upload_folder() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)

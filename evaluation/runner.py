@@ -13,12 +13,12 @@ from typing import Any
 
 from PIL import Image
 
+from answering.answer import Answerer
 from config import IMAGE_TAG
 from dataset.image_caption_dataset import entry_messages
 from dataset.records import Entry, Photo
 from errors import UserError
 from evaluation import metrics
-from model.answer import Answerer
 from visual.transform import load_image
 
 

@@ -20,7 +20,7 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 import torch
@@ -28,10 +28,10 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from backbones.backbone import backbone_fingerprint, same_backbone
 from config import Config, load_config
 from errors import UserError, file_error
 from model import report_layout
-from model.backbone import backbone_fingerprint, same_backbone
 from model.checkpoint_folder import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -47,21 +47,41 @@ from model.checkpoint_folder import (
     put_in_place,
     read_provenance,
 )
+from model.model import MMultiModal
+from model.precision import DTYPES, pick_device, pick_precision
 from paths import REPO_ROOT
-from qwen.chat import ChatFormat
-from visual.transform import ImageTransform
 
 
-class TrainedModel(Protocol):
-    """What a checkpoint needs of a model; `model.model.MMultiModal`, which loads itself through this module."""
+def load_checkpoint(
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> MMultiModal:
+    """Load a checkpoint folder for answering.
 
-    config: Config
-    chat: ChatFormat
-    transform: ImageTransform
-    feature_proj: torch.nn.Module
-    LLM: Any  # with peft's LoRA
-    visual_folder: Path
-    llm_folder: Path
+    Args:
+        folder: as `save_checkpoint` wrote it, or the course report's published checkpoint.
+        device: default as `model.precision.pick_device`.
+        dtype: of all weights that are not quantised; default bf16 on a GPU that has it, else float32.
+        overrides: config values by dotted key, for example `{"llm.path": "/models/Qwen2.5-0.5B"}`; the values are
+            taken as they are.
+
+    Raises:
+        UserError: not a complete checkpoint, or its backbones are missing or are others than it was trained on.
+    """
+    folder = check_complete(Path(folder))
+    device = pick_device(device)
+    if dtype is None:
+        dtype = DTYPES[pick_precision("auto", device)] if device.type == "cuda" else torch.float32
+    config = read_config(folder, overrides)
+    model = MMultiModal.from_config(config, device, dtype, run_folder=folder.parent)
+    restore_weights(model, folder)
+    # the trained parts only: `.to(dtype)` of all would round the frequencies of the rotary embedding too
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 def portable_config(config: Config) -> dict[str, Any]:
@@ -91,7 +111,7 @@ def portable_config(config: Config) -> dict[str, Any]:
     return raw
 
 
-def fingerprints(model: TrainedModel) -> dict[str, str]:
+def fingerprints(model: MMultiModal) -> dict[str, str]:
     """What the trained weights depend on, one hash each: both backbones, the prompt and the image transform."""
     return {
         "visual": backbone_fingerprint(model.visual_folder),
@@ -102,7 +122,7 @@ def fingerprints(model: TrainedModel) -> dict[str, str]:
 
 
 def save_checkpoint(
-    model: TrainedModel,
+    model: MMultiModal,
     folder: Path,
     metrics: dict[str, Any],
     provenance: dict[str, Any],
@@ -137,7 +157,7 @@ def save_checkpoint(
 
 
 def _write_files(
-    model: TrainedModel,
+    model: MMultiModal,
     folder: Path,
     metrics: dict[str, Any],
     provenance: dict[str, Any],
@@ -180,7 +200,7 @@ def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config
 
 
 def restore_weights(
-    model: TrainedModel, folder: Path, other_prompt: bool = False, fresh_lora: bool = False
+    model: MMultiModal, folder: Path, other_prompt: bool = False, fresh_lora: bool = False
 ) -> list[str]:
     """Put LoRA and projector of a checkpoint into `model` and check what they were trained on.
 
@@ -251,7 +271,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise file_error(error, file) from error
 
 
-def _check_fingerprints(model: TrainedModel, folder: Path) -> None:
+def _check_fingerprints(model: MMultiModal, folder: Path) -> None:
     expected = read_provenance(folder)["fingerprints"]
     places = {"visual": ("visual.path", model.visual_folder), "llm": ("llm.path", model.llm_folder)}
     for part, (key, backbone) in places.items():
@@ -264,7 +284,7 @@ def _check_fingerprints(model: TrainedModel, folder: Path) -> None:
         raise UserError(f"{folder} was trained with other preprocessor settings than {model.visual_folder} has now")
 
 
-def _check_prompt(model: TrainedModel, folder: Path, may_differ: bool) -> list[str]:
+def _check_prompt(model: MMultiModal, folder: Path, may_differ: bool) -> list[str]:
     if model.chat.fingerprint() == read_provenance(folder)["fingerprints"]["prompt"]:
         return []
     if may_differ:

@@ -1,14 +1,12 @@
 """The whole model: frozen SigLIP encoder → projector → Qwen with LoRA.
 
-`train.py`, `predict.py`, `eval_vqa.py`, `test_gui.py` and `export.py` build it with `MMultiModal.from_config` or
-`MMultiModal.from_checkpoint`.
+`train.py` builds it with `MMultiModal.from_config`; the other scripts load it with `model.checkpoint.load_checkpoint`.
 
 Shapes: B batch, B_img photos, T text and image tokens, N image tokens of a photo, Dv and Dl widths, V vocabulary.
 """
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,11 +14,9 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
 
+from backbones.backbone import locate_backbone
 from config import Config
 from errors import UserError
-from model.backbone import locate_backbone
-from model.checkpoint import read_config, restore_weights
-from model.checkpoint_folder import check_complete
 from model.precision import DTYPES, pick_device, pick_precision
 from qwen.attention import PackedLayout
 from qwen.chat import ChatFormat
@@ -120,38 +116,6 @@ class MMultiModal(nn.Module):
         model.encoder.to(device)
         model.feature_proj.to(device)
         return model
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        folder: str | Path,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        overrides: dict[str, Any] | None = None,
-    ) -> "MMultiModal":
-        """Load a checkpoint folder for answering.
-
-        Args:
-            folder: as `model.checkpoint.save_checkpoint` wrote it, or the course report's published checkpoint.
-            dtype: of all weights that are not quantised; default bf16 on a GPU that has it, else float32.
-            overrides: config values by dotted key, for example `{"llm.path": "/models/Qwen2.5-0.5B"}`; the
-                values are taken as they are.
-
-        Raises:
-            UserError: not a complete checkpoint, or its backbones are missing or are others than it was trained on.
-        """
-        folder = check_complete(Path(folder))
-        device = pick_device(device)
-        if dtype is None:
-            dtype = DTYPES[pick_precision("auto", device)] if device.type == "cuda" else torch.float32
-        config = read_config(folder, overrides)
-        model = cls.from_config(config, device, dtype, run_folder=folder.parent)
-        restore_weights(model, folder)
-        # the trained parts only: `.to(dtype)` of all would round the frequencies of the rotary embedding too
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-        return model.eval()
 
     def freeze_lora(self) -> None:
         """Leave LoRA as it is: no gradient, so no optimiser state and no part in the norm that clips the projector's.

@@ -1,5 +1,6 @@
 """Fixtures that more than one test file uses."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from paths import REPO_ROOT
 from tests.raw_world import World
-from tests.tiny import tiny_config, write_qwen, write_records, write_siglip
+from tests.tiny import tiny_config, write_qwen, write_qwen1, write_records, write_siglip
 from training.loop import Trainer
 
 # a background job of a shell, or nohup, starts with these ignored, and so would every program that a test starts
@@ -64,3 +65,24 @@ def samples_folder() -> Path:
 @pytest.fixture
 def world(tmp_path):
     return World(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory) -> Path:
+    """A folder with tiny backbones of all language-model generations."""
+    folder = tmp_path_factory.mktemp("backbones")
+    write_siglip(folder / "siglip")
+    write_qwen(folder / "qwen")
+    for kind in ("qwen2", "qwen3"):
+        for tied in (True, False):
+            write_qwen(folder / f"{kind}-{'tied' if tied else 'untied'}", kind, tied)
+    write_qwen1(folder / "qwen1")
+    write_qwen1(folder / "qwen1-short", seq_length=48)  # dialogues cross this, so positions change on the way
+    write_records(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(backbones, tmp_path) -> Path:
+    """A tiny Qwen2 that the test may change."""
+    return shutil.copytree(backbones / "qwen", tmp_path / "qwen")

@@ -6,9 +6,9 @@ from pathlib import PureWindowsPath
 import pytest
 from pydantic import BaseModel
 
+from backbones.backbone import locate_backbone
 from config import Config, Generate, changed, key_paths, load_config, load_data, parse_config, parse_overrides
 from errors import UserError
-from model.backbone import locate_backbone
 from model.checkpoint import check_complete
 from paths import REPO_ROOT, check_folder, check_writable, existing_path, nearest_name_hint
 

@@ -26,15 +26,29 @@ ALLOWED = {
     "visual": set(),
     "qwen": set(),
     "dataset": {"visual", "qwen"},
-    "model": {"visual", "qwen"},
+    "backbones": set(),
+    "model": {"visual", "qwen", "backbones"},
+    "answering": {"model", "visual", "qwen"},
+    "exporting": {"model", "visual", "qwen"},
     "page": set(),
-    "evaluation": {"model", "dataset", "visual", "qwen"},
-    "training": {"evaluation", "model", "dataset", "visual", "qwen"},
-    "demo": {"evaluation", "model", "dataset", "visual", "qwen"},
+    "evaluation": {"answering", "model", "dataset", "visual", "qwen"},
+    "training": {"evaluation", "answering", "model", "dataset", "visual", "qwen", "backbones"},
+    "demo": {"evaluation", "answering", "model", "dataset", "visual", "qwen"},
     # a script, since what is fuzzed is the script itself
-    "benchmarks": {"process_image", "demo", "training", "evaluation", "model", "dataset", "visual", "qwen"},
+    "benchmarks": {
+        "process_image",
+        "demo",
+        "training",
+        "evaluation",
+        "answering",
+        "model",
+        "dataset",
+        "visual",
+        "qwen",
+    },
     "tasks": set(),
-} | {script: {"page", "training", "evaluation", "demo", "model", "dataset", "visual", "qwen"} for script in SCRIPTS}
+}
+ALLOWED |= dict.fromkeys(SCRIPTS, set(ALLOWED) - BASE - {"benchmarks", "tasks"})
 
 
 def all_files():

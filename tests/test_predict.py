@@ -28,14 +28,14 @@ class FakeAnswerer:
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """What `from_checkpoint` was called with."""
+    """What `load_checkpoint` was called with."""
     calls = []
 
-    def load(cls, folder, overrides):
+    def load(folder, overrides):
         calls.append((folder, overrides))
         return SimpleNamespace()
 
-    monkeypatch.setattr(predict.MMultiModal, "from_checkpoint", classmethod(load))
+    monkeypatch.setattr(predict, "load_checkpoint", load)
     monkeypatch.setattr(predict, "Answerer", FakeAnswerer)
     return calls
 

@@ -11,12 +11,12 @@ import sys
 import pytest
 import torch
 
+from answering.answer import Answerer
 from dataset.image_caption_dataset import ImageCaptionDataset, entry_messages
 from dataset.records import read_records
 from errors import UserError
 from evaluation import screenshots
-from model.answer import Answerer
-from model.model import MMultiModal
+from model.checkpoint import load_checkpoint
 from paths import REPO_ROOT
 from tests.tiny import tiny_config
 
@@ -34,7 +34,7 @@ def workshop(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint, workshop):
-    return MMultiModal.from_checkpoint(tiny_checkpoint, overrides={"model_root": workshop})
+    return load_checkpoint(tiny_checkpoint, overrides={"model_root": workshop})
 
 
 def test_prompt_is_identical_in_training_evaluation_page_and_command_line(model, workshop, monkeypatch):
@@ -108,13 +108,14 @@ def test_export(tiny_checkpoint, workshop, tmp_path):
 
 
 def test_outputs_that_cannot_be_written_are_said_before_the_model_is_loaded(tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(MMultiModal, "from_checkpoint", classmethod(lambda *_, **__: pytest.fail("loaded")))
+    export = importlib.import_module("export")
+    monkeypatch.setattr(export, "load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
     for output, message in {
         tmp_path: "exists already",
         tmp_path / ("x" * 300): "name too long",
     }.items():
         with pytest.raises(UserError, match=message):
-            importlib.import_module("export").main(["--checkpoint", str(tiny_checkpoint), "--output", str(output)])
+            export.main(["--checkpoint", str(tiny_checkpoint), "--output", str(output)])
     (tmp_path / "file").touch()
     (tmp_path / "photo.png").touch()
     with pytest.raises(UserError, match=r"--output: .*file"):
@@ -127,7 +128,7 @@ def test_outputs_that_cannot_be_written_are_said_before_the_model_is_loaded(tiny
 
 def test_a_full_disk_while_exporting_is_said(tiny_checkpoint, tmp_path, monkeypatch):
     export = importlib.import_module("export")
-    monkeypatch.setattr(MMultiModal, "from_checkpoint", classmethod(lambda *_, **__: None))
+    monkeypatch.setattr(export, "load_checkpoint", lambda *_, **__: None)
 
     def full(model, output):
         raise OSError(28, "No space left on device")
@@ -143,7 +144,7 @@ def test_paths_given_in_python_need_no_quoting(workshop, tiny_checkpoint, tmp_pa
     folder = tmp_path / name
     shutil.copytree(workshop / "qwen", folder / "qwen")
     shutil.copytree(workshop / "siglip", folder / "siglip")
-    loaded = MMultiModal.from_checkpoint(tiny_checkpoint, overrides={"model_root": folder})
+    loaded = load_checkpoint(tiny_checkpoint, overrides={"model_root": folder})
     assert loaded.llm_folder == folder / "qwen"
 
 

@@ -22,10 +22,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from backbones.backbone import backbone_fingerprint
 from config import Config
 from dataset.records import Photo
 from errors import UserError, file_error
-from model.backbone import backbone_fingerprint
 from model.model import MMultiModal
 from paths import resolve_path
 from visual.transform import load_image

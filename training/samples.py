@@ -17,12 +17,12 @@ import orjson
 import torch
 from PIL import Image
 
+from answering.answer import Answerer
 from config import IMAGE_TAG
 from dataset.image_caption_dataset import ImageCaptionDataset, entry_messages
 from dataset.records import Entry, Photo
 from errors import UserError
 from evaluation import metrics
-from model.answer import Answerer
 from model.model import MMultiModal
 from qwen.chat import IGNORE_INDEX, ChatFormat
 from training.run_log import write_whole

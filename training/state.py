@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
 
+from backbones.backbone import remember_backbones
 from config import Config
 from errors import UserError, file_error
-from model.backbone import remember_backbones
 from model.checkpoint import save_checkpoint
 from model.checkpoint_folder import (
     CONFIG_FILE,

@@ -159,11 +159,11 @@ def test_script_scores_a_split_and_writes_the_files(photos, entries, tmp_path, m
         data = {key.removeprefix("data."): value for key, value in overrides.items()}
         return parse_config({"data": data, "visual": {"path": "v"}, "llm": {"path": "l"}}, "test")
 
-    def load(cls, folder, overrides):
+    def load(folder, overrides):
         loaded.append(folder)
 
     monkeypatch.setattr(eval_vqa, "read_config", read_config)
-    monkeypatch.setattr(eval_vqa.MMultiModal, "from_checkpoint", classmethod(load))
+    monkeypatch.setattr(eval_vqa, "load_checkpoint", load)
     monkeypatch.setattr(eval_vqa, "Answerer", lambda model: ColourAnswerer())
     (tmp_path / "checkpoint-1").mkdir()
     files = [f"data.image_map={tmp_path / 'image_map.json'}", f"data.captions={tmp_path / 'captions.json'}"]

@@ -9,8 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model.backbone import _first_fingerprint, remember_backbones
-from model.checkpoint import portable_config, save_checkpoint
+from backbones.backbone import _first_fingerprint, remember_backbones
+from model.checkpoint import load_checkpoint, portable_config, save_checkpoint
 from model.checkpoint_folder import list_checkpoints, recover
 from model.model import MMultiModal
 from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen
@@ -33,7 +33,7 @@ def folder(model, tmp_path):
 
 
 def load(folder, backbones, **overrides):
-    return MMultiModal.from_checkpoint(folder, overrides={"model_root": backbones} | overrides)
+    return load_checkpoint(folder, overrides={"model_root": backbones} | overrides)
 
 
 @torch.no_grad()
@@ -96,9 +96,9 @@ def test_checkpoint_with_fingerprints_of_the_older_form(folder, backbones, caplo
 
 def test_backbones_are_found_where_the_run_had_them(model, folder):
     with pytest.raises(ValueError, match="'visual.path': no folder"):
-        MMultiModal.from_checkpoint(folder, overrides={"model_root": folder})
+        load_checkpoint(folder, overrides={"model_root": folder})
     remember_backbones(folder.parent, model.visual_folder, model.llm_folder)
-    loaded = MMultiModal.from_checkpoint(folder, overrides={"model_root": folder})
+    loaded = load_checkpoint(folder, overrides={"model_root": folder})
     assert (loaded.visual_folder, loaded.llm_folder) == (model.visual_folder, model.llm_folder)
     assert not any(str(model.llm_folder) in file.read_text(errors="replace") for file in folder.rglob("*.*"))
 
@@ -106,7 +106,7 @@ def test_backbones_are_found_where_the_run_had_them(model, folder):
 def test_missing_backbone_says_which_key(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"'visual.path': no folder .*Set it with visual.path=FOLDER"):
-        MMultiModal.from_checkpoint(folder, overrides={"model_root": tmp_path / "empty"})
+        load_checkpoint(folder, overrides={"model_root": tmp_path / "empty"})
 
 
 def test_changed_prompt_is_refused(folder, backbones):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from model.answer import Answerer
-from model.export import export_checkpoint
+from answering.answer import Answerer
+from exporting.vipllava import export_checkpoint
 from model.model import MMultiModal
 from tests.tiny import IMAGE_SIZE, tiny_config, write_clip
 from visual.transform import load_image

@@ -12,7 +12,7 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
-from model.export import text_config
+from exporting.vipllava import text_config
 from model.model import MMultiModal
 from tests.tiny import IMAGE_SIZE, tiny_config
 

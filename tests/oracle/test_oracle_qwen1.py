@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from answering.answer import Answerer
 from config import Prompt
-from model.answer import Answerer
+from model.checkpoint import load_checkpoint
 from model.model import MMultiModal
 from paths import REPO_ROOT
 from qwen.chat import ChatFormat, Message
@@ -63,7 +64,7 @@ def model(folder):
 
 def from_report(folder: Path) -> MMultiModal:
     overrides = {"visual.path": folder / "siglip", "llm.path": folder / "qwen"}
-    return MMultiModal.from_checkpoint(folder / "checkpoint-36000", device="cpu", overrides=overrides)
+    return load_checkpoint(folder / "checkpoint-36000", device="cpu", overrides=overrides)
 
 
 def check_logits(logits: torch.Tensor, stored, name: str) -> None:

@@ -10,10 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from answering.answer import Answerer
 from errors import UserError
-from model.answer import Answerer
+from model.checkpoint import load_checkpoint
 from model.checkpoint_folder import list_checkpoints
-from model.model import MMultiModal
 from paths import REPO_ROOT
 from tests.training.runs import losses, weights
 from training.data import epoch_order, micro_batches, sample_lengths
@@ -94,7 +94,7 @@ def test_learns_by_heart_and_answers(configure, workshop, tmp_path):
     trainer = Trainer(configure(max_steps=400, micro_batch=7, log_steps=50, data=data))
     folder = trainer.run()
     assert trainer.last_figures["loss"] < 0.1  # the random encoder hardly tells two of the colours apart
-    answerer = Answerer(MMultiModal.from_checkpoint(folder, overrides={"model_root": trainer.config.model_root}))
+    answerer = Answerer(load_checkpoint(folder, overrides={"model_root": trainer.config.model_root}))
     photos = trainer.train_set.photos
     asked = [answerer.answer(photos[ID].path, "Which colour?") for ID in range(4)]
     assert asked == ["red", "green", "blue", "white"]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.answer import Answerer
-from model.export import export_checkpoint
-from model.model import MMultiModal
+from answering.answer import Answerer
+from exporting.vipllava import export_checkpoint
+from model.checkpoint import load_checkpoint
 from qwen.loading import load_language_model, loading_options
 from tests.tiny import write_qwen
 from training.batches import make_loader
@@ -87,11 +87,11 @@ def test_trains_validates_resumes_and_answers(
 
     assert f"quantization: {quantization}" in (folder / "config.yaml").read_text()
     root = {"model_root": trainer.config.model_root}
-    model = MMultiModal.from_checkpoint(folder, overrides=root)
+    model = load_checkpoint(folder, overrides=root)
     photo = trainer.train_set.photos[0].path
     answer = Answerer(model).answer(photo, "Which colour?")
     assert answer == Answerer(trainer.model.eval()).answer(photo, "Which colour?")
-    whole = MMultiModal.from_checkpoint(folder, overrides=root | {"llm.quantization": "none", "llm.device_map": "auto"})
+    whole = load_checkpoint(folder, overrides=root | {"llm.quantization": "none", "llm.device_map": "auto"})
     weight = whole.LLM.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight
     assert weight.dtype == torch.float32
     Answerer(whole).answer(photo, "Which colour?")  # adapter and backbone have one device and dtype
@@ -146,9 +146,7 @@ def test_training_refuses_a_spread_model(configure):
 def test_half_precision_keeps_the_rotary_frequencies(configure):
     trainer = Trainer(configure(max_steps=1))
     folder = trainer.run()
-    model = MMultiModal.from_checkpoint(
-        folder, dtype=torch.bfloat16, overrides={"model_root": trainer.config.model_root}
-    )
+    model = load_checkpoint(folder, dtype=torch.bfloat16, overrides={"model_root": trainer.config.model_root})
     expected = trainer.model.LLM.get_base_model().model.rotary_emb.inv_freq
     actual = model.LLM.get_base_model().model.rotary_emb.inv_freq
     assert actual.dtype == torch.float32

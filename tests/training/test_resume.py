@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from errors import UserError
+from model.checkpoint import load_checkpoint
 from model.checkpoint_folder import STATE_FILE, read_provenance
-from model.model import MMultiModal
 from training import build, step
 from training.loop import Trainer
 
@@ -54,7 +54,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_offered(config, whole, k
 def test_a_flipped_byte_is_refused_for_answering(config, whole):
     flip(whole / "checkpoint-4" / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"checkpoint-4 is damaged: adapter_model.safetensors is not what was written"):
-        MMultiModal.from_checkpoint(whole / "checkpoint-4", overrides={"model_root": config().model_root})
+        load_checkpoint(whole / "checkpoint-4", overrides={"model_root": config().model_root})
 
 
 def test_the_order_of_samples_survives_another_micro_batch(config, tmp_path, monkeypatch):
@@ -115,12 +115,12 @@ def test_formats_of_other_versions(config, whole):
     provenance = orjson.loads(file.read_bytes())
     file.write_bytes(orjson.dumps(provenance | {"format_version": 99}))
     with pytest.raises(UserError, match=r"checkpoint-4 has format version 99, this code reads up to 2: update"):
-        MMultiModal.from_checkpoint(whole / "checkpoint-4")
+        load_checkpoint(whole / "checkpoint-4")
     old = {key: value for key, value in provenance.items() if key not in ("format_version", "checksums", "shape")}
     file.write_bytes(orjson.dumps(old))
     with pytest.raises(UserError, match=r"earlier version.*cannot be resumed.*start from them with train.init_from="):
         Trainer(config("whole"), resume="auto")
-    MMultiModal.from_checkpoint(whole / "checkpoint-4", overrides={"model_root": config().model_root})
+    load_checkpoint(whole / "checkpoint-4", overrides={"model_root": config().model_root})
 
 
 def test_resuming_into_the_folder_of_another_run_is_refused(config, whole):

@@ -11,8 +11,8 @@ import types
 
 import pytest
 
-from model.backbone import locate_backbone
-from model.download import main as download
+from backbones.backbone import locate_backbone
+from backbones.download import main as download
 from model.model import MMultiModal
 from paths import REPO_ROOT
 from tests.tiny import tiny_config, to_bin, write_qwen, write_siglip
@@ -76,7 +76,7 @@ def test_hub_downloads_what_is_needed_and_no_code(tmp_path):
     server.root, server.fetched = root, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
-        "from model.backbone import locate_backbone\n"
+        "from backbones.backbone import locate_backbone\n"
         "for name in ('both', 'pickled'): print(locate_backbone('owner/' + name, 'models', 'llm.path'))"
     )
     environment = os.environ | {

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, VipLlavaForConditionalGeneration
 
-from model.answer import Answerer
-from model.export import export_checkpoint
+from answering.answer import Answerer
+from exporting.vipllava import export_checkpoint
 from model.model import MMultiModal
 from tests.tiny import tiny_config
 
@@ -53,7 +53,7 @@ def test_exported_model_answers_the_same(backbones, tmp_path, name):
 
 
 def test_a_large_model_is_cut_into_shards(backbones, tmp_path, monkeypatch):
-    monkeypatch.setattr("model.export.SHARD_SIZE", "30KB")
+    monkeypatch.setattr("exporting.vipllava.SHARD_SIZE", "30KB")
     assert export_checkpoint(scattered(backbones, "qwen2-untied"), tmp_path / "out") < 1e-4
     shards = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     table = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

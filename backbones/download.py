@@ -1,4 +1,4 @@
-"""Fetches both backbones of a config ahead of the run: `python -m model.download [--config FILE] [key=value …]`.
+"""Fetches both backbones of a config ahead of the run: `python -m backbones.download [--config FILE] [key=value …]`.
 
 Nothing else needs a network afterwards; `HF_HUB_OFFLINE=1` makes sure of it. `HF_ENDPOINT` names a mirror,
 `hub=modelscope` asks ModelScope.
@@ -6,8 +6,8 @@ Nothing else needs a network afterwards; `HF_HUB_OFFLINE=1` makes sure of it. `H
 
 from cli import run_script, script_arguments
 
+from backbones.backbone import locate_backbone
 from config import load_config
-from model.backbone import locate_backbone
 
 
 def main(arguments: list[str] | None = None) -> None:

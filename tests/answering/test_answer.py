@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from answering.answer import Answerer
 from config import Generate
-from model.answer import Answerer
 from model.model import MMultiModal
 from tests.tiny import tiny_config
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from backbones.backbone import backbone_fingerprint, locate_backbone, remember_backbones
 from errors import UserError
-from model.backbone import backbone_fingerprint, locate_backbone, remember_backbones
 from model.model import MMultiModal
 from tests.tiny import tiny_config, to_bin
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.backbone import _windows, backbone_fingerprint, same_backbone
+from backbones.backbone import _windows, backbone_fingerprint, same_backbone
 
 WEIGHTS = "model.safetensors"
 
