@@ -86,7 +86,7 @@ def vision_rows() -> list[str]:
             encoder = encoder_class(config)
         grid = config.image_size // config.patch_size
         rows.append(
-            f"| `{name}` | {config.image_size} | {config.patch_size} | {grid} × {grid} | {encoder.num_tokens - 1} | "
+            f"| `{name}` | {config.image_size} | {config.patch_size} | {grid} × {grid} | {encoder.all_rows - 1} | "
             f"{config.hidden_size} | float32 | {parameters(encoder) * 2 / GIB:.2f} GiB |"
         )
     return rows

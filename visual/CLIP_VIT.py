@@ -1,37 +1,41 @@
-"""CLIP's vision tower, its last hidden state as a plain tensor. Loaded by `visual/encoder.py`.
+"""CLIP's vision tower, its last hidden state as a plain tensor. Loaded by `visual/encoder.py`."""
 
-Shapes: B photos, H = W pixels, N = (H // patch)**2 patches, Dv width.
-"""
+from pathlib import Path
+from typing import Any, Self
 
 import torch
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from visual.tower import Tower, load_pretrained, pair
 
 
-class CLIPViT(CLIPVisionModel):
-    """CLIP's tower: row 0 of its output is the class token, which `visual.drop_first_token` leaves out.
+class CLIPViT(Tower, CLIPVisionModel):
+    """CLIP's tower, with a class token in front.
 
     The output is what transformers calls `last_hidden_state`: CLIP's post layer norm was trained on the class token
     alone and stands behind it, unlike SigLIP's, which belongs to every patch.
     """
 
+    leading = 1
     base_model_prefix = "vision_model"  # of the tower's tensors in a whole CLIPModel
     # what else a published CLIPModel holds, never read; anything more that is left over is an error
-    _keys_to_ignore_on_load_unexpected = (
+    unread = (
         r"^text_model\.",
         r"^logit_scale$",
         r"^(visual|text)_projection\.weight$",
         r"^(vision_model\.)?embeddings\.position_ids$",
     )
 
-    @property
-    def num_tokens(self) -> int:
-        """Rows of one photo's output: the class token and N patches."""
-        return 1 + (self.config.image_size // self.config.patch_size) ** 2
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__(config)
+        self.width = config.hidden_size
+        self.size = pair(config.image_size)
+        self.patch_size = pair(config.patch_size)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(B, 3, H, W)` pixels as `visual.transform` makes them → `(B, 1 + N, Dv)`, the class token first.
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype) -> tuple[Self, dict[str, Any]]:
+        return load_pretrained(cls, folder, dtype, cls.unread, config=CLIPVisionConfig.from_pretrained(folder))
 
-        Raises:
-            ValueError: pictures of another size than the encoder's.
-        """
-        return super().forward(pixel_values).last_hidden_state
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(C, 3, H, W)` → `(C, 1 + N, Dv)`, before the post layer norm."""
+        return CLIPVisionModel.forward(self, pixels).last_hidden_state

@@ -1,12 +1,13 @@
-"""SigLIP's vision tower, its last hidden state as a plain tensor. Loaded by `visual/encoder.py`.
-
-Shapes: B photos, H = W pixels, N = (H // patch)**2 patches, Dv width.
-"""
+"""SigLIP's vision tower, its last hidden state as a plain tensor. Loaded by `visual/encoder.py`."""
 
 import re
+from pathlib import Path
+from typing import Any, Self
 
 import torch
-from transformers import SiglipVisionModel
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from visual.tower import Tower, load_pretrained, pair
 
 # parameters of the pooling head, which makes one vector of a photo: published, and of no use here
 POOLING_HEAD = (
@@ -16,29 +17,30 @@ POOLING_HEAD = (
 )
 
 
-class SigLIPViT(SiglipVisionModel):
-    """SigLIP or SigLIP 2 (fixed resolution) without the pooling head."""
+class SigLIPViT(Tower, SiglipVisionModel):
+    """SigLIP or SigLIP 2 (fixed resolution) without the pooling head; it has no class token."""
 
+    leading = 0
     # what else a published SiglipModel holds, never read; anything more that is left over is an error
-    _keys_to_ignore_on_load_unexpected = (
+    unread = (
         r"^text_model\.",
         r"^logit_(scale|bias)$",
         r"^(vision_model\.)?embeddings\.position_ids$",
         rf"^(vision_model\.)?head\.({'|'.join(map(re.escape, POOLING_HEAD))})$",
     )
 
-    @property
-    def num_tokens(self) -> int:
-        """Rows of one photo's output: N, for SigLIP has no class token."""
-        return (self.config.image_size // self.config.patch_size) ** 2
+    def __init__(self, config: SiglipVisionConfig) -> None:
+        super().__init__(config)
+        self.width = config.hidden_size
+        self.size = pair(config.image_size)
+        self.patch_size = pair(config.patch_size)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(B, 3, H, W)` pixels as `visual.transform` makes them → `(B, N, Dv)`, after the post layer norm.
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype) -> tuple[Self, dict[str, Any]]:
+        config = SiglipVisionConfig.from_pretrained(folder)
+        config.vision_use_head = False
+        return load_pretrained(cls, folder, dtype, cls.unread, config=config)
 
-        Raises:
-            ValueError: pictures of another size than the encoder's.
-        """
-        height, width = pixel_values.shape[-2:]
-        if height != self.config.image_size or width != self.config.image_size:
-            raise ValueError(f"pictures are {height}×{width}, the encoder takes {self.config.image_size} px squares")
-        return super().forward(pixel_values).last_hidden_state
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(C, 3, H, W)` → `(C, N, Dv)`, after the post layer norm."""
+        return SiglipVisionModel.forward(self, pixels).last_hidden_state

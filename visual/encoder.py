@@ -1,4 +1,4 @@
-"""Loads the frozen image encoder, SigLIP or CLIP, from a checkpoint folder. Called by `model/model.py`."""
+"""Loads the frozen image encoder from a checkpoint folder. Called by `model/model.py`."""
 
 import json
 from pathlib import Path
@@ -8,44 +8,49 @@ import torch
 from errors import UserError, require_complete
 from visual.CLIP_VIT import CLIPViT
 from visual.SigLIP_VIT import SigLIPViT
+from visual.timm_tower import TimmViT
+from visual.tower import Drop, Tower, check_drop
+from visual.ViT import DINOv2, DINOv2WithRegisters, DINOv3, ViT
 
-# `model_type` in config.json, of a whole model or of the vision tower alone
-ENCODERS = {
+# `model_type` in config.json, of a whole model or of the vision tower alone; timm's files have none and count as "timm"
+TOWERS: dict[str, type[Tower]] = {
     "siglip": SigLIPViT,
     "siglip_vision_model": SigLIPViT,
     "clip": CLIPViT,
     "clip_vision_model": CLIPViT,
+    "vit": ViT,
+    "dinov2": DINOv2,
+    "dinov2_with_registers": DINOv2WithRegisters,
+    "dinov3_vit": DINOv3,
+    "timm": TimmViT,
 }
 NAFLEX = ("siglip2", "siglip2_vision_model")  # SigLIP 2 of fixed resolution is of type "siglip"
 
 
-def load_encoder(folder: Path, dtype: torch.dtype) -> SigLIPViT | CLIPViT:
-    """Load the vision tower from a folder with a whole SigLIP or CLIP model or the tower alone; all parameters frozen.
+def load_encoder(folder: Path, dtype: torch.dtype, drop: Drop = "first") -> Tower:
+    """Load the vision tower from a folder with a whole model or the tower alone; all parameters frozen, in eval mode.
 
-    The text tower and the other parts that have no use here are never read into memory; the classes name them.
+    The text tower and the other parts that have no use here are left out; the classes name them.
+
+    Args:
+        drop: rows that the tower leaves out, see `Tower`.
 
     Raises:
         UserError: another kind of model, or tensors missing, left over or of the wrong shape.
     """
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    check_drop(drop)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_type = config.get("model_type")
+    if model_type is None and "architecture" in config and "pretrained_cfg" in config:
+        model_type = "timm"
     if model_type in NAFLEX:
         raise UserError(
             f"'visual.path': {folder} is a NaFlex SigLIP 2, whose pictures change in size; use one of fixed "
             "resolution, for example google/siglip2-so400m-patch14-384"
         )
-    if model_type not in ENCODERS:
-        raise UserError(f"'visual.path': {folder} is of type '{model_type}'; supported: {', '.join(ENCODERS)}")
-    encoder_class = ENCODERS[model_type]
-    config = encoder_class.config_class.from_pretrained(folder)
-    if encoder_class is SigLIPViT:
-        config.vision_use_head = False
-    encoder, info = encoder_class.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        ignore_mismatched_sizes=True,  # so that they are listed with the others
-        output_loading_info=True,
-    )
+    if model_type not in TOWERS:
+        raise UserError(f"'visual.path': {folder} is of type '{model_type}'; supported: {', '.join(TOWERS)}")
+    tower, info = TOWERS[model_type].load(folder, dtype)
     require_complete(info, "visual.path", folder)
-    return encoder.requires_grad_(False).eval()
+    tower.drop = drop
+    return tower.requires_grad_(False).eval()

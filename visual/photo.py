@@ -58,9 +58,19 @@ def load_image(file: str | Path | BinaryIO | Image.Image, max_pixels: int = MAX_
         image, orientation = _decode(file, "the given picture", max_pixels)
     else:
         name = "the given file" if not isinstance(file, str | Path) else _checked_name(file)
-        image, orientation = _open(file, name, max_pixels)
+        image, orientation = _decode_file(file, name, max_pixels)
     # last, when the memory of the decoded original is free again
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def photo_size(file: str | Path) -> tuple[int, int]:
+    """Width and height of a photo, upright, from its header alone; errors as `load_image`."""
+    name = _checked_name(file)
+    with _opened(file, name, MAX_PIXELS) as image:
+        _check_size(image, name, MAX_PIXELS)
+        width, height = image.size
+        # the orientations from 5 on turn the picture by a quarter
+        return (height, width) if (_orientation(image) or 1) >= 5 else (width, height)
 
 
 def _checked_name(file: str | Path) -> str:
@@ -79,9 +89,10 @@ def _checked_name(file: str | Path) -> str:
     return str(file)
 
 
-def _open(file: str | Path | BinaryIO, name: str, max_pixels: int) -> tuple[Image.Image, int | None]:
+def _opened(file: str | Path | BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    """The photo with its header read."""
     try:
-        image = Image.open(file, formats=PHOTO_FORMATS)
+        return Image.open(file, formats=PHOTO_FORMATS)
     except UnidentifiedImageError as error:
         raise UserError(f"{name}: not an image in a format that is read: {', '.join(PHOTO_FORMATS)}") from error
     except Image.DecompressionBombError as error:
@@ -91,7 +102,11 @@ def _open(file: str | Path | BinaryIO, name: str, max_pixels: int) -> tuple[Imag
         raise file_error(error, name) from error
     except Exception as error:  # on damaged headers Pillow raises anything from OSError to RuntimeError
         raise UserError(f"{name}: cannot be read ({shortened(error)}), fetch the photo again") from error
-    with image:
+
+
+def _decode_file(file: str | Path | BinaryIO, name: str, max_pixels: int) -> tuple[Image.Image, int | None]:
+    """As `_decode`. A function of its own, so that the decoded original is freed before the copy is turned upright."""
+    with _opened(file, name, max_pixels) as image:
         return _decode(image, name, max_pixels)
 
 

@@ -6,21 +6,25 @@ the encoder wherever it comes from.
 
 import hashlib
 import json
-import math
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from errors import UserError
 from visual.photo import MAX_PIXELS, PHOTO_FORMATS, load_image
+from visual.processors import DINOv3ImageProcessor, TimmImageProcessor
 
 __all__ = ["MAX_PIXELS", "PHOTO_FORMATS", "ImageTransform", "load_image"]
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
-LONGEST_ASPECT = 100  # long edge / short edge up to which CLIP's own way is taken: 34 MB a copy at 336 px
+LONGEST_ASPECT = 100  # long edge / short edge of photos whose middle is cut out: 34 MB a copy at 336 px
 
 # transformers' AutoImageProcessor asks for torchvision in 5.17, and torchvision's resize differs from Pillow's
 PROCESSORS = {
@@ -31,6 +35,15 @@ PROCESSORS = {
     "CLIPImageProcessorFast": CLIPImageProcessorPil,
     "CLIPImageProcessorPil": CLIPImageProcessorPil,
     "CLIPFeatureExtractor": CLIPImageProcessorPil,
+    "ViTImageProcessor": ViTImageProcessorPil,
+    "ViTImageProcessorFast": ViTImageProcessorPil,
+    "ViTImageProcessorPil": ViTImageProcessorPil,
+    "ViTFeatureExtractor": ViTImageProcessorPil,
+    "BitImageProcessor": BitImageProcessorPil,  # DINOv2's
+    "BitImageProcessorFast": BitImageProcessorPil,
+    "BitImageProcessorPil": BitImageProcessorPil,
+    "DINOv3ViTImageProcessor": DINOv3ImageProcessor,
+    "DINOv3ViTImageProcessorFast": DINOv3ImageProcessor,
 }
 
 
@@ -41,7 +54,7 @@ class ImageTransform:
     costs 6 ms, beside 3 ms for the JPEG itself, and so equality with it cannot drift.
     """
 
-    def __init__(self, processor: SiglipImageProcessorPil | CLIPImageProcessorPil) -> None:
+    def __init__(self, processor: Any) -> None:
         output = processor.crop_size if processor.do_center_crop else processor.size
         if not (processor.do_resize and output and output["height"] and output["width"]):
             raise UserError(f"gives photos no fixed height and width: do_resize {processor.do_resize}, size {output}")
@@ -50,25 +63,26 @@ class ImageTransform:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ImageTransform":
-        """The transform that `preprocessor_config.json` in a checkpoint's folder describes.
+        """The transform that a checkpoint's folder describes in `preprocessor_config.json`, or timm in `config.json`.
 
         Raises:
             UserError: the file is missing, not JSON, of another kind of processor, or gives no fixed output size.
         """
         file = Path(folder) / PREPROCESSOR_FILE
-        if not file.is_file():
-            raise UserError(f"{file} not found: copy it from the vision checkpoint, it says how photos are resized")
+        if file.is_file():
+            settings = _read_object(file)
+            kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
+            if kind not in PROCESSORS:
+                raise UserError(f"{file}: image processor {kind!r} is not supported, only {', '.join(PROCESSORS)}")
+            make = PROCESSORS[kind]
+        else:
+            model = Path(folder) / "config.json"
+            settings = _read_object(model).get("pretrained_cfg") if model.is_file() else None
+            if settings is None:
+                raise UserError(f"{file} not found: copy it from the vision checkpoint, it says how photos are resized")
+            file, make = model, TimmImageProcessor
         try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file}: not valid JSON ({error}), fetch it again") from error
-        if not isinstance(settings, dict):
-            raise UserError(f"{file}: expected an object, found {type(settings).__name__}")
-        kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
-        if kind not in PROCESSORS:
-            raise UserError(f"{file}: image processor {kind!r} is not supported, only {', '.join(PROCESSORS)}")
-        try:
-            return cls(PROCESSORS[kind](**settings))
+            return cls(make(**settings))
         except (ValueError, TypeError) as error:
             raise UserError(f"{file}: {error}") from error
 
@@ -80,45 +94,103 @@ class ImageTransform:
 
         Returns:
             (3, H, W) float32, H and W in pixels as in `size`.
+
+        Raises:
+            UserError: the processor cuts out the middle, and the photo is more than `LONGEST_ASPECT` times as long as
+                wide.
         """
         if image.mode != "RGB":
             raise ValueError(f"the picture is {image.mode}, not RGB: pass it through load_image first")
-        return self.processor(self._middle(image), return_tensors="pt")["pixel_values"][0]  # (3, H, W)
+        self._check_shape(image)
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]  # (3, H, W)
 
-    def _middle(self, image: Image.Image) -> Image.Image:
-        """The part of a very long picture that CLIP's centre crop keeps, at its resized size; others unchanged.
-
-        CLIP resizes the short edge first and crops then: at 336 px, a strip of 20,000 × 10 pixels would grow to 0.7 GB
-        a copy. Pillow rounds the box to float32, so fewer than one pixel in 100 differs, by one level of 255.
-        """
-        edge = (self.processor.size or {}).get("shortest_edge")
+    def _check_shape(self, image: Image.Image) -> None:
+        # these processors resize the short edge first and crop then: at 336 px, a strip of 20,000 × 10 pixels would
+        # grow to 0.7 GB a copy, and all but 0.05 % of it would be cut off
         short, long = sorted(image.size)
-        if edge is None or long <= LONGEST_ASPECT * short:
-            return image
-        across = image.width > image.height
-        crop = self.size[1] if across else self.size[0]
-        kept = max(edge, crop)
-        resized = int(edge * long / short)  # as the processor rounds
-        start = (resized - crop) // 2 - (kept - crop) // 2  # the processor crops the kept part to the same pixels
-        low, high = start * long / resized, (start + kept) * long / resized
-        reach = 1 + math.ceil(3 * max(1, long / resized))  # no filter of Pillow's looks farther than 3 pixels
-        first, last = max(0, int(low) - reach), min(long, math.ceil(high) + reach)
-        low, high = low - first, high - first  # Pillow rounds these to float32, so they had better be small
-        if across:
-            return image.crop((first, 0, last, short)).resize(
-                (kept, edge), self.processor.resample, box=(low, 0, high, short)
+        cropping = self.processor.do_center_crop and (self.processor.size or {}).get("shortest_edge")
+        if cropping and long > LONGEST_ASPECT * short:
+            longer = "longer than wide" if image.height > image.width else "wider than high"
+            raise UserError(
+                f"photo is {image.width}×{image.height}, more than {LONGEST_ASPECT} times {longer}, and the encoder "
+                "sees only its middle: crop it"
             )
-        return image.crop((0, first, short, last)).resize(
-            (edge, kept), self.processor.resample, box=(0, low, short, high)
-        )
+
+    def tiles(self, width: int, height: int, most: int) -> tuple[int, int]:
+        """(rows, columns) of the tiles of a photo: the grid of at most `most` tiles nearest to it in aspect ratio.
+
+        Distance is the logarithm of the ratio of both aspect ratios. Of equally near grids the one with more tiles is
+        taken only if the photo has at least half its pixels, since enlarging shows nothing new (as in InternVL 1.5,
+        arXiv 2404.16821).
+
+        Args:
+            width, height: of the photo in pixels.
+
+        Returns:
+            (0, 0) where one crop is enough: the photo is no larger than that, or one tile is nearest to it.
+        """
+        if width <= self.size[1] and height <= self.size[0]:
+            return 0, 0
+        tile_height, tile_width = self.size
+
+        def order(grid: tuple[int, int]) -> tuple[Fraction, int]:
+            rows, columns = grid
+            # exact, so that equally near is no matter of rounding; the logarithm has the same order
+            ratio = Fraction(width * rows * tile_height, height * columns * tile_width)
+            enough = 2 * width * height >= rows * columns * tile_height * tile_width
+            return max(ratio, 1 / ratio), -rows * columns if enough else rows * columns
+
+        grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
+        rows, columns = min(grids, key=order, default=(1, 1))
+        return (0, 0) if rows * columns == 1 else (rows, columns)
+
+    def crops(self, image: Image.Image, rows: int, columns: int) -> torch.Tensor:
+        """The whole photo, then its tiles row by row, each as large as a crop.
+
+        The photo is resized to `columns` × `rows` crops with the processor's own filter and cut; the tiles are scaled
+        and normalised.
+
+        Args:
+            image: RGB, from `load_image`.
+            rows, columns: from `tiles`; 0 and 0: the whole photo alone.
+
+        Returns:
+            (1 + rows * columns, 3, H, W) float32.
+
+        Raises:
+            UserError: as `__call__`.
+        """
+        whole = self(image).unsqueeze(0)
+        if rows * columns == 0:
+            return whole
+        height, width = self.size
+        canvas = image.resize((columns * width, rows * height), self.processor.resample)
+        corners = [(column * width, row * height) for row in range(rows) for column in range(columns)]
+        tiles = [canvas.crop((left, top, left + width, top + height)) for left, top in corners]
+        # DINOv2's processor would enlarge a tile and crop it again
+        pixels = self.processor(tiles, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        return torch.cat([whole, pixels])
 
     def fingerprint(self) -> str:
         """16 hex digits that differ between transforms that give different pixels; stable over library versions."""
         processor = self.processor
-        settings = [
+        settings: list[Any] = [
             [processor.do_resize, dict(processor.size or {}), int(processor.resample)],
             [bool(processor.do_center_crop), dict(processor.crop_size or {})],
             [processor.do_rescale, processor.rescale_factor],
             [processor.do_normalize, list(processor.image_mean), list(processor.image_std)],
         ]
+        # these give other pixels than transformers' classes with the same settings
+        if isinstance(processor, DINOv3ImageProcessor | TimmImageProcessor):
+            settings.append(type(processor).__name__)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}), fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected an object, found {type(content).__name__}")
+    return content

@@ -27,9 +27,10 @@ def test_vision_layout_in_miniature(backbones, tmp_path, kind, image_size, patch
     folder = {"siglip": write_siglip, "clip": write_clip}[kind](tmp_path / kind, image_size, patch_size)
     model = MMultiModal.from_config(tiny_config(backbones, visual={"path": str(folder)}))
     grid = image_size // patch_size
-    # what drop_first_token drops: a patch of SigLIP, the class token of CLIP
-    assert model.num_image_tokens == grid * grid - (kind == "siglip")
-    assert model.encode_image(torch.zeros(1, 3, image_size, image_size)).shape[1] == model.num_image_tokens
+    # what `visual.drop: first` leaves out: a patch of SigLIP, the class token of CLIP
+    tokens = model.processor.chat.plan.crop_tokens
+    assert tokens == grid * grid - (kind == "siglip")
+    assert model.encode_image(torch.zeros(1, 3, image_size, image_size)).shape[1] == tokens
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,10 @@ def siglip_folder(tmp_path_factory):
 
 @torch.no_grad()
 def test_last_hidden_state(expected, siglip_folder):
-    encoder = load_encoder(siglip_folder, torch.float32)
+    encoder = load_encoder(siglip_folder, torch.float32, "none")
     pixels = torch.from_numpy(expected["pixels_k64"]).float() / 64
     reference = torch.from_numpy(expected["siglip.last_hidden_state"])
-    assert encoder.num_tokens == 729
+    assert encoder.grid.rows == 729
     torch.testing.assert_close(encoder(pixels), reference, rtol=0, atol=2e-4)
 
 

@@ -51,11 +51,12 @@ def reference(folder, kind, pixels):
 @torch.no_grad()
 def test_output_is_the_last_hidden_state(kind, tmp_path, image_size, patch_size, patches):
     folder = TOWERS[kind][0](tmp_path / kind, image_size, patch_size)
-    encoder = load_encoder(folder, torch.float32)
+    encoder = load_encoder(folder, torch.float32, "none")
     pixels = torch.randn(1, 3, image_size, image_size)
     tokens = encoder(pixels)
-    assert encoder.num_tokens == patches + (kind == "clip")
-    assert tokens.shape == (1, encoder.num_tokens, 24)
+    assert encoder.grid.rows == patches + (kind == "clip")
+    assert (encoder.leading, encoder.width) == (int(kind == "clip"), 24)
+    assert tokens.shape == (1, encoder.grid.rows, 24)
     torch.testing.assert_close(tokens, reference(folder, kind, pixels))
 
 
@@ -99,7 +100,7 @@ def test_config_as_published_leaves_defaults_out(tmp_path):
 def test_first_row_of_clip_is_the_class_token(tmp_path):
     folder = write_clip(tmp_path)
     pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-    encoder = load_encoder(folder, torch.float32)
+    encoder = load_encoder(folder, torch.float32, "none")
     pooled = CLIPVisionModel.from_pretrained(folder).eval()(pixels).pooler_output
     torch.testing.assert_close(encoder.post_layernorm(encoder(pixels)[:, 0]), pooled)
 

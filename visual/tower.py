@@ -1,0 +1,117 @@
+"""What every image encoder tells the rest: the rows it gives for a crop, their grid and width, the pixels it takes.
+
+`visual/encoder.py` loads towers; the classes are in the files beside it.
+
+Shapes: C crops, H × W pixels, Dv width.
+"""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from visual_plan import Grid
+
+Drop = Literal["first", "leading", "none"]
+
+
+class Tower(nn.Module):
+    """Pictures → rows of features.
+
+    Attributes:
+        leading: rows that the library gives in front of the patches (class token, registers).
+        width: Dv.
+        size: (H, W) in pixels of the pictures it takes.
+        patch_size: (height, width) in pixels of a patch.
+        drop: which rows `forward` leaves out: `first`, row 0 whatever it is (of SigLIP the top-left patch), `leading`,
+            all rows in front of the patches, or `none`.
+    """
+
+    leading: int
+    width: int
+    size: tuple[int, int]
+    patch_size: tuple[int, int]
+    drop: Drop = "none"
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype) -> tuple[Self, dict[str, Any]]:
+        """The tower in a checkpoint folder, and which tensors did not fit, as `errors.require_complete` reads it."""
+        raise NotImplementedError
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(C, 3, H, W)` pixels → `(C, leading + patches, Dv)`: the library's own output, nothing dropped."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the pixels it takes."""
+        return next(self.parameters()).dtype
+
+    @property
+    def dropped(self) -> int:
+        """Number of rows that `forward` leaves out."""
+        return {"none": 0, "first": 1, "leading": self.leading}[self.drop]
+
+    @property
+    def all_rows(self) -> int:
+        """Number of rows that pass its layers for one crop, before any is left out."""
+        return self.grid.rows + self.dropped
+
+    @property
+    def grid(self) -> Grid:
+        """The rows of one crop as `forward` gives them."""
+        height, width = (pixels // patch for pixels, patch in zip(self.size, self.patch_size, strict=True))
+        return Grid(height, width, self.leading - self.dropped)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(C, 3, H, W)` pixels as `visual.transform` makes them → `(C, grid.rows, Dv)`, patches row by row at the end.
+
+        Raises:
+            ValueError: pictures of another size than the tower's.
+        """
+        height, width = pixels.shape[-2:]
+        if (height, width) != self.size:
+            raise ValueError(f"pictures are {height}×{width}, the encoder takes {self.size[0]}×{self.size[1]} px")
+        return self.encode(pixels)[:, self.dropped :]
+
+
+def check_drop(drop: str) -> None:
+    """Raise ValueError unless `drop` is one of those that `Tower` knows."""
+    if drop not in get_args(Drop):
+        raise ValueError(f"drop is {drop!r}, not one of {', '.join(get_args(Drop))}")
+
+
+def load_pretrained(
+    model_class: Any, folder: Path, dtype: torch.dtype, unread: Collection[str] = (), **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A model by its class in transformers and what did not fit, save for the tensors whose names match `unread`.
+
+    Args:
+        unread: regular expressions for tensors that a published model holds and the tower has no use for.
+        settings: further arguments of `from_pretrained`.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would print a table of what `unread` names
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # so that they are listed with the others
+            output_loading_info=True,
+            **settings,
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    left_over = {name for name in info["unexpected_keys"] if not any(re.search(known, name) for known in unread)}
+    return model, {**info, "unexpected_keys": left_over}
+
+
+def pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of a size in a config.json, where one number means a square."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
