@@ -53,13 +53,36 @@ LLAVA = [
     {"id": "b", "image": "0.png", "conversations": [*_dialogue("Where?\n<image>", "Here."), *_dialogue("Why?", "So.")]},
     {"id": "c", "image": ["1.png", "2.png"], "conversations": _dialogue("<image><image>\nSame?", "No.")},
     {"id": "d", "conversations": _dialogue("Hello", "Hi")},
+    {
+        "id": "e",
+        "image": ["0.png", "2.png", "1.png"],
+        "conversations": [
+            *_dialogue("Hello", "Hi"),
+            *_dialogue("<image>\nWhat?", "A dog."),
+            *_dialogue("<image> or <image>?", "Both."),
+        ],
+    },
+    {"id": "f", "images": ["1.png"], "conversations": [*_dialogue("Why?", "So."), *_dialogue("Where?", "Here.")]},
+]
+JSONL: list[dict] = [{"image": name, "question": "What?", "answer": "a dog", "type": "t"} for name in PHOTOS]
+JSONL += [
+    {
+        "image": "0.png",
+        "turns": [
+            {"question": "What?", "answer": ["a dog", "a cat"]},
+            {"q": "<image><image>Same?", "a": "no", "images": ["1.png", "0.png"], "type": "same"},
+            {"q": "And this?", "a": "a dog", "image": "2.png"},
+        ],
+    },
+    {"images": PHOTOS, "turns": [{"q": "<image>?", "a": "one"}, {"q": "<image> and <image>?", "a": "two"}]},
+    {"turns": [{"q": "Hello", "a": "Hi"}, {"q": "What?", "a": "a dog", "image": "1.png"}]},
 ]
 COCO_ID = {"0.png": 0, "1.png": 1, "2.png": 2}
 # format → (annotations, questions or None) as it should be
 SOUND: dict[str, tuple[Any, Any]] = {
     "ai_challenger": ([{"url": "u", "image_id": name, "caption": ["一只狗", "狗在跑"]} for name in PHOTOS], None),
     "llava": (LLAVA, None),
-    "jsonl": ([{"image": name, "question": "What?", "answer": "a dog", "type": "t"} for name in PHOTOS], None),
+    "jsonl": (JSONL, None),
     "coco_captions": (
         {
             "images": [{"id": ID, "file_name": name} for name, ID in COCO_ID.items()],
@@ -123,9 +146,12 @@ def annotations(draw: random.Random, folder: Path) -> str:
         return "no row left"
     write_records(image_map, captions, folder / "image_map.json", folder / "captions.json")
     try:
-        _, entries = read_records(folder / "image_map.json", folder / "captions.json")
+        known, entries = read_records(folder / "image_map.json", folder / "captions.json")
     except UserError as error:
         raise FoundError("unaccounted", f"{kind}: what was written is refused: {error}") from error
+    lost = known.keys() - {ID for entry in entries for ID in entry.images}
+    if lost:
+        raise FoundError("unaccounted", f"{kind}: no entry shows the photos {lost}")
     back = len(entries)
     if kind == "coco_captions":  # the captions of a photo are rows, and answers of one entry
         back = sum(len(entry.turns[0].answers) for entry in entries)
@@ -160,9 +186,11 @@ def _change(draw: random.Random, value: Any, key: Any) -> Any:
         other = draw.choice(list(value))
         result[key], result[other] = value[other], value[key]
     else:
-        result[draw.choice(["image", "image_id", "id", "question_id", "caption", "q", "a", "type", "", "图"])] = (
-            copy.deepcopy(value[key]) if change == "double" else result.pop(key)
-        )
+        result[
+            draw.choice(
+                ["image", "images", "image_id", "id", "question_id", "caption", "turns", "q", "a", "type", "", "图"]
+            )
+        ] = copy.deepcopy(value[key]) if change == "double" else result.pop(key)
     return result
 
 

@@ -7,6 +7,8 @@ What counts as one row, so that kept + rejected = read:
 * `coco_captions`: an item of `annotations`, that is, a caption; and an item of `images` that no caption names, that
   has no id or that repeats the id of an earlier one. All captions of a photo become one entry with several answers.
 * `vqav2`: an item of `questions`, with its annotation; and an item of `annotations` that has no question of its own.
+
+`dataset/turns.py` shows rows of `llava` and `jsonl` with several turns and photos.
 """
 
 from collections.abc import Callable, Iterator

@@ -5,8 +5,8 @@ A row that cannot be used is rejected with a reason, and `Report` keeps it; noth
 """
 
 import functools
+import itertools
 import os
-import posixpath
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -17,16 +17,13 @@ from config import IMAGE_TAG
 from dataset.formats import Loader, load_coco_captions, load_jsonl, load_list, load_vqav2
 from dataset.photo_check import Check
 from dataset.records import TEXT_KEY, Captions, ImageMap
-from dataset.rows import DropRowError, Part, Report, Row, check_text, is_blank, shown
+from dataset.rows import DropRowError, Part, Report, Row, shown
+from dataset.turns import Notes, Turns, answers_of, dialogue, image_names, kind_of, place_by_turn, place_photos, turn_of
 from paths import resolve_path
 
-IMAGE_WORD = "<image>"  # the photo's place in LLaVA annotations
 CHINESE_QUESTIONS = (f"这幅图像描述了什么？{IMAGE_TAG}", f"{IMAGE_TAG}这幅图像中有什么？")
 ENGLISH_QUESTIONS = (f"What does this picture show?{IMAGE_TAG}", f"{IMAGE_TAG}What is in this picture?")
 CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
-
-Notes = dict[str, int]  # names of counts of `Report` -> what a row adds to them if it is kept
-Parsed = tuple[list[str], list[dict[str, Any]]]  # names of the photos, turns
 
 
 def process_ali(
@@ -64,17 +61,17 @@ def process_ali(
     """
     choice = random.Random(seed)
 
-    def parse(row: dict[str, Any], notes: Notes) -> Parsed:
-        names = _image_names(row)
+    def parse(row: dict[str, Any], notes: Notes) -> Turns:
+        names = image_names(row)
         if not names:
             raise DropRowError("no photo named", f"keys {', '.join(map(str, row))}")
         texts = row.get("caption", row.get("conversations"))
         if isinstance(texts, list) and texts and isinstance(texts[0], dict):
-            return names, _place_tags(_dialogue(texts, notes), len(names), notes)
-        answers = _answers(texts, notes)
+            return place_photos(dialogue(texts, notes), names, notes)
+        answers = answers_of(texts, notes)
         language = questions or (CHINESE_QUESTIONS if CHINESE_CHARACTER.search(answers[0]) else ENGLISH_QUESTIONS)
         question = language[choice.random() < 0.5]
-        return names, [{"q": question.replace(IMAGE_TAG, IMAGE_TAG * len(names)), "a": answers}]
+        return [{"q": question.replace(IMAGE_TAG, IMAGE_TAG * len(names)), "a": answers, "images": names}]
 
     return _process(parse, rows, image_path, start_ID, image_map, source, report, check)
 
@@ -97,20 +94,19 @@ def process_coco(
     report: Report | None = None,
     check: Check | None = None,
 ) -> tuple[ImageMap, Captions]:
-    """Rows with `conversations` (LLaVA) or with `question`/`q` and `answer`/`a`; arguments as in `process_ali`.
+    """Rows with `conversations` (LLaVA), with `turns`, or with `question`/`q` and `answer`/`a`.
 
-    `<image>` becomes `<|extra_0|>`, all turns are kept, a row without photo is text only. Nothing is drawn at random:
-    `seed` is there so that all readers are called alike.
+    `dataset/turns.py` says where their photos stand; a row without photo is text only. Nothing is drawn at random:
+    `seed` is there so that all readers are called alike. Arguments as in `process_ali`.
     """
 
-    def parse(row: dict[str, Any], notes: Notes) -> Parsed:
-        names = _image_names(row)
+    def parse(row: dict[str, Any], notes: Notes) -> Turns:
+        names = image_names(row)
         if "conversations" in row:
-            turns = _dialogue(row["conversations"], notes)
-        else:
-            question = _question(row.get("question", row.get("q")))
-            turns = [{"q": question, "a": _answers(row.get("answer", row.get("a")), notes)}]
-        return names, _place_tags(turns, len(names), notes)
+            return place_photos(dialogue(row["conversations"], notes), names, notes)
+        if "turns" in row:
+            return place_by_turn(row["turns"], names, notes)
+        return place_photos([turn_of(row, notes)], names, notes)
 
     return _process(parse, rows, image_path, start_ID, image_map, source, report, check)
 
@@ -122,7 +118,7 @@ def merge_captions(captions: Captions, new: Captions) -> None:
 
 
 def _process(
-    parse: Callable[[dict[str, Any], Notes], Parsed],
+    parse: Callable[[dict[str, Any], Notes], Turns],
     rows: Iterable[Any],
     image_path: str | Path,
     start_ID: int,
@@ -138,25 +134,19 @@ def _process(
     parsed = _parse_rows(parse, rows, report)
     problems = {}
     if check is not None:
-        named = dict.fromkeys(f"{register.folder}/{name}" for _, _, names, *_ in parsed for name in names)
+        named = dict.fromkeys(path for _, _, turns, _ in parsed for path in register.paths(turns))
         problems = check([path for path in named if not register.knows(path)])
 
     captions: Captions = {}
-    for number, row, names, turns, notes in parsed:
-        paths = [f"{register.folder}/{name}" for name in names]
-        bad = next((path for path in paths if path in problems), None)
+    for number, row, turns, notes in parsed:
+        bad = next((path for path in register.paths(turns) if path in problems), None)
         if bad is not None:
             report.drop(_parts(number, row), *problems[bad])
             continue
-        IDs = [register.get(path) for path in paths]
-        entry: dict[str, Any] = {"source": source}
-        kind = (row.value if isinstance(row, Row) else row).get("type")
-        if kind is not None:
-            entry["type"] = str(kind)
-        if len(IDs) > 1:
-            entry["images"] = IDs
+        entry = {"source": source} | kind_of(row.value if isinstance(row, Row) else row)
+        key = register.enter(turns, entry)
         entry |= turns[0] if len(turns) == 1 else {"turns": turns}
-        captions.setdefault(str(IDs[0]) if IDs else TEXT_KEY, []).append(entry)
+        captions.setdefault(key, []).append(entry)
         report.kept += len(row.parts) if isinstance(row, Row) else 1
         report.questions += len(turns)
         for name, count in (notes or {}).items():
@@ -166,9 +156,9 @@ def _process(
 
 
 def _parse_rows(
-    parse: Callable[[dict[str, Any], Notes], Parsed], rows: Iterable[Any], report: Report
-) -> list[tuple[int, Any, list[str], list[dict[str, Any]], Notes | None]]:
-    """(number, row, names of the photos, turns, notes) of each usable row; the others go to the report."""
+    parse: Callable[[dict[str, Any], Notes], Turns], rows: Iterable[Any], report: Report
+) -> list[tuple[int, Any, Turns, Notes | None]]:
+    """(number, row, turns, notes) of each usable row; the others go to the report."""
     parsed = []
     for number, row in enumerate(rows, start=1):
         report.rows += len(row.parts) if isinstance(row, Row) else 1
@@ -179,8 +169,7 @@ def _parse_rows(
             value = row.value if isinstance(row, Row) else row
             if not isinstance(value, dict):
                 raise DropRowError("row is not an object", shown(value))
-            names, turns = parse(value, notes)
-            parsed.append((number, row, names, turns, notes or None))
+            parsed.append((number, row, parse(value, notes), notes or None))
         except DropRowError as problem:
             report.drop(_parts(number, row), problem.reason, problem.detail)
     return parsed
@@ -202,6 +191,23 @@ class _Register:
         self.new: ImageMap = {}
         self.ID_of_known_file = {_absolute(photo["path"]): photo["ID"] for photo in known.values()}
         self.ID_of_path: dict[str, int] = {}
+
+    def paths(self, turns: Turns) -> list[str]:
+        """The photo files of a row, in reading order."""
+        return [f"{self.folder}/{name}" for turn in turns for name in turn.get("images", ())]
+
+    def enter(self, turns: Turns, entry: dict[str, Any]) -> str:
+        """Put IDs in place of the photos' names, as `write_records` describes; gives the key of `entry` in captions."""
+        IDs = [[self.get(path) for path in self.paths([turn])] for turn in turns]
+        first = next(itertools.chain.from_iterable(IDs), None)
+        if first is not None and IDs[0] != [first]:
+            entry["images"] = IDs[0]
+        for turn in turns:
+            turn.pop("images", None)
+        for turn, own in zip(turns[1:], IDs[1:], strict=True):
+            if own:
+                turn["images"] = own
+        return TEXT_KEY if first is None else str(first)
 
     def knows(self, path: str) -> bool:
         return _absolute(path) in self.ID_of_known_file
@@ -227,67 +233,6 @@ def _absolute(path: str) -> str:
 @functools.cache
 def _absolute_folder(folder: str) -> str:
     return os.path.abspath(resolve_path(folder))
-
-
-def _image_names(row: dict[str, Any]) -> list[str]:
-    value = row.get("image")
-    if value is None:
-        value = row.get("image_id")
-    if value is None:
-        return []
-    return [_safe_name(name) for name in (value if isinstance(value, list) else [value])]
-
-
-def _safe_name(name: Any) -> str:
-    if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise DropRowError("photo name is not a file name", repr(name))
-    clean = posixpath.normpath(name.replace("\\", "/"))
-    if clean.startswith(("/", "../")) or clean in (".", "..") or clean[1:2] == ":":
-        raise DropRowError("photo path leaves the image folder", name)
-    return clean
-
-
-def _dialogue(messages: Any, notes: Notes) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise DropRowError("conversations is not a list of messages", shown(messages))
-    speakers = [message.get("from") for message in messages]
-    if speakers != ["human", "gpt"] * (len(messages) // 2):
-        raise DropRowError("human and gpt do not take turns", ", ".join(map(shown, speakers)))
-    pairs = zip(messages[::2], messages[1::2], strict=True)
-    return [{"q": _question(human.get("value")), "a": _answers(gpt.get("value"), notes)} for human, gpt in pairs]
-
-
-def _question(value: Any) -> str:
-    check_text(value, "question")
-    return value
-
-
-def _answers(value: Any, notes: Notes) -> list[str]:
-    texts = value if isinstance(value, list) else [value]
-    if any(not isinstance(text, str) for text in texts):
-        raise DropRowError("no answer" if value is None else "answer is not text", shown(value))
-    answers = [text for text in texts if not is_blank(text)]
-    if not answers:
-        raise DropRowError("no answer", shown(value))
-    for text in answers:
-        check_text(text, "answer")
-    if len(answers) < len(texts):
-        notes["blank_answers"] = notes.get("blank_answers", 0) + len(texts) - len(answers)
-    return answers
-
-
-def _place_tags(turns: list[dict[str, Any]], photos: int, notes: Notes) -> list[dict[str, Any]]:
-    first, tags = turns[0], sum(turn["q"].count(IMAGE_WORD) for turn in turns)
-    if tags == 0 and photos:
-        first["q"] = IMAGE_TAG * photos + "\n" + first["q"]
-        notes["tags_added"] = 1
-    elif tags != photos:
-        raise DropRowError(f"number of {IMAGE_WORD} tags is not that of photos", f"{tags} tags, {photos} photos")
-    elif first["q"].count(IMAGE_WORD) != photos:
-        raise DropRowError(f"{IMAGE_WORD} stands in a later question", first["q"])
-    else:
-        first["q"] = first["q"].replace(IMAGE_WORD, IMAGE_TAG)
-    return turns
 
 
 class Reader(NamedTuple):

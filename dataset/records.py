@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,19 +37,28 @@ class Photo:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
+    """A question with its answers. `images` are its photos, those of its first tags; later tags are text."""
+
     question: str
     answers: tuple[str, ...]  # at least one; any of them is right
     type: str = ""  # kind of question, for the scores; "" is the entry's
+    images: tuple[int, ...] = ()  # IDs; () is a turn without a photo of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row: a question or a dialogue on `images`; `()` is text only. The first question holds a tag per photo."""
+    """One row: a question or a dialogue."""
 
-    images: tuple[int, ...]
     source: str
     type: str
     turns: tuple[Turn, ...]
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """IDs of the photos of all turns in reading order, each as often as it stands there; () is text only."""
+        if len(self.turns) == 1:
+            return self.turns[0].images
+        return tuple(ID for turn in self.turns for ID in turn.images)
 
 
 def write_records(
@@ -64,8 +73,11 @@ def write_records(
     Args:
         image_map: `{key: {"ID": int, "image_file": str, "path": str}}`, path absolute or from the repository root.
         captions: `{"ID" or "text": [entry, …]}`; an entry is `{"source", "q", "a": [str, …]}` or, for a dialogue,
-            `{"source", "turns": [{"q", "a"}, …]}`; `"type"` of entry or turn is optional, several photos are
-            `"images": [ID, …]`.
+            `{"source", "turns": [{"q", "a"}, …]}`; `"type"` of entry or turn is optional. `"images": [ID, …]` of the
+            entry are the photos of its first turn, by default its key's alone; each later turn may have `"images"` of
+            its own. The first photo of an entry in reading order is its key: where the first turn shows none,
+            `"images"` is `[]` and a later turn begins with the key. Entries under "text" have no photos. Photos stand
+            at the first tags `<|extra_0|>` of their turn's question, in this order; any further tag is text.
         beside: more files to write with them, by the pieces of their content.
 
     Raises:
@@ -166,42 +178,57 @@ def _entry(file: Path, key: str, number: int, item: Any, photos: dict[int, Photo
     where = f"ID {key}, entry {number}" if key != TEXT_KEY else f"'{TEXT_KEY}', entry {number}"
     if not isinstance(item, dict):
         _fail(file, where, f"is a {type(item).__name__}, not an object")
-    images: tuple[int, ...] = ()
-    if key != TEXT_KEY:
-        IDs = item.get("images", [int(key)])
-        if not isinstance(IDs, list) or IDs[:1] != [int(key)]:
-            _fail(file, where, f'"images" must be a list of IDs that begins with {key}')
-        unknown = [ID for ID in IDs if not isinstance(ID, int) or ID not in photos]
-        if unknown:
-            _fail(file, where, f"names the photo {unknown[0]!r}, which is not in the image map")
-        images = tuple(IDs)
     source, turns = item.get("source", UNNAMED_SOURCE), item.get("turns", [item])
     kind = item.get("type", source)
     if not isinstance(source, str) or not isinstance(kind, str):
         _fail(file, where, '"source" and "type" must be texts')
     if not isinstance(turns, list) or not turns:
         _fail(file, where, '"turns" must be a list of at least one {"q", "a"}')
-    read_turns = [_turn(file, where, turn) for turn in turns]
+    first = [] if key == TEXT_KEY else [int(key)]
+    images = item.get("images", first)
     if "turns" in item:
-        kinds = [turn.get("type", "") for turn in turns]
-        if not all(isinstance(turn_kind, str) for turn_kind in kinds):
-            _fail(file, where, '"type" of a turn must be a text')
-        read_turns = [replace(turn, type=turn_kind) for turn, turn_kind in zip(read_turns, kinds, strict=True)]
-    entry = Entry(images, source, kind, tuple(read_turns))
-    tags = entry.turns[0].question.count(IMAGE_TAG)
-    if tags < len(images):
-        _fail(file, where, f"has {len(images)} photos but {tags} tags {IMAGE_TAG} in its first question")
+        read = tuple(_dialogue_turn(file, where, index, turn, images, photos) for index, turn in enumerate(turns))
+    else:
+        read = (_turn(file, where, item, "", images, photos),)
+    entry = Entry(source, kind, read)
+    shown = entry.images[:1]
+    if shown != tuple(first):
+        found = f"shows photo {shown[0]} first" if shown else "shows no photo"
+        rule = f"the photo {key}, its key, must come first" if first else f"entries under '{TEXT_KEY}' have none"
+        _fail(file, where, f"{found}, but {rule}")
     return entry
 
 
-def _turn(file: Path, where: str, turn: Any) -> Turn:
-    match turn:
-        case {"q": str(question), "a": str(answer)} if question.strip() and answer.strip():
-            return Turn(question, (answer,))
-        case {"q": str(question), "a": [*answers]} if question.strip() and answers:
-            if all(isinstance(answer, str) and answer.strip() for answer in answers):
-                return Turn(question, tuple(answers))
-    _fail(file, where, 'must have a question "q" and an answer or answers "a", texts that are not blank')
+def _dialogue_turn(file: Path, where: str, index: int, turn: Any, first: Any, photos: dict[int, Photo]) -> Turn:
+    """Turn `index` of a dialogue; `first` are the entry's `"images"`, which are those of the first turn."""
+    where = f"{where}, turn {index}"
+    if not isinstance(turn, dict):
+        _fail(file, where, f"is a {type(turn).__name__}, not an object")
+    kind = turn.get("type", "")
+    if not isinstance(kind, str):
+        _fail(file, where, 'has a "type" that is no text')
+    if index == 0 and "images" in turn:
+        _fail(file, where, 'has "images", but those of the first turn stand in the entry, beside "turns"')
+    return _turn(file, where, turn, kind, turn.get("images", []) if index else first, photos)
+
+
+def _turn(file: Path, where: str, turn: dict[str, Any], kind: str, images: Any, photos: dict[int, Photo]) -> Turn:
+    question, answers = turn.get("q"), turn.get("a")
+    texts = [answers] if isinstance(answers, str) else answers
+    asked = isinstance(question, str) and question.strip()
+    if not (
+        asked and isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
+    ):
+        _fail(file, where, 'must have a question "q" and an answer or answers "a", texts that are not blank')
+    if not isinstance(images, list):
+        _fail(file, where, f'has "images" of the type {type(images).__name__}, not a list of photo IDs')
+    for ID in images:
+        if type(ID) is not int or ID not in photos:  # True is an int as well
+            _fail(file, where, f"names the photo {ID!r}, which is not in the image map")
+    tags = question.count(IMAGE_TAG)
+    if tags < len(images):
+        _fail(file, where, f"has {len(images)} photos but {tags} tags {IMAGE_TAG} in its question")
+    return Turn(question, tuple(texts), kind, tuple(images))
 
 
 def _fail(file: Path, where: str, problem: str) -> NoReturn:
@@ -213,11 +240,11 @@ def split_entries(
 ) -> tuple[list[Entry], list[Entry]]:
     """Split into (train, val) by a hash of the photo's key, or of the first question where there is no photo.
 
-    Photos that share an entry are linked, also through other photos; the alphabetically first key of linked photos
-    decides for all of them. So no photo is on both sides, all questions on a photo are on one side, and new data move
-    only photos that they link. If linked photos are more than half of all, they go to training, because holding them
-    out would leave too little. `val_fraction` is in [0, 1); the share is met on average, so a small set may get no
-    validation part.
+    Photos that share an entry, in one turn or several, are linked, also through other photos; the alphabetically first
+    key of linked photos decides for all of them. So no photo is on both sides, all questions on a photo are on one
+    side, and new data move only photos that they link. If linked photos are more than half of all, they go to training,
+    because holding them out would leave too little. `val_fraction` is in [0, 1); the share is met on average, so a
+    small set may get no validation part.
 
     Raises:
         UserError: entries link all photos, so that none can be held out.
@@ -233,7 +260,7 @@ def split_entries(
         )
     train, val = [], []
     for entry in entries:
-        first = entry.images[0] if entry.images else None
+        first = next(iter(entry.images), None)
         name = entry.turns[0].question if first is None else key_of.get(first, photos[first].key)
         digest = hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest()
         held_out = int.from_bytes(digest, "big") < val_fraction * 2**64
@@ -254,7 +281,8 @@ def _deciding_keys(photos: dict[int, Photo], entries: list[Entry]) -> dict[int, 
         return ID
 
     for entry in entries:
-        for ID in entry.images[1:]:
-            first, second = sorted((root(entry.images[0]), root(ID)), key=lambda ID: photos[ID].key)
+        images = entry.images
+        for ID in images[1:]:
+            first, second = sorted((root(images[0]), root(ID)), key=lambda ID: photos[ID].key)
             parent[second] = first  # so that a root has the smallest key of its photos
     return {ID: photos[root(ID)].key for ID in list(parent)}

@@ -1,4 +1,4 @@
-"""The two files: what is written is read back, every mistake in them is named, the split keeps photos whole."""
+"""The two files: what is written is read back, and every mistake in them is named."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.records import Entry, Photo, Turn, read_records, split_entries, write_json_files, write_records
+from dataset.records import Entry, Photo, Turn, read_records, write_json_files, write_records
 from errors import UserError
 from paths import REPO_ROOT
 
@@ -24,6 +24,13 @@ PHOTOS = {
 
 def question(**change):
     return {"source": "s", "q": f"{TAG}\nWhy?", "a": ["So."]} | change
+
+
+def dialogue(later, *, first=None, **change):
+    """A dialogue of two turns with a tag in each question; `later` and `first` change the turns."""
+    turns = [{"q": f"{TAG}1?", "a": "one"} | (first or {}), {"q": f"2?{TAG}", "a": "two"}]
+    turns[1] = turns[1] | later if isinstance(later, dict) else later
+    return {"source": "s", "turns": turns} | change
 
 
 def write(folder, image_map, captions):
@@ -50,10 +57,10 @@ def test_written_and_read_back(tmp_path):
         1: Photo(1, "照片/2.jpg", "2.jpg", Path("/photos/照片/2.jpg")),
     }
     assert entries == [
-        Entry((1,), "s", "colour", (Turn(f"{TAG}\nWhy?", ("So.",)),)),
-        Entry((1,), "t", "t", (Turn(f"1?{TAG}", ("一",)), Turn("2?", ("2",)))),
-        Entry((0, 1), "s", "s", (Turn(f"{TAG}{TAG}Which?", ("a", "b")),)),
-        Entry((), "s", "s", (Turn("1+1?", ("So.",)),)),
+        Entry("s", "colour", (Turn(f"{TAG}\nWhy?", ("So.",), images=(1,)),)),
+        Entry("t", "t", (Turn(f"1?{TAG}", ("一",), images=(1,)), Turn("2?", ("2",)))),
+        Entry("s", "s", (Turn(f"{TAG}{TAG}Which?", ("a", "b"), images=(0, 1)),)),
+        Entry("s", "s", (Turn("1+1?", ("So.",)),)),
     ]
     text = paths[1].read_text(encoding="utf-8")
     assert '\n      "source": "s"' in text
@@ -62,7 +69,7 @@ def test_written_and_read_back(tmp_path):
 
 def test_report_form(tmp_path):
     _, entries = read_records(*write(tmp_path, PHOTOS, {"1": {"q": f"{TAG}Why?", "a": "So."}}))
-    assert entries == [Entry((1,), "unnamed", "unnamed", (Turn(f"{TAG}Why?", ("So.",)),))]
+    assert entries == [Entry("unnamed", "unnamed", (Turn(f"{TAG}Why?", ("So.",), images=(1,)),))]
 
 
 def test_type_of_a_turn(tmp_path):
@@ -71,8 +78,51 @@ def test_type_of_a_turn(tmp_path):
     assert [turn.type for turn in entry.turns] == ["count", ""]
     assert entry.type == "s"
     turns[1]["type"] = 3
-    with pytest.raises(ValueError, match='"type" of a turn must be a text'):
+    with pytest.raises(ValueError, match=r'ID 1, entry 0, turn 1 has a "type" that is no text'):
         read_records(*write(tmp_path, PHOTOS, {"1": [{"source": "s", "turns": turns}]}))
+
+
+def test_photos_in_later_turns(tmp_path):
+    turns = [
+        {"q": f"{TAG} and {TAG}?", "a": ["one"]},
+        {"q": f"What does {TAG} mean?", "a": ["two"]},
+        {"q": f"{TAG}{TAG} or {TAG}?", "a": ["three"], "images": [0, 1]},
+    ]
+    captions = {
+        "1": [{"source": "s", "images": [1, 0], "turns": turns}, dialogue({"images": [1]}, images=[])],
+        "0": [dialogue({"images": [1]})],
+        "text": [{"source": "s", "turns": turns[1:2]}],
+    }
+    paths = tmp_path / "image_map.json", tmp_path / "captions.json"
+    write_records(PHOTOS, captions, *paths)
+    _, [three, late, both, text] = read_records(*paths)
+    assert [turn.images for turn in three.turns] == [(1, 0), (), (0, 1)]
+    assert three.images == (1, 0, 0, 1)
+    assert [turn.question for turn in three.turns] == [turn["q"] for turn in turns]
+    assert [turn.images for turn in late.turns] == [(), (1,)]
+    assert late.images == (1,)
+    assert [turn.images for turn in both.turns] == [(0,), (1,)]
+    assert text.images == ()
+
+
+IMAGES = st.lists(st.integers(0, 1), max_size=3)
+
+
+@given(st.lists(st.lists(IMAGES, min_size=1, max_size=4), max_size=4))
+def test_photos_of_any_turns_are_read_back(tmp_path_factory, entries):
+    """Written as `write_records` describes, the same entries are read, under whichever key they must stand."""
+    captions, expected = {}, []
+    for number, lists in enumerate(entries):
+        shown = [ID for images in lists for ID in images]
+        turns = [{"q": TAG * len(images) + "?", "a": [str(number)], "images": images} for images in lists]
+        item = {"source": "s", "images": turns[0].pop("images"), "turns": turns}
+        captions.setdefault(str(shown[0]) if shown else "text", []).append(item)
+        expected.append((str(number), [tuple(images) for images in lists], tuple(shown)))
+    folder = tmp_path_factory.getbasetemp()
+    write_records(PHOTOS, captions, folder / "image_map.json", folder / "captions.json")
+    _, read = read_records(folder / "image_map.json", folder / "captions.json")
+    found = [(e.turns[0].answers[0], [turn.images for turn in e.turns], e.images) for e in read]
+    assert sorted(found) == sorted(expected)
 
 
 def test_photo_without_captions_and_later_tag_are_fine(tmp_path):
@@ -87,12 +137,27 @@ def test_photo_without_captions_and_later_tag_are_fine(tmp_path):
         ({"one": [question()]}, r"ID 'one' is not in"),
         ([], r"the file is a list, not an object with photo IDs"),
         ({"1": [question(), "text"]}, r"ID 1, entry 1 is a str, not an object"),
-        ({"1": [question(q="Why?")]}, r"ID 1, entry 0 has 1 photos but 0 tags <\|extra_0\|> in its first question"),
+        ({"1": [question(q="Why?")]}, r"ID 1, entry 0 has 1 photos but 0 tags <\|extra_0\|> in its question"),
         ({"1": [question(images=[1, 0])]}, r"has 2 photos but 1 tags"),
-        ({"1": [question(images=[0, 1])]}, r'"images" must be a list of IDs that begins with 1'),
-        ({"1": [question(images=[])]}, r'"images" must be a list of IDs that begins with 1'),
-        ({"1": [question(images=1)]}, r'"images" must be a list'),
+        (
+            {"1": [question(images=[0, 1], q=TAG + TAG)]},
+            r"ID 1, entry 0 shows photo 0 first, but the photo 1, its key, must come first",
+        ),
+        ({"1": [question(images=[])]}, r"shows no photo, but the photo 1, its key, must come first"),
+        ({"1": [question(images=1)]}, r'has "images" of the type int, not a list of photo IDs'),
         ({"1": [question(images=[1, 5])]}, r"names the photo 5, which is not in the image map"),
+        ({"1": [question(images=[True])]}, r"names the photo True, which is not in the image map"),
+        ({"text": [question(images=[1])]}, r"'text', entry 0 shows photo 1 first, but entries under 'text' have none"),
+        ({"1": [dialogue(["x"])]}, r"ID 1, entry 0, turn 1 is a list, not an object"),
+        ({"1": [dialogue({"images": 1})]}, r'turn 1 has "images" of the type int, not a list of photo IDs'),
+        ({"1": [dialogue({"images": [2]})]}, r"turn 1 names the photo 2, which is not in the image map"),
+        ({"1": [dialogue({"images": [0, 0]})]}, r"turn 1 has 2 photos but 1 tags <\|extra_0\|> in its question"),
+        ({"1": [dialogue({"images": [0]}, images=[])]}, r"ID 1, entry 0 shows photo 0 first, but the photo 1"),
+        (
+            {"1": [dialogue({"images": [1]}, first={"images": [1]})]},
+            r'turn 0 has "images", but those of the first turn',
+        ),
+        ({"text": [dialogue({"images": [1]})]}, r"'text', entry 0 shows photo 1 first, but entries under 'text'"),
         ({"1": [question(a=[])]}, r'must have a question "q" and an answer or answers "a"'),
         ({"1": [question(a=["x", ""])]}, r'must have a question "q"'),
         ({"1": [question(a=["x", 1])]}, r'must have a question "q"'),
@@ -192,87 +257,6 @@ class TestUnwritable:
 def test_same_path_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'data\.image_map' and 'data\.captions' are both"):
         write_records({}, {}, tmp_path / "a.json", tmp_path / "." / "a.json")
-
-
-def numbered_photos(count):
-    return {ID: Photo(ID, f"train2017/{ID:012}.jpg", f"{ID:012}.jpg", Path("/x")) for ID in range(count)}
-
-
-def entry(ID, text="Why?"):
-    return Entry(() if ID is None else (ID,), "s", "s", (Turn(text, ("So.",)),))
-
-
-def test_split_keeps_photos_whole_and_meets_the_share():
-    photos = numbered_photos(2000)
-    entries = [entry(ID, text) for ID in photos for text in ("1?", "2?")] + [entry(None, f"{n}?") for n in range(2000)]
-    train, val = split_entries(photos, entries, 0.1)
-    assert len(train) + len(val) == len(entries)
-    assert {e.images for e in train if e.images}.isdisjoint({e.images for e in val})
-    assert 150 < len({e.images for e in val}) < 250
-    assert 150 < sum(not e.images for e in val) < 250
-
-
-@given(st.lists(st.integers(0, 40)), st.floats(0, 0.99), st.integers(0, 40))
-def test_split_moves_nothing_when_data_come_or_ids_change(IDs, fraction, shift):
-    photos = numbered_photos(41)
-    train, val = split_entries(photos, [entry(ID) for ID in IDs], fraction)
-    more_train, more_val = split_entries(photos, [entry(ID) for ID in [*range(41), *IDs]], fraction)
-    assert set(train) <= set(more_train)
-    assert set(val) <= set(more_val)
-    moved = {(ID + shift) % 41: photo for ID, photo in photos.items()}
-    _, moved_val = split_entries(moved, [entry((ID + shift) % 41) for ID in IDs], fraction)
-    assert [photos[e.images[0]].key for e in val] == [moved[e.images[0]].key for e in moved_val]
-
-
-def test_split_without_share():
-    photos = numbered_photos(50)
-    assert split_entries(photos, [entry(ID) for ID in photos], 0.0)[1] == []
-
-
-def test_split_is_the_same_in_every_release():
-    photos = numbered_photos(60)
-    _, val = split_entries(photos, [entry(ID) for ID in photos], 0.05)
-    assert [e.images[0] for e in val] == [2, 9]
-
-
-def linked(*IDs):
-    return Entry(IDs, "s", "s", (Turn(TAG * len(IDs) + "Same?", ("No.",)),))
-
-
-@given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=3), min_size=1), st.floats(0, 0.99))
-def test_no_photo_is_on_both_sides(image_lists, fraction):
-    photos = numbered_photos(31)
-    entries = [linked(*IDs) for IDs in image_lists]
-    try:
-        train, val = split_entries(photos, entries, fraction)
-    except UserError:  # all photos are one component
-        reached = set(image_lists[0])
-        for _ in image_lists:
-            reached |= {ID for IDs in image_lists if reached & set(IDs) for ID in IDs}
-        assert reached == {ID for IDs in image_lists for ID in IDs}
-        return
-    assert sorted(train + val, key=repr) == sorted(entries, key=repr)
-    assert {ID for e in train for ID in e.images}.isdisjoint({ID for e in val for ID in e.images})
-
-
-def test_the_first_key_of_linked_photos_decides():
-    photos = numbered_photos(60)  # of which 2 and 9 are held out by themselves, see above
-    singles = [entry(ID) for ID in photos]
-    pairs = [linked(9, 10), linked(10, 11), linked(2, 1), linked(40, 40)]
-    train, val = split_entries(photos, [*singles, *pairs], 0.05)
-    assert val == [entry(9), entry(10), entry(11), linked(9, 10), linked(10, 11)]
-    assert len(train) + len(val) == 64
-
-
-def test_linked_photos_that_are_most_of_all_train():
-    photos = numbered_photos(60)
-    chain = [linked(ID, ID + 1) for ID in range(2, 59)]  # 2 is the key that decides, and would be held out
-    train, val = split_entries(photos, [entry(0), entry(1), *chain], 0.05)
-    assert train == [entry(0), entry(1), *chain]
-    assert val == []
-    with pytest.raises(UserError, match="'data.val_fraction' = 0.05: entries with several photos link all 58 photos"):
-        split_entries(photos, chain, 0.05)
-    assert split_entries(photos, chain, 0.0) == (chain, [])
 
 
 json_values = st.recursive(

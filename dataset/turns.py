@@ -1,0 +1,138 @@
+"""The turns of a raw row and the photos of each; called by `dataset/raw.py`.
+
+A row names its photos under `image` or `images`, one file or a list of files, else under `image_id`. They stand at the
+tags `<image>` of its questions in order, in whichever turn those are; without a tag, before the first question:
+
+    {"image": ["1.jpg", "2.jpg"], "conversations": [
+        {"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."},
+        {"from": "human", "value": "And this? <image>"}, {"from": "gpt", "value": "A dog."}]}
+
+In place of `conversations` a row may have one `question` and `answer`, or several as `turns`, each of which may name
+photos of its own. Then the photos of every turn stand at its own tags, or before its question where it has none, and
+the photos of the row are those of the first turn:
+
+    {"image": "1.jpg", "turns": [{"question": "What is it?", "answer": "A cat."},
+                                 {"question": "And this?", "answer": "A dog.", "image": "2.jpg"}]}
+
+`<image>` becomes `<|extra_0|>`. In answers it stays text. What cannot be used raises `DropRowError`.
+"""
+
+import itertools
+import posixpath
+from typing import Any
+
+from config import IMAGE_TAG
+from dataset.rows import DropRowError, check_text, is_blank, shown
+
+IMAGE_WORD = "<image>"  # the photo's place in LLaVA annotations
+PHOTOS_AND_TAGS = f"number of {IMAGE_WORD} tags is not that of photos"
+
+Notes = dict[str, int]  # names of counts of `Report` -> what a row adds to them if it is kept
+Turns = list[dict[str, Any]]  # "q", "a" and, where a turn has photos, their names as "images"
+
+
+def image_names(row: dict[str, Any]) -> list[str]:
+    """The photos that a row, or one of its turns, names: under `image` or `images`, else under `image_id`."""
+    values = [row[field] for field in ("image", "images") if row.get(field) not in (None, [])]
+    if not values:
+        values = [[] if row.get("image_id") is None else row["image_id"]]
+    named = [[_safe_name(name) for name in (value if isinstance(value, list) else [value])] for value in values]
+    if named[1:] and named[0] != named[1]:
+        raise DropRowError("image and images name different photos", shown(values))
+    return named[0]
+
+
+def _safe_name(name: Any) -> str:
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise DropRowError("photo name is not a file name", shown(name))
+    clean = posixpath.normpath(name.replace("\\", "/"))
+    if clean.startswith(("/", "../")) or clean in (".", "..") or clean[1:2] == ":":
+        raise DropRowError("photo path leaves the image folder", name)
+    return clean
+
+
+def dialogue(messages: Any, notes: Notes) -> Turns:
+    """The turns of LLaVA's `conversations`, which must be of `human` and `gpt` in turn."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise DropRowError("conversations is not a list of messages", shown(messages))
+    speakers = [message.get("from") for message in messages]
+    if speakers != ["human", "gpt"] * (len(messages) // 2):
+        raise DropRowError("human and gpt do not take turns", ", ".join(map(shown, speakers)))
+    pairs = zip(messages[::2], messages[1::2], strict=True)
+    return [{"q": _question(human.get("value")), "a": answers_of(gpt.get("value"), notes)} for human, gpt in pairs]
+
+
+def turn_of(row: dict[str, Any], notes: Notes) -> dict[str, Any]:
+    """The turn under `question` or `q` and `answer` or `a`."""
+    question = _question(row.get("question", row.get("q")))
+    return {"q": question, "a": answers_of(row.get("answer", row.get("a")), notes)}
+
+
+def kind_of(item: dict[str, Any]) -> dict[str, Any]:
+    """The kind of question that a row or turn names, as `{"type": text}`, or `{}`."""
+    kind = item.get("type")
+    return {} if kind is None else {"type": kind if isinstance(kind, str) else shown(kind)}
+
+
+def _question(value: Any) -> str:
+    check_text(value, "question")
+    return value
+
+
+def answers_of(value: Any, notes: Notes) -> list[str]:
+    """The answers that are not blank, of a text or a list of texts."""
+    texts = value if isinstance(value, list) else [value]
+    if any(not isinstance(text, str) for text in texts):
+        raise DropRowError("no answer" if value is None else "answer is not text", shown(value))
+    answers = [text for text in texts if not is_blank(text)]
+    if not answers:
+        raise DropRowError("no answer", shown(value))
+    for text in answers:
+        check_text(text, "answer")
+    if len(answers) < len(texts):
+        notes["blank_answers"] = notes.get("blank_answers", 0) + len(texts) - len(answers)
+    return answers
+
+
+def place_photos(turns: Turns, names: list[str], notes: Notes) -> Turns:
+    """Give the photos of a row to the turns that hold their tags, in order; without a tag, all to the first turn."""
+    tags = [turn["q"].count(IMAGE_WORD) for turn in turns]
+    if not any(tags):
+        tags[0] = len(names)
+    if sum(tags) != len(names):
+        raise DropRowError(PHOTOS_AND_TAGS, f"{sum(tags)} tags, {len(names)} photos")
+    rest = iter(names)
+    for turn, count in zip(turns, tags, strict=True):
+        _place(turn, list(itertools.islice(rest, count)), notes)
+    return turns
+
+
+def place_by_turn(items: Any, names: list[str], notes: Notes) -> Turns:
+    """Turns that may name photos of their own; `names` are those of the row."""
+    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+        raise DropRowError("turns is not a list of objects", shown(items))
+    turns = [turn_of(item, notes) | kind_of(item) for item in items]
+    own = [image_names(item) for item in items]
+    if not any(own):
+        return place_photos(turns, names, notes)
+    if names and own[0]:
+        raise DropRowError("row and first turn both name photos", shown([names, own[0]]))
+    own[0] = own[0] or names
+    for number, (turn, photos) in enumerate(zip(turns, own, strict=True), start=1):
+        tags = turn["q"].count(IMAGE_WORD)
+        if tags not in (0, len(photos)):
+            raise DropRowError(PHOTOS_AND_TAGS, f"turn {number}: {tags} tags, {len(photos)} photos")
+        _place(turn, photos, notes)
+    return turns
+
+
+def _place(turn: dict[str, Any], names: list[str], notes: Notes) -> None:
+    """Give a turn its photos, at as many tags or before its question."""
+    if not names:
+        return
+    turn["images"] = names
+    if IMAGE_WORD in turn["q"]:
+        turn["q"] = turn["q"].replace(IMAGE_WORD, IMAGE_TAG)
+    else:
+        turn["q"] = IMAGE_TAG * len(names) + "\n" + turn["q"]
+        notes["tags_added"] = 1
