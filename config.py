@@ -5,15 +5,13 @@ wrong and the nearest valid name; nothing is guessed. Whether a file exists is a
 (`existing_path`), so `predict.py` does not ask for training data.
 """
 
-import difflib
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
 from config_file import parse_overrides, read_mapping
+from config_messages import explain
 from errors import UserError, shortened
 
 IMAGE_TAG = "<|extra_0|>"  # stands for the photo in questions; the report's name, a spare token of Qwen v1
@@ -61,6 +59,24 @@ class Data(Section):
     cache_features: bool = False
     feature_cache: str = "data/features"
     max_length: int = Field(2048, ge=16, le=2**20)
+    # the kinds of visual/augment.py
+    augment: list[Literal["blur", "noise", "occlusion", "jpeg", "light", "rotation"]] = Field(default_factory=list)
+
+    @field_validator("augment")
+    @classmethod
+    def _each_kind_once(cls, kinds: list[str]) -> list[str]:
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("a kind is named twice: name each once, all are drawn equally often")
+        return kinds
+
+    @model_validator(mode="after")
+    def _cached_features_cannot_change(self) -> "Data":
+        if self.augment and self.cache_features:
+            raise ValueError(
+                "with 'cache_features' each photo is encoded once, so 'augment' could not change it: "
+                "set cache_features: false or augment: []"
+            )
+        return self
 
     @model_validator(mode="after")
     def _source_names_differ(self) -> "Data":
@@ -78,20 +94,22 @@ class Prompt(Section):
     end_token: Literal["<|im_end|>", "<|endoftext|>"] = "<|im_end|>"
 
 
-class Visual(Section):
-    path: str
-    drop_first_token: bool = True
-    image_tokens: int | None = Field(None, ge=1, le=2**20)
-
-
 class Lora(Section):
     r: int = Field(64, ge=1, le=4096)  # the width of a 7B model: a larger rank is no low rank
     alpha: int = Field(128, ge=1, le=2**16)
     dropout: float = Field(0.05, ge=0, lt=1)
-    target_modules: list[str] = Field(
+    target_modules: list[str] | None = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         min_length=1,
     )
+
+
+class Visual(Section):
+    path: str
+    drop: Literal["first", "leading", "none"] = "first"
+    tiles: int = Field(0, ge=0, le=64)
+    image_tokens: int | None = Field(None, ge=1, le=2**20)
+    lora: Lora = Field(default_factory=lambda: Lora(r=16, alpha=32, dropout=0.05, target_modules=None))
 
 
 class Llm(Section):
@@ -102,7 +120,48 @@ class Llm(Section):
 
 
 class Projector(Section):
+    kind: str = Field("mlp", min_length=1)  # a key of `model.projector.PROJECTORS`, where others may be added
     init_std: float = Field(0.01, ge=1e-6, le=10)
+    factor: Literal[2, 3] = 3
+    queries: int = Field(64, ge=1, le=4096)
+    heads: int = Field(16, ge=1, le=256)
+
+    @model_validator(mode="after")
+    def _no_setting_of_another_kind(self) -> "Projector":
+        owners = {"factor": "pixel_shuffle", "queries": "resampler", "heads": "resampler"}
+        for key, kind in owners.items():
+            # a checkpoint's config names all keys, so one at its default was not chosen; other kinds may read any
+            chosen = getattr(self, key) != type(self).model_fields[key].default
+            if chosen and self.kind != kind and self.kind in {"mlp", *owners.values()}:
+                raise ValueError(f"'{key}' does nothing with kind: {self.kind}; leave it out or set kind: {kind}")
+        return self
+
+
+class PartSettings(Section):
+    """Something that is trained; a learning rate of 0 leaves it as it is."""
+
+    lr: LearningRate = Field(1e-4, ge=0)
+
+
+class LlmSettings(PartSettings):
+    mode: Literal["lora", "full", "frozen"] = "lora"
+    layers: list[int] | None = Field(None, min_length=1)
+
+
+class VisionSettings(PartSettings):
+    lr: LearningRate = Field(1e-5, ge=0)
+    mode: Literal["frozen", "lora", "full"] = "frozen"
+
+
+class Parts(Section):
+    """The settings of each part of `model.parts.PARTS`; those that others add to that table are taken too."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, PartSettings]
+
+    projector: PartSettings = Field(default_factory=PartSettings)
+    llm: LlmSettings = Field(default_factory=LlmSettings)
+    vision: VisionSettings = Field(default_factory=VisionSettings)
 
 
 class Train(Section):
@@ -116,8 +175,7 @@ class Train(Section):
     samples_per_step: Count | None = None
     pack_questions: bool = True
     max_questions: Count = 16
-    projector_lr: LearningRate = Field(1e-4, gt=0)
-    lora_lr: LearningRate = Field(1e-4, ge=0)  # 0: the projector alone learns
+    parts: Parts = Field(default_factory=Parts)
     weight_decay: float = Field(0.0, ge=0, le=10)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
@@ -125,7 +183,6 @@ class Train(Section):
     max_grad_norm: float = Field(1.0, gt=0, le=1e9)  # so large a one never clips
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     gradient_checkpointing: Literal["auto", "on", "off"] = "off"
-    attention: Literal["sdpa", "flex"] = "sdpa"
     compile: bool = False
     seed: Seed = 0
     workers: int = Field(2, ge=0, le=1024)
@@ -260,45 +317,7 @@ def _validated(schema: type[S], raw: dict[str, Any], where: str) -> S:
     except RecursionError:
         raise UserError(f"{where}: sections are nested too deeply") from None
     more = f"; and {len(items) - MISTAKES} more mistakes" if len(items) > MISTAKES else ""
-    raise UserError(f"{where}: " + "; ".join(_explain(item) for item in items[:MISTAKES]) + more)
+    raise UserError(f"{where}: " + "; ".join(explain(item, key_paths()) for item in items[:MISTAKES]) + more)
 
 
 MISTAKES = 3  # of a config that one message names
-
-
-def _explain(item: ErrorDetails) -> str:
-    key = shortened(".".join(str(part) for part in item["loc"]))
-    if item["type"] == "extra_forbidden":
-        parent = ".".join("0" if isinstance(part, int) else str(part) for part in item["loc"][:-1])
-        siblings = [path for path in key_paths() if path.rpartition(".")[0] == parent]
-        leaf = shortened(item["loc"][-1])
-        near = difflib.get_close_matches(leaf, [path.rpartition(".")[2] for path in siblings], n=1, cutoff=0.5)
-        elsewhere = [path for path in key_paths() if path.rpartition(".")[2] == leaf]
-        if near:
-            hint = f"did you mean '{(parent + '.' if parent else '') + near[0]}'?"
-        elif elsewhere:
-            hint = f"did you mean '{elsewhere[0]}'?"
-        else:
-            hint = "valid here: " + ", ".join(path.rpartition(".")[2] for path in siblings)
-        return f"unknown key '{key}', {hint}"
-    if item["type"] == "missing":
-        return f"key '{key}' is missing"
-    reason = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error" and isinstance(item["input"], dict):  # of a whole section: the reason names keys
-        return f"'{key}': {reason}"
-    return f"'{key}' = {_shown(item['input'])}: {reason}"
-
-
-class _Shown(reprlib.Repr):
-    """`repr` of at most a few hundred characters, also of lists that hold each other and of endless numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxlist, self.maxdict, self.maxstring, self.maxother = 2, 6, 4, 200, 200
-
-    def repr_int(self, value: int, level: int) -> str:
-        # Python writes no more than some thousand digits
-        return repr(value) if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
-
-
-_shown = _Shown().repr

@@ -1,5 +1,6 @@
 """Reads the YAML of a run as plain Python values and puts overrides in. Called by `config.py`."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,20 @@ import yaml
 from errors import UserError, file_error, shortened
 from paths import nearest_name_hint, resolve_path
 
+# keys of earlier versions: the key of today, and the values whose meaning has another name now
+RENAMED: dict[str, tuple[str, dict[Any, Any]]] = {
+    "visual.drop_first_token": ("visual.drop", {True: "first", False: "none"}),
+    "train.projector_lr": ("train.parts.projector.lr", {}),
+    "train.lora_lr": ("train.parts.llm.lr", {}),
+}
+# keys of earlier versions that are not needed any more, and the one value with which they meant what happens today
+REMOVED = {"train.attention": "sdpa"}
+
+logger = logging.getLogger(__name__)
+
 
 def read_mapping(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a YAML file with some values put in by dotted key.
+    """The sections of a YAML file with some values put in by dotted key; keys of earlier versions are translated.
 
     Raises:
         UserError: missing or malformed file, or a key that leads through something that is no section.
@@ -33,9 +45,52 @@ def read_mapping(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else type(raw).__name__
         raise UserError(f"{where}: expected sections such as 'data:' and 'train:', found {found}")
-    for key, value in values.items():
-        _set_value(raw, key, os.fspath(value) if isinstance(value, os.PathLike) else value)
+    for section, content in list(raw.items()):
+        for name in list(content) if isinstance(content, dict) else ():
+            key = f"{section}.{name}"
+            if key in RENAMED or key in REMOVED:
+                _set_values(raw, _translated({key: content.pop(name)}, where), replace=False)
+    _set_values(raw, _translated(values, "override"))
     return raw
+
+
+def _translated(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same values under the keys of today.
+
+    Raises:
+        UserError: a removed key with a value that meant something else than what happens today.
+    """
+    now = {}
+    for key, value in values.items():
+        if key in REMOVED:
+            if value != REMOVED[key]:
+                raise UserError(f"{where}: '{key}' = {shortened(value)} does not exist any more: remove the key")
+            continue
+        if key in RENAMED:
+            today, meanings = RENAMED[key]
+            value = meanings.get(value, value) if isinstance(value, bool) else value
+            logger.warning("%s: '%s' is called '%s' now and means %s", where, key, today, value)
+            key = today
+        now[key] = value
+    return now
+
+
+def _set_values(raw: dict[str, Any], values: dict[str, Any], replace: bool = True) -> None:
+    """Put values in by dotted key; UserError where there is one already and `replace` is false."""
+    for key, value in values.items():
+        if not replace and _has(raw, key):
+            old = next(old for old, (today, _) in RENAMED.items() if today == key)
+            raise UserError(f"'{old}' is the earlier name of '{key}', and both are given: remove '{old}'")
+        _set_value(raw, key, os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
+def _has(raw: dict[str, Any], key: str) -> bool:
+    node: Any = raw
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:

@@ -5,10 +5,12 @@ what a new prompt shares with it (the photo's tokens above all, and the dialogue
 """
 
 import hashlib
+import itertools
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,7 +25,8 @@ from config import Generate
 from errors import UserError
 from model.model import MMultiModal
 from qwen.chat import Message
-from visual.transform import load_image
+from visual.photo import load_image
+from visual_plan import VisualPlan
 
 Photo = Image.Image | str | Path
 
@@ -45,7 +48,7 @@ class Answerer:
         self.settings = model.config.generate if generate is None else generate
         self._cached_ids: list[int] = []
         self._cached_photos: list[str] = []
-        self._cached_scaling = 1.0
+        self._cached_key: Hashable = None
         self._cache = DynamicCache()
         self._cache_of: object = None  # the answer whose prompt and tokens the cache holds
         self._feature_of: dict[str, torch.Tensor] = {}
@@ -57,13 +60,14 @@ class Answerer:
         with self._lock:
             return "".join(self.stream(image, [{"role": "user", "content": question}]))
 
-    def stream(self, image: Photo | None, messages: list[dict[str, str]]) -> Generator[str, None, None]:
+    def stream(self, image: Photo | None, messages: list[dict[str, Any]]) -> Generator[str, None, None]:
         """Answer the last of `messages` piece by piece.
 
         Args:
-            image: belongs to the first message; None: a question without a photo.
+            image: belongs to the first message, before its `images`; None: none.
             messages: `{"role": "user" | "assistant", "content": text}` in turn, the user's last. Whatever characters
-                the texts hold, they are text.
+                the texts hold, they are text. A user's message may have `"images"`, a list of photos, which stand
+                before its text.
 
         Yields:
             Pieces of text; together they are the answer. Closing the iterator stops the work.
@@ -73,18 +77,23 @@ class Answerer:
         """
         if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
             raise UserError("the question is empty: type one")
-        chat = self.model.chat
-        rendered = []
+        chat = self.model.processor.chat
+        rendered, photos = [], []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 rendered.append(chat.answer(message["content"]))
             else:
-                rendered.append(chat.typed_question(message["content"], int(index == 0 and image is not None)))
-        yield from self.stream_messages([] if image is None else [image], rendered)
+                own = ([image] if index == 0 and image is not None else []) + list(message.get("images", ()))
+                rendered.append(chat.typed_question(message["content"], len(own)))
+                photos += own
+        yield from self.stream_messages(photos, rendered)
 
     def stream_messages(self, photos: Sequence[Photo], messages: list[Message]) -> Generator[str, None, None]:
-        """As `stream`, for messages that say where each of `photos` stands (dataset entries, several photos)."""
-        tokenizer = self.model.tokenizer
+        """As `stream`, for messages that say where each of `photos` stands, in reading order (dataset entries).
+
+        The plans in the messages only mark the places: a photo's own plan follows from its size.
+        """
+        tokenizer = self.model.processor.tokenizer
         pending: list[int] = []  # tokens that end within a character wait for the rest of it
         for token in self._generate(photos, messages):
             pending.append(token)
@@ -109,84 +118,65 @@ class Answerer:
                     self._cache_of = None
 
     @torch.no_grad()
-    def _prefill(self, pictures: list[Image.Image], ids: list[int]) -> torch.Tensor:
+    def _prefill(self, pictures: list[Image.Image], plans: list[VisualPlan], ids: list[int]) -> torch.Tensor:
         """Bring the cache to the end of `ids`; returns the logits (V,) after the last of them."""
-        names = [hashlib.sha256(repr(p.size).encode() + p.tobytes()).hexdigest() for p in pictures]
-        language_model = self.model.LLM.get_base_model()
-        scaling = language_model.position_scaling(len(ids))
-        shared = self._shared_length(ids, names) if scaling == self._cached_scaling else 0
-        self._cached_scaling = scaling
+        hashes = [hashlib.sha256(repr(p.size).encode() + p.tobytes()).hexdigest() for p in pictures]
+        spans = self.model.processor.chat.photo_spans(ids, plans)
+        key = self.model.language_model.prefix_key(len(ids))
+        shared = self._shared_length(ids, hashes, spans) if key == self._cached_key else 0
+        self._cached_key = key
         if shared < len(self._cached_ids):
             self._cache.crop(shared - len(self._cached_ids))
-        self._cached_ids, self._cached_photos = self._cached_ids[:shared], names
+        self._cached_ids, self._cached_photos = self._cached_ids[:shared], hashes
 
-        N, image_id = self.model.num_image_tokens, self.model.chat.image_token_id
-        photos_shared = ids[:shared].count(image_id) // N
+        unread = [number for number, (start, _) in enumerate(spans) if start >= shared]
         images = None
-        if pictures[photos_shared:]:
-            unread = zip(pictures[photos_shared:], names[photos_shared:], strict=True)
-            features = torch.cat([self._features(picture, name) for picture, name in unread])
-            images = self.model.project(features)  # (photos to read, N, Dl)
+        if unread:
+            features = [self._features(pictures[number], plans[number], hashes[number]) for number in unread]
+            images = self.model.project(torch.cat(features))  # (crops to read, M, Dl)
         new_ids = torch.tensor([ids[shared:]], device=self.model.device)
-        embeddings = language_model.embed_with_images(new_ids, images)  # (1, T_new, Dl)
-        return self._step(embeddings, ids[shared:])
+        return self._step(self.model.language_model.embed(new_ids, images), ids[shared:])
 
-    def _features(self, picture: Image.Image, name: str) -> torch.Tensor:
-        """Encoder features (1, N, Dv) of a photo; those of the last few photos are kept."""
-        if name not in self._feature_of:
+    def _features(self, picture: Image.Image, plan: VisualPlan, photo_hash: str) -> torch.Tensor:
+        """Encoder features (crops, R, Dv) of a photo; those of the last few photos are kept."""
+        if photo_hash not in self._feature_of:
             while len(self._feature_of) >= 4:
                 self._feature_of.pop(next(iter(self._feature_of)))
-            pixels = self.model.transform(picture).unsqueeze(0).to(self.model.device)  # (1, 3, H, W)
-            self._feature_of[name] = self.model.encode_image(pixels)
-        return self._feature_of[name]
+            pixels = self.model.processor.pixels(picture, plan).to(self.model.device)  # (crops, 3, H, W)
+            self._feature_of[photo_hash] = self.model.encode_image(pixels)
+        return self._feature_of[photo_hash]
 
-    def _shared_length(self, ids: list[int], names: list[str]) -> int:
+    def _shared_length(self, ids: list[int], hashes: list[str], spans: list[tuple[int, int]]) -> int:
         """How many leading tokens the cache holds already; whole photos only, and never all of `ids`."""
-        shared = 0
-        for old, new in zip(self._cached_ids, ids[:-1], strict=False):
-            if old != new:
-                break
-            shared += 1
-        N, image_id = self.model.num_image_tokens, self.model.chat.image_token_id
-        same_photos = 0
-        for old, new in zip(self._cached_photos, names, strict=False):
-            if old != new:
-                break
-            same_photos += 1
-        photo_starts = [position for position, token in enumerate(ids) if token == image_id][::N]
-        if same_photos < len(photo_starts):
-            shared = min(shared, photo_starts[same_photos])
-        for start in photo_starts:
-            if start < shared < start + N:
+        shared = _common_length(self._cached_ids, ids[:-1])
+        same_photos = _common_length(self._cached_photos, hashes)
+        if same_photos < len(spans):
+            shared = min(shared, spans[same_photos][0])
+        for start, end in spans:
+            if start < shared < end:
                 shared = start
         return shared
 
     @torch.no_grad()
     def _step(self, embeddings: torch.Tensor, new_ids: list[int]) -> torch.Tensor:
         """Read `embeddings` (1, T_new, Dl) after the cached tokens; returns the last logits (V,) in float32."""
-        position = len(self._cached_ids)
-        positions = torch.arange(position, position + embeddings.shape[1], device=embeddings.device).unsqueeze(0)
-        output = self.model.LLM(
-            inputs_embeds=embeddings,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        logits = self.model.decode(embeddings, self._cache)
         self._cached_ids = self._cached_ids + list(new_ids)
-        return output.logits[0, -1].float()
+        return logits
 
     def _generate(self, photos: Sequence[Photo], messages: list[Message]) -> Iterator[int]:
         """New token ids, without the one that ends the answer."""
-        settings, chat = self.settings, self.model.chat
-        prompt, _ = chat.render(messages)
+        settings, chat = self.settings, self.model.processor.chat
+        pictures = [load_image(photo) for photo in photos]
+        plans = [self.model.processor.plan(*picture.size) for picture in pictures]
+        prompt, _ = chat.render(_with_plans(messages, plans))
         room = self.model.LLM.config.max_position_embeddings - len(prompt)
         if room < 1:
             raise UserError(
-                f"the dialogue has {len(prompt)} tokens (a photo {self.model.num_image_tokens}), the language model "
-                f"reads {self.model.LLM.config.max_position_embeddings}: start a new dialogue or ask a shorter question"
+                f"the dialogue has {len(prompt)} tokens ({sum(plan.tokens for plan in plans)} of its photos), the "
+                f"language model reads {self.model.LLM.config.max_position_embeddings}: start a new dialogue or ask a "
+                "shorter question"
             )
-        pictures = [load_image(photo) for photo in photos]
         processors = _logits_processors(settings)
         generator = torch.Generator(self.model.device).manual_seed(settings.seed)
         answer: list[int] = []
@@ -196,7 +186,7 @@ class Answerer:
                 if self._cache_of is this:
                     logits = self._step(self._embedded(answer[-1:]), answer[-1:])  # (V,)
                 else:
-                    logits = self._prefill(pictures, prompt)
+                    logits = self._prefill(pictures, plans, prompt)
                     if answer:  # another question came in between
                         logits = self._step(self._embedded(answer), answer)
                     self._cache_of = this
@@ -217,6 +207,27 @@ class Answerer:
     def _embedded(self, ids: list[int]) -> torch.Tensor:
         """Text tokens as embeddings (1, T, Dl)."""
         return self.model.LLM.get_input_embeddings()(torch.tensor([ids], device=self.model.device))
+
+
+def _with_plans(messages: list[Message], plans: list[VisualPlan]) -> list[Message]:
+    """The messages with `plans` in the photos' places, in reading order.
+
+    Raises:
+        ValueError: more or fewer places than plans.
+    """
+    places = sum(isinstance(part, VisualPlan) for message in messages for part in message.parts)
+    if places != len(plans):
+        raise ValueError(f"the messages have places for {places} photos, {len(plans)} are given")
+    rest = iter(plans)
+    return [
+        Message(message.role, tuple(part if isinstance(part, str) else next(rest) for part in message.parts))
+        for message in messages
+    ]
+
+
+def _common_length(first: Sequence, second: Sequence) -> int:
+    """Number of leading items that are equal."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _logits_processors(settings: Generate) -> LogitsProcessorList:

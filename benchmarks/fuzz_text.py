@@ -80,7 +80,9 @@ def _use(config: Config) -> None:
             scores = TopPLogitsWarper(generate.top_p)(ids, scores)
     torch.multinomial(scores.softmax(-1), 1, generator=torch.Generator().manual_seed(generate.seed))
     weight = torch.nn.Parameter(torch.zeros(4, 4).normal_(std=config.projector.init_std))
-    optimizer = torch.optim.AdamW([weight], lr=train.projector_lr, betas=train.betas, weight_decay=train.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [weight], lr=train.parts.projector.lr, betas=train.betas, weight_decay=train.weight_decay
+    )
     weight.sum().backward()
     torch.nn.utils.clip_grad_norm_([weight], train.max_grad_norm)
     optimizer.step()

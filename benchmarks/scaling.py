@@ -19,17 +19,17 @@ from pathlib import Path
 import numpy
 import torch
 
+from batch import Batch
 from benchmarks.train_step import (
     NEEDS_CUDA,
     SHAPES,
+    as_batch,
     build_dataset,
     build_model,
-    on_device,
     peak_bytes,
     reset_peak,
     write_backbones,
 )
-from dataset.image_caption_dataset import collate
 from model.model import DTYPES, pick_precision
 
 # photos, questions of each, tokens of a question with its answer, supervised ones of them
@@ -52,11 +52,10 @@ def work(backbones: Path, options: argparse.Namespace, pipe) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     dtype = DTYPES[options.precision]
 
-    def step(batch: dict) -> float:
+    def step(batch: Batch) -> float:
         began = time.perf_counter()
-        rest = {name: value for name, value in batch.items() if name != "pixel_values"}
         with torch.autocast(options.device, dtype, enabled=dtype != torch.float32):
-            loss = model(batch["pixel_values"], **rest, supervised_only=True).loss
+            loss = model.loss(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -70,7 +69,7 @@ def work(backbones: Path, options: argparse.Namespace, pipe) -> None:
             dataset = build_dataset(
                 model, point["photos"], point["questions"], point["text_tokens"], point["answer_tokens"], 16
             )
-            batches[axis, value] = on_device(collate([dataset[i] for i in range(len(dataset))]), options.device)
+            batches[axis, value] = as_batch([dataset[i] for i in range(len(dataset))]).to(options.device)
     step(batches["photos", 1])
     seconds: dict[tuple, list[float]] = {point: [] for point in batches}
     memory = {}
@@ -100,7 +99,6 @@ def main() -> None:
     parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny", help="widths of the model (default tiny)")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each point (default 3)")
     parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto", help="default auto")
-    parser.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa", help="default sdpa")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default all)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()

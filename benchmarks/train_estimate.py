@@ -18,13 +18,12 @@ from cli import run_script, script_arguments
 import torch
 
 from config import load_config
-from training.build import Run
 from training.costs import PeakMemory
+from training.loop import Trainer, optimizer_step
 from training.signals import StopSignals
-from training.step import optimizer_step
 
 
-def measure(trainer: Run, micro_batch: int, checkpointing: bool) -> dict:
+def measure(trainer: Trainer, micro_batch: int, checkpointing: bool) -> dict:
     """Estimated and measured figures of one optimiser step with one micro-batch, and their relative error."""
     vars(trainer).pop("estimate", None)  # it is kept once made, and this one is to be measured anew
     estimate = trainer.estimate
@@ -53,7 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Run(load_config(options.config, [*options.overrides, f"train.output_dir={folder}"]))
+        trainer = Trainer(load_config(options.config, [*options.overrides, f"train.output_dir={folder}"]))
         device = trainer.accelerator.device
         result = {
             "config": options.config,

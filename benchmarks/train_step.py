@@ -41,13 +41,15 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from batch import Batch
 from config import parse_config
-from dataset.image_caption_dataset import ImageCaptionDataset, collate
+from dataset.image_caption_dataset import ImageCaptionDataset, Sample, collate
 from dataset.records import Entry, Photo, Turn
 from model.model import DTYPES, MMultiModal, pick_precision
 from paths import REPO_ROOT
 from qwen.chat import IGNORE_INDEX
 from qwen.loading import set_activation_checkpointing
+from training.batches import checked
 from training.build import compile_layers
 from training.costs import peak_memory
 
@@ -129,7 +131,7 @@ def build_model(backbones: Path, options: argparse.Namespace) -> MMultiModal:
         {
             "visual": {"path": str(backbones / "siglip")},
             "llm": {"path": str(backbones / "qwen"), "lora": LORA},
-            "train": {"precision": options.precision, "attention": options.attention},
+            "train": {"precision": options.precision},
         },
         "benchmark",
     )
@@ -145,10 +147,9 @@ def build_dataset(
     max_questions: int = 1,
 ) -> ImageCaptionDataset:
     """`questions` questions on each of `num_photos` random pictures, all of the same length."""
-    size = model.encoder.config.image_size
-    pixels = torch.randn(num_photos, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(num_photos, 1, 3, *model.encoder.size, generator=torch.Generator().manual_seed(0))
     photos = {ID: Photo(ID, str(ID), str(ID), Path()) for ID in range(num_photos)}
-    chat = model.chat
+    chat = model.processor.chat
 
     def entry(ID: int, number: int) -> Entry:
         """A question that is `text_tokens` long with its answer, whatever the tokenizer makes of words."""
@@ -159,46 +160,51 @@ def build_dataset(
             ids, labels = chat.render([chat.question(question, 1), chat.answer(answer)])
             if sum(label != IGNORE_INDEX for label in labels) < answer_tokens:
                 words += 1
-            elif len(ids) < chat.num_image_tokens + text_tokens:
+            elif len(ids) < chat.plan.crop_tokens + text_tokens:
                 filler += 1
             else:
-                return Entry((ID,), "b", "b", (Turn(question, (answer,)),))
+                return Entry("b", "b", (Turn(question, (answer,), images=(ID,)),))
 
     entries = [entry(ID, number) for number in range(questions) for ID in photos]
     return ImageCaptionDataset(
-        photos, entries, chat, lambda photo: pixels[photo.ID], max_length=16384, max_questions=max_questions
+        photos, entries, chat, lambda photo, epoch: pixels[photo.ID], max_length=16384, max_questions=max_questions
     )
-
-
-def on_device(batch: dict, device: str) -> dict:
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 def padded_batches(dataset: ImageCaptionDataset, options: argparse.Namespace) -> list[dict]:
     """Micro-batches of `photos` questions the usual way: right-padded rows, a photo for each."""
     batches = []
     for start in range(0, len(dataset), options.photos):
-        samples = [dataset[index] for index in range(start, min(start + options.photos, len(dataset)))]
+        samples = [checked(dataset[index]) for index in range(start, min(start + options.photos, len(dataset)))]
         rows = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0}
-        for sample in samples:
-            sample["attention_mask"] = torch.ones_like(sample["input_ids"])
+        columns = [
+            {"input_ids": s.input_ids, "labels": s.labels, "attention_mask": torch.ones_like(s.input_ids)}
+            for s in samples
+        ]
         batch = {
-            name: torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], True, value)
+            name: torch.nn.utils.rnn.pad_sequence([column[name] for column in columns], True, value)
             for name, value in rows.items()
         }
-        batch["pixel_values"] = torch.stack([sample["pixel_values"] for sample in samples])
-        batches.append(on_device(batch, options.device))
+        batch["pixel_values"] = torch.cat([crops for sample in samples for crops in sample.photos.values()])
+        batches.append({name: value.to(options.device) for name, value in batch.items()})
     return batches
 
 
+def as_batch(samples: list[Sample | str]) -> Batch:
+    """The collated samples, none of which can be an error here."""
+    batch = collate(samples)
+    assert isinstance(batch, Batch), batch
+    return batch
+
+
 def supervised_count(dataset: ImageCaptionDataset) -> int:
-    return sum(int((dataset.tokens(index)["labels"] != IGNORE_INDEX).sum()) for index in range(len(dataset)))
+    return sum(int((dataset.tokens(index).labels != IGNORE_INDEX).sum()) for index in range(len(dataset)))
 
 
 def our_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
     model, dataset = build(backbones, options, questions)
     packed = ImageCaptionDataset(
-        dataset.photos, dataset.entries, model.chat, dataset.load_photo, max_questions=questions
+        dataset.photos, dataset.entries, model.processor.chat, dataset.load_photo, max_questions=questions
     )
     return _ours(model, packed, len(packed), supervised_count(dataset), options)
 
@@ -212,26 +218,22 @@ def _ours(
     model: MMultiModal, dataset: ImageCaptionDataset, size: int, count: int, options: argparse.Namespace
 ) -> tuple[torch.nn.Module, Losses]:
     if options.checkpointing:
-        set_activation_checkpointing(model.LLM.get_base_model(), True)
+        set_activation_checkpointing(model.language_model, True)
     if options.compile:
-        compile_layers(model.LLM.get_base_model())
+        compile_layers(model.language_model)
     model.train()
     batches = [
-        on_device(collate([dataset[index] for index in range(start, min(start + size, len(dataset)))]), options.device)
+        as_batch([dataset[index] for index in range(start, min(start + size, len(dataset)))]).to(options.device)
         for start in range(0, len(dataset), size)
     ]
 
-    def loss_of(batch: dict) -> torch.Tensor:
-        rest = {name: value for name, value in batch.items() if name != "pixel_values"}
-        return model(batch["pixel_values"], **rest, supervised_only=True, num_items_in_batch=count).loss
-
-    return model, [lambda batch=batch: loss_of(batch) for batch in batches]
+    return model, [lambda batch=batch: model.loss(batch, count) for batch in batches]
 
 
 def naive_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
     model, dataset = build(backbones, options, questions)
     if options.checkpointing:
-        set_activation_checkpointing(model.LLM.get_base_model(), True)
+        set_activation_checkpointing(model.language_model, True)
     model.train()
     count = supervised_count(dataset)
 
@@ -254,7 +256,7 @@ def llava_step(backbones: Path, options: argparse.Namespace, questions: int) -> 
     config = LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
-        image_token_index=model.chat.image_token_id,
+        image_token_index=model.processor.chat.image_token_id,
         projector_hidden_act="gelu",
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -266,8 +268,7 @@ def llava_step(backbones: Path, options: argparse.Namespace, questions: int) -> 
     llava.model.language_model.load_state_dict(language_model.model.state_dict())
     llava.lm_head.load_state_dict(language_model.lm_head.state_dict())
     projector = llava.model.multi_modal_projector
-    projector.linear_1.load_state_dict(model.feature_proj[0].state_dict())
-    projector.linear_2.load_state_dict(model.feature_proj[2].state_dict())
+    projector.load_state_dict(model.feature_proj.llava_tensors())
     projector.float()
     del model, language_model, dataset
     linear = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
@@ -426,7 +427,6 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5, help="steps of each side that count (default 5)")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="default all")
     parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto", help="default auto")
-    parser.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa", help="of ours")
     parser.add_argument("--compile", action="store_true", help="torch.compile for our layers")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on all sides")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default all)")

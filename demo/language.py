@@ -133,7 +133,7 @@ class SceneWriter:
     def __init__(self, tokenizer, rng: np.random.Generator) -> None:
         self.rng = rng
         self.image_token_id = image_token_id(tokenizer)
-        self.formats = [ChatFormat(tokenizer, Prompt(system=system), num_image_tokens=1) for system in SYSTEMS]
+        self.formats = [ChatFormat(tokenizer, Prompt(system=system), crop_tokens=1) for system in SYSTEMS]
         self.render = lru_cache(maxsize=200_000)(self._render)
 
     def _render(self, format_index: int, shown: str | None, question: str, answer: str) -> tuple[list[int], list[int]]:

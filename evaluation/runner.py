@@ -24,7 +24,8 @@ from visual.transform import load_image
 
 @dataclass(frozen=True)
 class Answer:
-    """One question of the data set with what the model said. `images` are the IDs of the photos it was shown."""
+    """One question of the data set with what the model said. `images` are the IDs of the photos it was shown, those of
+    earlier turns first."""
 
     images: tuple[int, ...]
     type: str
@@ -143,14 +144,17 @@ def score(answers: list[Answer]) -> Score:
 
 
 def _ask(answerer: Answerer, entry: Entry, number: int, images: list[Image.Image], IDs: tuple[int, ...]) -> Answer:
+    """Ask turn `number`; `images`, whose IDs are `IDs`, are the photos of all turns of the entry."""
     earlier = [turn.answers[0] for turn in entry.turns[:number]]
-    text = "".join(answerer.stream_messages(images, entry_messages(entry, answerer.model.chat, earlier)))
+    shown = sum(len(turn.images) for turn in entry.turns[: number + 1])  # later turns' photos are not there yet
+    messages = entry_messages(entry, answerer.model.processor.chat, earlier)
+    text = "".join(answerer.stream_messages(images[:shown], messages))
     turn = entry.turns[number]
     references = turn.answers
     return Answer(
-        images=IDs,
+        images=IDs[:shown],
         type=turn.type or entry.type,
-        question=turn.question.replace(IMAGE_TAG, "", len(entry.images) if number == 0 else 0).strip(),
+        question=turn.question.replace(IMAGE_TAG, "", len(turn.images)).strip(),
         references=references,
         answer=text,
         accuracy=metrics.accuracy(text, references),

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 import torch
 from huggingface_hub import save_torch_state_dict
+from peft import PeftModel
 from transformers import PreTrainedModel, VipLlavaForConditionalGeneration
 
 from config import IMAGE_TAG
@@ -41,9 +42,10 @@ def export_checkpoint(model: MMultiModal, output: Path) -> float:
             "'visual.path' is a CLIP encoder: the stock class written here takes SigLIP's last layer norm into its "
             "projector, so only models with a SigLIP encoder can be exported"
         )
-    if not model.config.visual.drop_first_token:
+    if model.config.visual.drop != "first" or model.config.visual.tiles:
         raise UserError(
-            "'visual.drop_first_token' is false, but the stock class always drops the first patch: cannot be exported"
+            f"'visual.drop' is {model.config.visual.drop} and 'visual.tiles' {model.config.visual.tiles}, but the "
+            "stock class always drops the first patch and has no tiles: only models with first and 0 can be exported"
         )
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -52,7 +54,8 @@ def export_checkpoint(model: MMultiModal, output: Path) -> float:
     with torch.no_grad():
         our_logits = model(pixels, input_ids).logits
     our_tokens = model.generate(pixels, input_ids, max_new_tokens=20, do_sample=False)
-    model.LLM = model.LLM.merge_and_unload()
+    if isinstance(model.LLM, PeftModel):
+        model.LLM = model.LLM.merge_and_unload()
     write_folder(model, temporary)
     their_logits, their_tokens = exported_outputs(temporary, pixels, input_ids, model.suppressed_ids)
     if not torch.equal(our_tokens, their_tokens):
@@ -73,8 +76,7 @@ def write_folder(model: MMultiModal, folder: Path) -> None:
     if model.LLM.config.tie_word_embeddings:
         tensors.pop("language_model.lm_head.weight", None)
     projector = "multi_modal_projector."
-    for name, layer in (("linear_1", model.feature_proj[0]), ("linear_2", model.feature_proj[2])):
-        tensors |= {f"{projector}{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+    tensors |= {f"{projector}{name}": tensor for name, tensor in model.feature_proj.llava_tensors().items()}
     for key, tensor in model.encoder.post_layernorm.state_dict().items():
         # a copy: the encoder's own is in the file too, and a file holds no tensor twice
         tensors[f"{projector}projector_layernorm.{key}"] = tensor.clone()
@@ -88,19 +90,19 @@ def write_folder(model: MMultiModal, folder: Path) -> None:
     def write(name: str, content: dict[str, Any]) -> None:
         (folder / name).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))
 
-    stop_ids = sorted(model.chat.stop_ids)
+    stop_ids = sorted(model.processor.chat.stop_ids)
     text = text_config(model.LLM)
     write(
         "config.json",
         {
             "architectures": ["VipLlavaForConditionalGeneration"],
             "model_type": "vipllava",
-            "image_token_index": model.chat.image_token_id,
-            "image_token_id": model.chat.image_token_id,
+            "image_token_index": model.processor.chat.image_token_id,
+            "image_token_id": model.processor.chat.image_token_id,
             "projector_hidden_act": "gelu",
             "projector_layernorm_eps": model.encoder.config.layer_norm_eps,
             "vision_feature_layers": -1,
-            "image_seq_length": model.num_image_tokens,
+            "image_seq_length": model.processor.chat.plan.crop_tokens,
             "tie_word_embeddings": model.LLM.config.tie_word_embeddings,
             "dtype": "float32",
             "torch_dtype": "float32",
@@ -110,8 +112,8 @@ def write_folder(model: MMultiModal, folder: Path) -> None:
     )
     write("generation_config.json", {"eos_token_id": stop_ids, "pad_token_id": stop_ids[0], "do_sample": False})
     shutil.copy(model.visual_folder / "preprocessor_config.json", folder)
-    model.tokenizer.chat_template = chat_template(model)
-    model.tokenizer.save_pretrained(folder)
+    model.processor.tokenizer.chat_template = chat_template(model)
+    model.processor.tokenizer.save_pretrained(folder)
     write(
         "processor_config.json",
         {
@@ -139,9 +141,9 @@ def text_config(language_model: PreTrainedModel) -> dict[str, Any]:
 def chat_template(model: MMultiModal) -> str:
     """A Jinja template that renders what `qwen/chat.py` renders: the photo, a newline, the question."""
     prompt = model.config.prompt
-    system_block = prompt.system or model.chat.first_generation
+    system_block = prompt.system or model.processor.chat.first_generation
     system = f"<|im_start|>system\n{prompt.system}<|im_end|>\n" if system_block else ""
-    think = model.chat.think
+    think = model.processor.chat.think
     before, after = ("", prompt.question_prefix) if prompt.image_first else (prompt.question_prefix, "")
     return (
         f"{{{{- {system!r} }}}}"
@@ -168,9 +170,8 @@ def chat_template(model: MMultiModal) -> str:
 
 def trial_input(model: MMultiModal) -> tuple[torch.Tensor, torch.Tensor]:
     """A random picture (1, 3, H, W) and a question about it (1, T)."""
-    size = model.encoder.config.image_size
-    pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    ids, _ = model.chat.render([model.chat.typed_question("What is in the picture?", 1)])
+    pixels = torch.rand(1, 3, *model.encoder.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ids, _ = model.processor.chat.render([model.processor.chat.typed_question("What is in the picture?", 1)])
     return pixels, torch.tensor([ids])
 
 

@@ -3,22 +3,27 @@
 Written by `training/state.py`, read by every script.
 
     config.yaml                  the resolved run; names and relative paths, never an absolute one
-    adapter_config.json          LoRA in peft's own layout
-    adapter_model.safetensors
     feature_proj.safetensors     the projector
+    adapter_config.json          LoRA on the language model, in peft's own layout
+    adapter_model.safetensors
+    llm.safetensors              weights of the language model that were trained whole, if any
+    vision_adapter/              LoRA on the encoder, if any, in peft's own layout
+    vision.safetensors           weights of the encoder that were trained whole, if any
     provenance.json              format version, checksums, fingerprints of backbones, prompt and transform; library
                                  versions, commit, and what shaped the run (data, split, seeds, packing)
     metrics.json                 the last training and validation figures
     trainer_state/               optimizer, scheduler, random generators, position in the data
 
-Frozen weights are not in it. The layout of the course report's published checkpoint is read too
-(`model/report_layout.py`). A folder is written under a temporary name, flushed to disk and renamed, so a folder with
-its final name is complete.
+Which of the weight files there are follows from `model/parts.py`; frozen weights are not in it. The layout of the
+course report's published checkpoint is read too (`model/report_layout.py`). A folder is written under a temporary name,
+flushed to disk and renamed, so a folder with its final name is complete.
 """
 
 import io
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +38,10 @@ from config import Config, load_config
 from errors import UserError, file_error
 from model import report_layout
 from model.checkpoint_folder import (
-    ADAPTER_FILE,
+    ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
     FORMAT_VERSION,
     METRICS_FILE,
-    PROJECTOR_FILE,
     PROVENANCE_FILE,
     STATE_FILE,
     changed,
@@ -46,10 +50,12 @@ from model.checkpoint_folder import (
     flush,
     put_in_place,
     read_provenance,
+    required_files,
 )
 from model.model import MMultiModal
+from model.parts import ADAPTER_FILE, PROJECTOR_FILE, Part
+from model.portable import portable_config
 from model.precision import DTYPES, pick_device, pick_precision
-from paths import REPO_ROOT
 
 
 def load_checkpoint(
@@ -84,40 +90,13 @@ def load_checkpoint(
     return model.eval()
 
 
-def portable_config(config: Config) -> dict[str, Any]:
-    """The config as a mapping whose paths work on other machines: relative to the repository, else the bare name."""
-    raw = config.model_dump(mode="json")
-
-    def portable(path: str) -> str:
-        if not Path(path).expanduser().is_absolute():
-            return path
-        absolute = Path(path).expanduser()
-        return absolute.relative_to(REPO_ROOT).as_posix() if absolute.is_relative_to(REPO_ROOT) else absolute.name
-
-    raw["model_root"] = portable(raw["model_root"])
-    for section, keys in {
-        "visual": ["path"],
-        "llm": ["path"],
-        "data": ["image_map", "captions", "feature_cache"],
-        "train": ["output_dir", "init_from"],
-    }.items():
-        for key in keys:
-            if raw[section][key] is not None:
-                raw[section][key] = portable(raw[section][key])
-    for source in raw["data"]["sources"]:
-        for key in ("annotations", "images", "questions"):
-            if source[key] is not None:
-                source[key] = portable(source[key])
-    return raw
-
-
 def fingerprints(model: MMultiModal) -> dict[str, str]:
     """What the trained weights depend on, one hash each: both backbones, the prompt and the image transform."""
     return {
         "visual": backbone_fingerprint(model.visual_folder),
         "llm": backbone_fingerprint(model.llm_folder),
-        "prompt": model.chat.fingerprint(),
-        "transform": model.transform.fingerprint(),
+        "prompt": model.processor.chat.fingerprint(),
+        "transform": model.processor.transform.fingerprint(),
     }
 
 
@@ -163,25 +142,27 @@ def _write_files(
     provenance: dict[str, Any],
     trainer_state: dict[str, Any],
 ) -> None:
+    for part in model.parts:
+        file = folder / part.file
+        file.parent.mkdir(exist_ok=True)
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in part.parameters.items()}
+        # safetensors' own way to write a file gives it to the owner alone and turns a full disk into another error
+        file.write_bytes(save(tensors, metadata={"format": "pt"}))
+        if part.lora is not None:
+            part.lora.save_pretrained(file.parent)
+            settings = json.loads((file.parent / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+            section = "llm" if file.parent == folder else "visual"
+            settings["base_model_name_or_path"] = portable_config(model.config)[section]["path"]  # peft's is absolute
+            _write_json(file.parent / ADAPTER_CONFIG_FILE, settings)
     (folder / STATE_FILE).parent.mkdir()
-    # the embedding is never trained, so peft is told not to look on the hub whether it was resized
-    model.LLM.save_pretrained(folder, save_embedding_layers=False)
-    adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    adapter_config["base_model_name_or_path"] = portable_config(model.config)["llm"]["path"]  # peft's is absolute
-    _write_json(folder / "adapter_config.json", adapter_config)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    projector = {name: tensor.detach().cpu().contiguous() for name, tensor in model.feature_proj.state_dict().items()}
-    (folder / PROJECTOR_FILE).write_bytes(save(projector))
     state = io.BytesIO()  # torch.save to a file turns a full disk into a RuntimeError
     torch.save(trainer_state, state)
     (folder / STATE_FILE).write_bytes(state.getbuffer())
     (folder / CONFIG_FILE).write_text(
         yaml.safe_dump(portable_config(model.config), allow_unicode=True, sort_keys=False), encoding="utf-8"
     )
-    # safetensors gives its files to the owner alone; they get the permissions of the others
-    (folder / ADAPTER_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
     _write_json(folder / METRICS_FILE, metrics)
-    checksums = {name: checksum(folder / name) for name in (ADAPTER_FILE, PROJECTOR_FILE, STATE_FILE)}
+    checksums = {name: checksum(folder / name) for name in [*(part.file for part in model.parts), STATE_FILE]}
     head = {"format_version": FORMAT_VERSION, "fingerprints": fingerprints(model), "checksums": checksums}
     _write_json(folder / PROVENANCE_FILE, head | provenance)
 
@@ -199,65 +180,114 @@ def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config
     return load_config(folder / CONFIG_FILE, overrides)
 
 
-def restore_weights(
-    model: MMultiModal, folder: Path, other_prompt: bool = False, fresh_lora: bool = False
-) -> list[str]:
-    """Put LoRA and projector of a checkpoint into `model` and check what they were trained on.
+def restore_weights(model: MMultiModal, folder: Path, other_prompt: bool = False, new_run: bool = False) -> list[str]:
+    """Put the trained parts of a checkpoint into `model` and check what they were trained on.
 
     Args:
         other_prompt: the prompt may differ, because training will adapt to it; for answering it may not.
-        fresh_lora: leave LoRA as it is if that of the checkpoint was never trained (a first stage with
-            `train.lora_lr: 0`); it may then have other settings.
+        new_run: a part that the checkpoint does not have, or a LoRA of it that was never trained (`lr: 0`), begins as
+            it is in `model`; such a LoRA may have other settings.
 
     Returns:
-        A sentence for each of the two that was made use of.
+        A sentence for each of these permissions that was made use of.
 
     Raises:
-        UserError: another backbone, prompt or transform than in training, other LoRA settings, damaged files, or
-            tensors that do not fit.
+        UserError: another backbone, prompt or transform than in training, other LoRA settings, weights that no part of
+            this run takes, damaged files, or tensors that do not fit.
     """
     notes = []
     folder = check_complete(folder)
     checksums: dict[str, str] = {}
-    if report_layout.is_report_checkpoint(folder):
-        lora = report_layout.lora_settings(folder)
-        adapter, projector = report_layout.read_report_tensors(folder)
-        files = ("adapter_model.bin", report_layout.PROJECTOR_FILE)
-    else:
+    if not report_layout.is_report_checkpoint(folder):
         checksums = read_provenance(folder).get("checksums", {})
         _check_fingerprints(model, folder)
         notes += _check_prompt(model, folder, other_prompt)
-        lora = _saved_lora(folder / "adapter_config.json")
-        files = (ADAPTER_FILE, PROJECTOR_FILE)
-        adapter, projector = (_read_tensors(folder / name) for name in files)
-    ours = model.config.llm.lora
-    untrained = not any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
-    if leave_lora := fresh_lora and untrained:
-        notes.append(f"LoRA was never trained in {folder}: only the projector is taken from there")
-    elif (ours.r, ours.alpha, set(ours.target_modules)) != (lora["r"], lora["alpha"], set(lora["target_modules"])):
+    saved = _read_weights(folder)
+    taken = []
+    for part in model.parts:
+        weights = saved.pop(part.file, None)
+        if new_run and (weights is None or weights.untrained_lora):
+            notes.append(f"'{part.name}' was never trained in {folder} and begins anew")
+        elif weights is None:
+            raise UserError(f"{folder} holds no '{part.name}' ({part.file}): leave train.parts as in its {CONFIG_FILE}")
+        else:
+            _check_lora(part, weights.lora, folder)
+            taken.append((part.parameters, weights))
+    left_over = [weights.file for weights in saved.values() if not weights.untrained_lora]
+    if left_over:
         raise UserError(
-            f"'llm.lora' differs from the adapter in {folder}: that has r={lora['r']}, alpha={lora['alpha']}, "
-            f"target_modules={sorted(lora['target_modules'])}"
+            f"{folder} holds trained weights that this run has no part for ({', '.join(left_over)}): set train.parts "
+            f"as in its {CONFIG_FILE}; a learning rate of 0 leaves a part as it is"
         )
-    own = {name.replace(".default", ""): tensor for name, tensor in model.LLM.named_parameters() if "lora_" in name}
-    trained = [] if leave_lora else [(own, adapter, files[0])]
-    trained += [(dict(model.feature_proj.named_parameters()), projector, files[1])]
-    for parameters, tensors, name in trained:
-        _check_shapes(parameters, tensors, folder / name)
-    altered = [problem for name in files if name in checksums and (problem := changed(folder, name, checksums))]
+    # adapters first: their names and shapes say most clearly that the language model is another one
+    for parameters, weights in sorted(taken, key=lambda item: item[1].lora is None):
+        _check_shapes(parameters, weights.tensors, folder / weights.file)
+    files = [weights.file for _, weights in taken if weights.file in checksums]
+    altered = [problem for name in files if (problem := changed(folder, name, checksums))]
     if altered:
         raise UserError(f"{folder} is damaged: {'; '.join(altered)}. Copy it again or use another checkpoint")
     with torch.no_grad():
-        for parameters, tensors, _ in trained:
+        for parameters, weights in taken:
             for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(weights.tensors[name])
     return notes
+
+
+@dataclass
+class _Weights:
+    """What a weight file of a checkpoint holds.
+
+    Attributes:
+        file: its name.
+        tensors: by name.
+        lora: of an adapter, its settings; else None.
+    """
+
+    file: str
+    tensors: dict[str, torch.Tensor]
+    lora: dict[str, Any] | None
+
+    @property
+    def untrained_lora(self) -> bool:
+        """Whether these are adapter matrices whose second factors are all zero, as at the start."""
+        factors = [tensor for name, tensor in self.tensors.items() if "lora_B" in name]
+        return bool(factors) and not any(tensor.any() for tensor in factors)
+
+
+def _read_weights(folder: Path) -> dict[str, _Weights]:
+    """The weight files of a checkpoint by their names in our layout."""
+    if report_layout.is_report_checkpoint(folder):
+        adapter, projector = report_layout.read_report_tensors(folder)
+        return {
+            ADAPTER_FILE: _Weights(report_layout.ADAPTER_FILE, adapter, report_layout.lora_settings(folder)),
+            PROJECTOR_FILE: _Weights(report_layout.PROJECTOR_FILE, projector, None),
+        }
+    weights = {}
+    for name in required_files(folder):
+        if name.endswith(".safetensors"):
+            settings = _saved_lora((folder / name).with_name(ADAPTER_CONFIG_FILE)) if "adapter" in name else None
+            weights[name] = _Weights(name, _read_tensors(folder / name), settings)
+    return weights
+
+
+def _check_lora(part: Part, saved: dict[str, Any] | None, folder: Path) -> None:
+    if part.lora is None or saved is None:
+        return
+    ours = (part.lora.r, part.lora.lora_alpha, set(part.lora.target_modules or ()))
+    if ours != (saved["r"], saved["alpha"], set(saved["target_modules"])):
+        key = "llm.lora" if part.file == ADAPTER_FILE else "visual.lora"
+        raise UserError(
+            f"'{key}' differs from the adapter in {folder}: that has r={saved['r']}, alpha={saved['alpha']}, "
+            f"target_modules={sorted(saved['target_modules'])}"
+        )
 
 
 def _saved_lora(file: Path) -> dict[str, Any]:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         return {"r": saved["r"], "alpha": saved["lora_alpha"], "target_modules": saved["target_modules"]}
+    except OSError as error:
+        raise file_error(error, file) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r}): copy it again or use another checkpoint") from error
 
@@ -280,19 +310,19 @@ def _check_fingerprints(model: MMultiModal, folder: Path) -> None:
                 f"{folder} was trained on another '{key}': its backbone has the fingerprint {expected[part]}, "
                 f"{backbone} has {backbone_fingerprint(backbone)}. Set {key}=FOLDER to the model it was trained with"
             )
-    if model.transform.fingerprint() != expected["transform"]:
+    if model.processor.transform.fingerprint() != expected["transform"]:
         raise UserError(f"{folder} was trained with other preprocessor settings than {model.visual_folder} has now")
 
 
 def _check_prompt(model: MMultiModal, folder: Path, may_differ: bool) -> list[str]:
-    if model.chat.fingerprint() == read_provenance(folder)["fingerprints"]["prompt"]:
+    if model.processor.chat.fingerprint() == read_provenance(folder)["fingerprints"]["prompt"]:
         return []
     if may_differ:
         return [f"{folder} was trained with another prompt than this run's, to which training will adapt it"]
     raise UserError(f"{folder} was trained with another prompt: leave prompt.* as in its {CONFIG_FILE}")
 
 
-def _check_shapes(parameters: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], file: Path) -> None:
+def _check_shapes(parameters: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor], file: Path) -> None:
     own = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = [f"missing: {name}" for name in sorted(own.keys() - saved.keys())]

@@ -17,14 +17,27 @@ from model import report_layout
 from paths import REPO_ROOT, nearest_name_hint
 
 CONFIG_FILE = "config.yaml"
-PROJECTOR_FILE = "feature_proj.safetensors"
 PROVENANCE_FILE = "provenance.json"
 METRICS_FILE = "metrics.json"
-ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"  # beside a file adapter_model.safetensors
 STATE_FILE = "trainer_state/state.pt"
-REQUIRED_FILES = (CONFIG_FILE, PROJECTOR_FILE, PROVENANCE_FILE, "adapter_config.json", ADAPTER_FILE)
-# 1: no checksums, the position in the data counted in micro-batches. 2: checksums, position in samples
-FORMAT_VERSION = 2
+# weight files of a checkpoint without checksums
+FORMER_FILES = ("feature_proj.safetensors", "adapter_model.safetensors")
+# 1: no checksums, the position in the data counted in micro-batches. 2: checksums, position in samples. 3: trained
+# parts of several kinds, under train.parts in the config
+FORMAT_VERSION = 3
+
+
+def required_files(folder: Path) -> list[str]:
+    """The files that a checkpoint cannot answer without: config, provenance, and the weights that the latter lists."""
+    try:
+        weights = [
+            name for name in orjson.loads((folder / PROVENANCE_FILE).read_bytes())["checksums"] if name != STATE_FILE
+        ]
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError):  # format 1, or a damaged file
+        weights = list(FORMER_FILES)
+    adapters = [Path(name).with_name(ADAPTER_CONFIG_FILE).as_posix() for name in weights if "adapter_model" in name]
+    return [CONFIG_FILE, PROVENANCE_FILE, *adapters, *weights]
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
@@ -93,9 +106,10 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 def damage(folder: Path) -> list[str]:
     """The problems that prevent resuming from `folder`, file by file; empty for a sound checkpoint."""
-    missing = [name for name in (*REQUIRED_FILES, STATE_FILE) if not (folder / name).is_file()]
+    required = [*required_files(folder), STATE_FILE]
+    missing = [name for name in required if not (folder / name).is_file()]
     problems = [f"{name} is missing" for name in missing]
-    for name in {CONFIG_FILE, "adapter_config.json"} - set(missing):
+    for name in {name for name in required if name.endswith((CONFIG_FILE, ADAPTER_CONFIG_FILE))} - set(missing):
         try:
             content = yaml.safe_load((folder / name).read_text(encoding="utf-8"))  # JSON is YAML
         except (yaml.YAMLError, UnicodeDecodeError, OSError):
@@ -130,7 +144,8 @@ def check_complete(folder: Path) -> Path:
     folder = REPO_ROOT / folder
     if not os.path.isdir(folder):  # unlike Path.is_dir it takes names that are too long
         raise UserError(f"checkpoint folder not found: {shortened(folder)}. {nearest_name_hint(folder)}".rstrip())
-    required = report_layout.REQUIRED_FILES if report_layout.is_report_checkpoint(folder) else REQUIRED_FILES
+    in_report = report_layout.is_report_checkpoint(folder)
+    required = report_layout.REQUIRED_FILES if in_report else required_files(folder)
     missing = [name for name in required if not (folder / name).is_file()]
     if missing:
         inside = sorted(child.name for child in folder.glob("checkpoint-*"))

@@ -1,78 +1,84 @@
-"""The whole model: frozen SigLIP encoder → projector → Qwen with LoRA.
+"""The whole model: image encoder → projector → Qwen, each frozen, with LoRA or trained whole (`model/parts.py`).
 
 `train.py` builds it with `MMultiModal.from_config`; the other scripts load it with `model.checkpoint.load_checkpoint`.
 
-Shapes: B batch, B_img photos, T text and image tokens, N image tokens of a photo, Dv and Dl widths, V vocabulary.
+Shapes: B batch, C crops (a photo without tiles is one), T text and image tokens, R rows of a crop that the encoder
+gives and M tokens that the projector makes of them, Dv and Dl widths, V vocabulary.
 """
 
-import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import PeftModel
 from torch import nn
+from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from backbones.backbone import locate_backbone
+from batch import Batch
 from config import Config
 from errors import UserError
+from model.parts import make_parts
 from model.precision import DTYPES, pick_device, pick_precision
-from qwen.attention import PackedLayout
+from model.processor import Processor
+from model.projector import build_projector
 from qwen.chat import ChatFormat
 from qwen.loading import load_language_model
-from qwen.lora import LoraLinear
 from qwen.tokenizer import image_token_id, load_tokenizer
 from visual.encoder import load_encoder
+from visual.tower import Tower
 from visual.transform import ImageTransform
 
-# photos that pass the encoder at once, whatever the batch: at so400m 5,832 rows, enough to keep a GPU busy, whose
+# crops that pass the encoder at once, whatever the batch: at so400m 5,832 rows, enough to keep a GPU busy, whose
 # widest activation (4,304 columns in bf16) is 50 MB
-ENCODER_PHOTOS = 8
+ENCODER_CROPS = 8
 
 
 class MMultiModal(nn.Module):
-    """Encoder, projector and language model with their tokenizer, image transform and prompt format.
+    """Encoder, projector and language model.
 
     Attributes:
-        encoder: `SigLIPViT` or `CLIPViT`, frozen.
-        feature_proj: Linear(Dv, Dl), GELU, Linear(Dl, Dl); float32 in training.
-        LLM: peft model around one of `qwen.Mqwen.LANGUAGE_MODELS`; LoRA in float32, the rest frozen.
-        config, tokenizer, transform, chat: what the run was configured with.
+        encoder: a tower of `visual.encoder.TOWERS`.
+        feature_proj: a projector of `model.projector.PROJECTORS`.
+        LLM: one of `qwen.loading.LANGUAGE_MODELS`, in peft's wrapper where it has LoRA; see `language_model`.
+        processor: makes the inputs.
+        parts: what is trained; all other weights are frozen.
+        config: what the run was configured with.
         visual_folder, llm_folder: where the backbones were found.
     """
 
     def __init__(
-        self, config: Config, encoder: nn.Module, LLM: nn.Module, tokenizer, transform: ImageTransform
+        self,
+        config: Config,
+        encoder: Tower,
+        LLM: nn.Module,
+        tokenizer,
+        transform: ImageTransform,
+        visual_folder: Path,
+        llm_folder: Path,
     ) -> None:
         super().__init__()
         self.config = config
-        self.tokenizer = tokenizer
-        self.transform = transform
-        assert not any(parameter.requires_grad for parameter in encoder.parameters()), "the encoder must be frozen"
-        self.encoder = encoder
-        self.LLM = LLM
-        self.feature_proj = nn.Sequential(
-            nn.Linear(encoder.config.hidden_size, LLM.config.hidden_size),
-            nn.GELU(),
-            nn.Linear(LLM.config.hidden_size, LLM.config.hidden_size),
-        )
-        for layer in (self.feature_proj[0], self.feature_proj[2]):
-            nn.init.normal_(layer.weight, mean=0.0, std=config.projector.init_std)
-            nn.init.zeros_(layer.bias)
-        self.num_image_tokens = encoder.num_tokens - int(config.visual.drop_first_token)
-        if config.visual.image_tokens not in (None, self.num_image_tokens):
+        self.encoder = encoder.requires_grad_(False)
+        self.LLM = LLM.requires_grad_(False)
+        self.visual_folder, self.llm_folder = visual_folder, llm_folder
+        if transform.size != encoder.size:
             raise UserError(
-                f"'visual.image_tokens' is {config.visual.image_tokens}, but the encoder gives {encoder.num_tokens} "
-                f"tokens and 'visual.drop_first_token' is {config.visual.drop_first_token}: "
-                f"that makes {self.num_image_tokens}"
+                f"'visual.path': the image processor makes {transform.size[0]}×{transform.size[1]} pictures, the "
+                f"encoder takes {encoder.size[0]}×{encoder.size[1]}"
             )
-        if transform.size != (encoder.config.image_size, encoder.config.image_size):
+        self.feature_proj = build_projector(config.projector, encoder.grid, encoder.width, LLM.config.hidden_size)
+        crop_tokens = self.feature_proj.tokens(encoder.grid)
+        if config.visual.image_tokens not in (None, crop_tokens):
             raise UserError(
-                f"'visual.path': preprocessor_config.json makes {transform.size[0]}×{transform.size[1]} pictures, "
-                f"the encoder takes {encoder.config.image_size} px squares"
+                f"'visual.image_tokens' is {config.visual.image_tokens}, but the encoder gives {encoder.grid.rows} "
+                f"rows with 'visual.drop' {config.visual.drop}, of which the projector '{config.projector.kind}' makes "
+                f"{crop_tokens} tokens: set it to that, or to null"
             )
-        self.chat = ChatFormat(tokenizer, config.prompt, self.num_image_tokens, LLM.config.model_type)
+        chat = ChatFormat(tokenizer, config.prompt, crop_tokens, LLM.config.model_type)
+        self.processor = Processor(tokenizer, transform, chat, config.visual.tiles)
+        self.parts = make_parts(self)
 
     @classmethod
     def from_config(
@@ -82,11 +88,11 @@ class MMultiModal(nn.Module):
         dtype: torch.dtype | None = None,
         run_folder: Path | None = None,
     ) -> "MMultiModal":
-        """Load both backbones and add the projector and LoRA, newly initialised from `train.seed`.
+        """Load both backbones and add projector and adapters, newly initialised from `train.seed`.
 
         Args:
             device: default as `pick_device`.
-            dtype: of the frozen backbones; default what `train.precision` says.
+            dtype: of the frozen weights; default what `train.precision` says.
             run_folder: of a checkpoint that `config` is of; says where its backbones were on this machine.
 
         Raises:
@@ -97,7 +103,7 @@ class MMultiModal(nn.Module):
         dtype = DTYPES[pick_precision(config.train.precision, device)] if dtype is None else dtype
         visual_folder = locate_backbone(config.visual.path, config.model_root, "visual.path", config.hub, run_folder)
         llm_folder = locate_backbone(config.llm.path, config.model_root, "llm.path", config.hub, run_folder)
-        encoder = load_encoder(visual_folder, dtype)
+        encoder = load_encoder(visual_folder, dtype, config.visual.drop).to(device)
         tokenizer = load_tokenizer(llm_folder)
         LLM = load_language_model(
             llm_folder,
@@ -106,51 +112,54 @@ class MMultiModal(nn.Module):
             len(tokenizer),
             placement=device if config.llm.device_map is None else config.llm.device_map,
             quantization=config.llm.quantization,
-        ).requires_grad_(False)
+        )
+        transform = ImageTransform.from_folder(visual_folder)
         with torch.random.fork_rng(devices=[]):  # the same weights at the start, whatever drew random numbers before
             torch.manual_seed(config.train.seed)
-            LLM = _with_lora(LLM, config)
-            model = cls(config, encoder, LLM, tokenizer, ImageTransform.from_folder(visual_folder))
-        model.visual_folder, model.llm_folder = visual_folder, llm_folder
-        # the language model is in its place already; LoRA is made where the layers are
-        model.encoder.to(device)
+            model = cls(config, encoder, LLM, tokenizer, transform, visual_folder, llm_folder)
+        # the language model is in its place already; adapters are made where their layers are
         model.feature_proj.to(device)
         return model
 
-    def freeze_lora(self) -> None:
-        """Leave LoRA as it is: no gradient, so no optimiser state and no part in the norm that clips the projector's.
-
-        For training the projector alone (`train.lora_lr: 0`); to be called before the optimiser is built.
-        """
-        for name, parameter in self.LLM.named_parameters():
-            if "lora_" in name:
-                parameter.requires_grad_(False)
+    @property
+    def language_model(self) -> nn.Module:
+        """The language model without peft's wrapper; LoRA is inside its layers."""
+        return self.LLM.get_base_model() if isinstance(self.LLM, PeftModel) else self.LLM
 
     @property
     def device(self) -> torch.device:
-        return self.feature_proj[0].weight.device
+        return self.feature_proj.device
 
     @property
     def suppressed_ids(self) -> list[int]:
         """Ids no answer holds: the photo's placeholder, and the spare rows of the embedding, which mean nothing."""
         rows = self.LLM.get_output_embeddings().weight.shape[0]
-        return [self.chat.image_token_id, *range(len(self.tokenizer), rows)]
+        return [self.processor.chat.image_token_id, *range(len(self.processor.tokenizer), rows)]
 
-    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """`(B_img, 3, H, W)` pixels → `(B_img, N, Dv)` encoder features without a graph.
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether a gradient is wanted of something in the encoder."""
+        return any(parameter.requires_grad for parameter in self.encoder.parameters())
 
-        With `visual.drop_first_token` the first row is left out: CLIP's class token. SigLIP has none: what goes is
-        the top-left patch, kept this way because the report's checkpoints were trained so.
-        """
-        # under autocast, layer norms would take their input to float32 and back
-        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            image = image.to(self.encoder.dtype)
-            features = torch.cat([self.encoder(photos) for photos in image.split(ENCODER_PHOTOS)])
-        return features[:, int(self.config.visual.drop_first_token) :]  # (B_img, N, Dv)
+    def train(self, mode: bool = True) -> "MMultiModal":
+        """As the parent's; a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if not self.trains_encoder:
+            self.encoder.eval()
+        return self
 
-    def project(self, image_features: torch.Tensor) -> torch.Tensor:
-        """`(B_img, N, Dv)` encoder features → `(B_img, N, Dl)` rows the language model reads."""
-        return self.feature_proj(image_features.to(self.feature_proj[0].weight.dtype))
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`(C, 3, H, W)` pixels → `(C, R, Dv)` encoder features, without a graph where the encoder is frozen."""
+        trained = self.trains_encoder and torch.is_grad_enabled()
+        # under autocast, the layer norms of frozen weights would take their input to float32 and back
+        autocast = torch.is_autocast_enabled(pixels.device.type) and self.trains_encoder
+        with torch.set_grad_enabled(trained), torch.autocast(pixels.device.type, enabled=autocast):
+            pixels = pixels.to(self.encoder.dtype)
+            return torch.cat([self.encoder(crops) for crops in pixels.split(ENCODER_CROPS)])
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """`(C, R, Dv)` encoder features → `(C, M, Dl)` rows the language model reads."""
+        return self.feature_proj(features, self.encoder.grid)
 
     def forward(
         self,
@@ -160,58 +169,72 @@ class MMultiModal(nn.Module):
         attention_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         position_ids: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        supervised_only: bool = False,
-        num_items_in_batch: int | None = None,
-        past_key_values=None,
-        use_cache: bool | None = None,
-        layout: PackedLayout | None = None,
-        photo_index: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where there are labels.
+        """Logits of ordinary sequences, and the loss where there are labels; training uses `loss` instead.
 
         Args:
-            image: (B_img, 3, H, W) in reading order of the placeholders; None: no photo, or `image_features` given.
-            input_ids: (B, T), each photo's `<|extra_0|>` standing N times.
+            image: (C, 3, H, W) in reading order of the placeholders; None: no photo.
+            input_ids: (B, T), with the placeholders of each photo.
             labels: (B, T), -100 where nothing is asked.
-            attention_mask: (B, T), or (B, 1, T, T) bool, True where a position may look.
-            logits_to_keep: compute logits for the last so many positions only; 0 = all.
+            attention_mask: (B, T).
+            logits_to_keep: compute logits for the last so many positions only; 0: all.
             position_ids: (B, T).
-            image_features: (B_img, N, Dv) of `encode_image`, computed earlier.
-            supervised_only: `lm_head` on labelled positions only; `logits` is None then.
-            num_items_in_batch: divide the summed loss by this instead of by the labels of this batch.
-            layout: for a row of packed samples, B = 1, in place of `attention_mask` (see `qwen/attention.py`).
-            photo_index: (placeholders' photos,) which row of `image` or `image_features` stands where, in reading
-                order; None: each stands once, in its order.
 
         Raises:
-            ValueError: placeholders and photos differ in number, or both kinds of image input are given.
+            ValueError: placeholders and photos differ in number.
         """
-        if image is not None and image_features is not None:
-            raise ValueError("give 'image' or 'image_features', not both")
-        if image is not None:
-            image_features = self.encode_image(image)
-        images = None if image_features is None else self.project(image_features)  # (B_img, N, Dl)
-        if images is not None and photo_index is not None:
-            images = images[photo_index]
-        output = self.LLM(
-            input_ids=input_ids,
-            images=images,
-            labels=labels,
+        images = None if image is None else self.project(self.encode_image(image))  # (C, M, Dl)
+        if attention_mask is None:  # without one, transformers guesses from positions that sequences were packed
+            attention_mask = torch.ones_like(input_ids)
+        return self.LLM(
+            inputs_embeds=self.language_model.embed(input_ids, images),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            supervised_only=supervised_only,
-            num_items_in_batch=num_items_in_batch,
-            **({} if layout is None else {"layout": layout, "flex": self.config.train.attention == "flex"}),
-            **({} if supervised_only else {"logits_to_keep": logits_to_keep}),
-            **({} if past_key_values is None else {"past_key_values": past_key_values}),
-            **({} if use_cache is None else {"use_cache": use_cache}),
+            labels=labels,
+            logits_to_keep=logits_to_keep,
         )
-        if images is None and self.training and output.loss is not None:
-            # every process of a distributed run must touch the projector, also when it drew only text
-            nothing = self.project(self.feature_proj[0].weight.new_zeros(1, 1, self.feature_proj[0].in_features))
-            output.loss = output.loss + 0.0 * nothing.sum()
-        return output
+
+    def loss(self, batch: Batch, num_items: int | None = None) -> torch.Tensor:
+        """Next-token loss of a packed micro-batch, computed at its supervised positions alone; a scalar.
+
+        Args:
+            num_items: divisor of the summed loss (the supervised tokens of the whole optimizer step); None: those of
+                this batch.
+
+        Raises:
+            ValueError: placeholders and photos differ in number.
+        """
+        embeddings, images = self._embed(batch)
+        loss = self.language_model.packed_loss(embeddings, batch.labels, batch.position_ids, batch.samples, num_items)
+        if images is None and self.training:
+            # all processes of a distributed run must have gradients for the same weights, also with text alone
+            visual = (*self.feature_proj.parameters(), *self.encoder.parameters())
+            loss = loss + 0.0 * sum(weight.flatten()[:1].sum() for weight in visual if weight.requires_grad)
+        return loss
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits (1, T, V) of every position of a packed micro-batch; errors as `loss`."""
+        embeddings, _ = self._embed(batch)
+        states = self.language_model.packed_states(embeddings, batch.position_ids, batch.samples)
+        return self.language_model.lm_head(states)
+
+    def _embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Input embeddings (1, T, Dl), and the projected crops (C, M, Dl)."""
+        features = batch.image_features
+        if batch.pixel_values is not None:
+            features = self.encode_image(batch.pixel_values)
+        images = None if features is None else self.project(features)
+        shown = None if images is None else images[batch.crop_index]  # in reading order of the placeholders
+        return self.language_model.embed(batch.input_ids, shown), images
+
+    def decode(self, embeddings: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Read `embeddings` (1, T, Dl) behind what `cache` holds; logits (V,) after the last of them, in float32."""
+        start = cache.get_seq_length()
+        positions = torch.arange(start, start + embeddings.shape[1], device=embeddings.device).unsqueeze(0)
+        output = self.LLM(
+            inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[0, -1].float()
 
     @torch.no_grad()
     def generate(
@@ -228,11 +251,10 @@ class MMultiModal(nn.Module):
             (B, new tokens) int64, ended by one of `chat.stop_ids` and padded with it.
         """
         images = None if image is None else self.project(self.encode_image(image))
-        language_model = self.LLM.get_base_model()
-        embeddings = language_model.embed_with_images(input_ids, images)  # (B, T, Dl)
+        embeddings = self.language_model.embed(input_ids, images)  # (B, T, Dl)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        stop_ids = sorted(self.chat.stop_ids)
+        stop_ids = sorted(self.processor.chat.stop_ids)
         settings = {"eos_token_id": stop_ids, "pad_token_id": stop_ids[0], "suppress_tokens": self.suppressed_ids}
         # the ids go along for a repetition penalty, which counts those of the prompt too
         tokens = self.LLM.generate(
@@ -242,37 +264,25 @@ class MMultiModal(nn.Module):
 
     def parameter_summary(self) -> str:
         """One line: parameters in all, those trained of each part, dtype and device."""
-        counts = {
-            name: sum(p.numel() for p in part.parameters() if p.requires_grad)
-            for name, part in (("encoder", self.encoder), ("projector", self.feature_proj), ("LoRA", self.LLM))
-        }
         # a byte of a quantised matrix holds two 4-bit weights
         total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in self.parameters())
-        trained = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        trained = ", ".join(
+            f"{part.name} {sum(p.numel() for p in part.parameters.values() if p.requires_grad):,}"
+            for part in self.parts
+        )
         dtype = str(self.encoder.dtype).removeprefix("torch.")
         quantization = self.config.llm.quantization
         dtype += f", the language model's {quantization}," if quantization != "none" else ""
         return f"{total:,} parameters, trained: {trained}; frozen weights {dtype} on {self.device}"
 
 
-def _with_lora(LLM: nn.Module, config: Config) -> nn.Module:
-    lora = config.llm.lora
-    linear_names = {name.rpartition(".")[2] for name, part in LLM.named_modules() if isinstance(part, nn.Linear)}
-    unknown = sorted(set(lora.target_modules) - linear_names)
-    if unknown:
-        raise UserError(
-            f"'llm.lora.target_modules': {', '.join(unknown)} not in the language model; "
-            f"its linear layers are {', '.join(sorted(linear_names))}"
-        )
-    settings = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    if config.llm.quantization == "none":  # quantised layers have LoRA layers of their own in peft
-        settings._register_custom_module({nn.Linear: LoraLinear})
-    with warnings.catch_warnings():  # peft reads what transformers has renamed
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(LLM, settings)
+class LossOf(nn.Module):
+    """`model.loss` as a forward pass, since torch's wrapper for several processes wraps only that."""
+
+    def __init__(self, model: MMultiModal) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, num_items: int) -> torch.Tensor:
+        """See `MMultiModal.loss`."""
+        return self.model.loss(batch, num_items)

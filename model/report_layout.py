@@ -21,7 +21,8 @@ from errors import UserError
 from paths import REPO_ROOT
 
 PROJECTOR_FILE = "other_params.bin"
-REQUIRED_FILES = ("adapter_config.json", "adapter_model.bin", PROJECTOR_FILE)
+ADAPTER_FILE = "adapter_model.bin"
+REQUIRED_FILES = ("adapter_config.json", ADAPTER_FILE, PROJECTOR_FILE)
 # Qwen v1's linear layers → Qwen2's; a fused one names what its rows are, in order
 LAYERS = {
     "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -81,7 +82,7 @@ def read_report_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str
         UserError: a file is not a plain file of tensors, or a tensor has an unknown name.
     """
     adapter = {}
-    for name, tensor in _read_bin(folder / "adapter_model.bin").items():
+    for name, tensor in _read_bin(folder / ADAPTER_FILE).items():
         *_, layer, block, linear, matrix, _ = parts = name.split(".")
         old = f"{block}.{linear}"
         prefix = ["base_model", "model", "transformer", "h", layer, block, linear, matrix, "weight"]

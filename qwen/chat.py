@@ -6,31 +6,31 @@ data: `<|im_end|>`, `<|extra_0|>` or `<think>` typed in it is tokenised as the p
 """
 
 import hashlib
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from config import IMAGE_TAG, Prompt
 from qwen.tokenizer import image_token_id, text_encoder
+from visual_plan import VisualPlan
 
 THINK_BLOCK = "<think>\n\n</think>\n\n"  # how Qwen3 is told not to think (its model card)
 IGNORE_INDEX = -100  # label of positions without supervision, the default of torch's cross-entropy
 
 
-class ImagePart:
-    """The place of one photo among the text parts of a message."""
-
-
-IMAGE = ImagePart()
+# the photos of a message, in reading order; a number: so many photos of one crop
+Photos = int | Sequence[VisualPlan]
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `parts` are texts and `IMAGE`; the texts hold no control tokens, whatever characters they show."""
+    """One turn. A part is a text or the plan of a photo; a text holds no control tokens, only characters."""
 
     role: str  # user | assistant
-    parts: tuple[str | ImagePart, ...]
+    parts: tuple[str | VisualPlan, ...]
 
 
 class ChatFormat:
@@ -39,7 +39,7 @@ class ChatFormat:
     Args:
         tokenizer: from `qwen.tokenizer.load_tokenizer`.
         prompt: system sentence, question prefix, place of the photo, end token (config section `prompt`).
-        num_image_tokens: N, how many tokens stand for one photo.
+        crop_tokens: how many placeholders stand for one crop of a photo.
         model_type: of the language model. `qwen3` gets an empty think block before each answer, unsupervised, where its
             own template writes one with `enable_thinking=False` (the 2507 instruct models do not think). `qwen`, the
             first generation, always has a system block, and tokenises role and text apart where there is no photo, as
@@ -47,13 +47,13 @@ class ChatFormat:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, num_image_tokens: int, model_type: str = "qwen2"
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, crop_tokens: int, model_type: str = "qwen2"
     ) -> None:
         self.tokenizer = tokenizer
         self._encoder = text_encoder(tokenizer)
         self._encoded: dict[str, list[int]] = {}
         self.prompt = prompt
-        self.num_image_tokens = num_image_tokens
+        self.plan = VisualPlan(crop_tokens)  # of a photo without tiles
         self.first_generation = model_type == "qwen"
         self.image_token_id = image_token_id(tokenizer)
         self.start_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
@@ -73,32 +73,35 @@ class ChatFormat:
             self._encoded[text] = self._encoder.encode(text, add_special_tokens=False).ids
         return list(self._encoded[text])
 
-    def question(self, text: str, num_images: int) -> Message:
-        """The user message of a record: the first `num_images` tags `<|extra_0|>` in `text` are its photos.
+    def question(self, text: str, photos: Photos) -> Message:
+        """The user message of a record: the first tags `<|extra_0|>` in `text` are its photos, one tag each.
 
         Raises:
             ValueError: fewer tags than photos; gives both numbers.
         """
-        pieces = text.split(IMAGE_TAG, num_images)
-        if len(pieces) - 1 != num_images:
-            raise ValueError(f"{num_images} photos but {len(pieces) - 1} tags {IMAGE_TAG} in the question {text!r}")
-        if self.prompt.image_first and num_images:
+        plans = self._plans(photos)
+        pieces = text.split(IMAGE_TAG, len(plans))
+        if len(pieces) - 1 != len(plans):
+            raise ValueError(f"{len(plans)} photos but {len(pieces) - 1} tags {IMAGE_TAG} in the question {text!r}")
+        if self.prompt.image_first and plans:
             rest = "".join(piece.removeprefix("\n") if index else piece for index, piece in enumerate(pieces))
-            return self.typed_question(rest, num_images)
-        pieces[0] = self.prompt.question_prefix + pieces[0]
-        parts: list[str | ImagePart] = [pieces[0]]
-        for piece in pieces[1:]:
-            parts += [IMAGE, piece]
+            return self.typed_question(rest, plans)
+        parts: list[str | VisualPlan] = [self.prompt.question_prefix + pieces[0]]
+        for plan, piece in zip(plans, pieces[1:], strict=True):
+            parts += [plan, piece]
         return Message("user", tuple(parts))
 
-    def typed_question(self, text: str, num_images: int) -> Message:
-        """The user message of somebody who types `text` below `num_images` photos; all of `text` is text."""
-        prefix = self.prompt.question_prefix
-        if num_images == 0:
+    def typed_question(self, text: str, photos: Photos) -> Message:
+        """The user message of a person who types `text` below `photos`; all of `text` is text."""
+        prefix, plans = self.prompt.question_prefix, self._plans(photos)
+        if not plans:
             return Message("user", (prefix + text,))
         if self.prompt.image_first:
-            return Message("user", (*[IMAGE] * num_images, "\n" + prefix + text))
-        return Message("user", (prefix, *[IMAGE] * num_images, "\n" + text))
+            return Message("user", (*plans, "\n" + prefix + text))
+        return Message("user", (prefix, *plans, "\n" + text))
+
+    def _plans(self, photos: Photos) -> list[VisualPlan]:
+        return [self.plan] * photos if isinstance(photos, int) else list(photos)
 
     def answer(self, text: str) -> Message:
         """The assistant message `text`."""
@@ -108,8 +111,8 @@ class ChatFormat:
         """Token ids and labels of a dialogue; when the last message is the user's, the answer is left open.
 
         Returns:
-            `input_ids` (T,) with each photo's placeholder standing N times, and `labels` (T,): the id where the
-            assistant speaks or ends its turn, -100 elsewhere.
+            `input_ids` (T,) with the placeholders of each photo's plan, and `labels` (T,): the id where the assistant
+            speaks or ends its turn, -100 elsewhere.
 
         Raises:
             ValueError: an empty dialogue, or roles that do not alternate beginning with the user.
@@ -142,18 +145,34 @@ class ChatFormat:
 
     def _add_user(self, message: Message, add) -> None:
         text = "user\n"  # role and text are one string for the tokenizer, as in the template
-        if self.first_generation and IMAGE not in message.parts:
+        if self.first_generation and all(isinstance(part, str) for part in message.parts):
             add(self.encode_text(text))
             text = ""
         for part in message.parts:
-            if isinstance(part, ImagePart):
-                add(self.encode_text(text) if text else [])
-                add([self.image_token_id] * self.num_image_tokens)
-                text = ""
-            else:
+            if isinstance(part, str):
                 text += part
+            else:
+                add(self.encode_text(text) if text else [])
+                add(self._photo_ids(part))
+                text = ""
         add(self.encode_text(text) if text else [])
         add([self.turn_end_id])
+
+    def _photo_ids(self, plan: VisualPlan) -> list[int]:
+        """Placeholders of the whole photo, then of each tile behind a line with its row and column, as in `[1,2]`."""
+        crop = [self.image_token_id] * plan.crop_tokens
+        ids = list(crop)
+        for row in range(1, plan.tile_rows + 1):
+            for column in range(1, plan.tile_columns + 1):
+                ids += [*self.encode_text(f"\n[{row},{column}]"), *crop]
+        return ids
+
+    def photo_spans(self, ids: Sequence[int], plans: Sequence[VisualPlan]) -> list[tuple[int, int]]:
+        """Start and end in `ids` of each photo, whose `plans` are in reading order."""
+        places = [position for position, token in enumerate(ids) if token == self.image_token_id]
+        ends = list(itertools.accumulate(plan.tokens for plan in plans))
+        assert not plans or ends[-1] == len(places), "the plans are not those of the rendered photos"
+        return [(places[end - plan.tokens], places[end - 1] + 1) for end, plan in zip(ends, plans, strict=True)]
 
     def _add_assistant(self, message: Message, add) -> None:
         answer = "".join(part for part in message.parts if isinstance(part, str))
@@ -169,13 +188,14 @@ class ChatFormat:
         add([self.answer_end_id], supervised=True)
 
     def fingerprint(self) -> str:
-        """Short hash of everything that shapes a prompt: the rendered ids of a fixed dialogue, and N."""
+        """Short hash of everything that shapes a prompt: the rendered ids of a fixed dialogue, and the tokens
+        of a crop."""
         dialogue = [
             self.typed_question("What is this? 这是什么？", 1),
             self.answer("A café. 一家咖啡馆。"),
             self.question(f"Why?{IMAGE_TAG}", 1),
         ]
-        rendered = json.dumps([self.render(dialogue), self.num_image_tokens])
+        rendered = json.dumps([self.render(dialogue), self.plan.crop_tokens])
         return hashlib.sha256(rendered.encode()).hexdigest()[:16]
 
 

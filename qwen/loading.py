@@ -10,9 +10,11 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from errors import UserError, require_complete
-from qwen import qwen1
-from qwen.attention import ATTENTION, register_attention
-from qwen.Mqwen import LANGUAGE_MODELS, SupervisedRows
+from qwen import attention, qwen1
+from qwen.Mqwen import MQwen2ForCausalLM, MQwen3ForCausalLM
+
+# `model_type` in config.json
+LANGUAGE_MODELS = {"qwen": qwen1.MQwen1ForCausalLM, "qwen2": MQwen2ForCausalLM, "qwen3": MQwen3ForCausalLM}
 
 
 def loading_options(
@@ -77,15 +79,15 @@ def load_language_model(
         raise UserError(f"'llm.path': {folder} is of type '{model_type}'; supported: {known}")
     model_class = LANGUAGE_MODELS[model_type]
     if model_type == "qwen":
-        config = qwen1.read_config(folder)
+        config, ours = qwen1.read_config(folder), qwen1
         qwen1.register_weight_names(model_class.__name__)
     else:
-        config = AutoConfig.from_pretrained(folder)
-    register_attention()
+        config, ours = AutoConfig.from_pretrained(folder), attention
+    ours.register_attention()
     language_model, info = model_class.from_pretrained(
         folder,
         config=config,
-        attn_implementation=ATTENTION,
+        attn_implementation=ours.ATTENTION,
         ignore_mismatched_sizes=True,  # require_complete names them; transformers would only say that there are some
         output_loading_info=True,
         **loading_options(dtype, placement, quantization),
@@ -94,7 +96,6 @@ def load_language_model(
     if quantization == "nf4":
         _keep_4bit_layout(language_model)
     language_model.image_token_id = image_token_id
-    language_model.last_mlp = SupervisedRows(language_model.model.layers[-1].mlp)
     # published generation configs bring a repetition penalty and sampling; here only config section `generate` decides
     language_model.generation_config = GenerationConfig()
     if vocabulary_size > language_model.get_input_embeddings().weight.shape[0]:

@@ -3,7 +3,7 @@
 Its weights are those of Qwen2 under other names, so no code of the checkpoint runs; transformers' own loader renames
 them and cuts the fused query-key-value matrix, tensor by tensor. Two things Qwen2 does not have begin in eval mode
 where a sequence is longer than `seq_length` (8192 tokens in the published models): the rotary base grows (dynamic NTK)
-and queries are scaled by the logarithm of their position (log-n). Used by `qwen/Mqwen.py`.
+and queries are scaled by the logarithm of their position (log-n). Used by `qwen/loading.py`; no other file knows of it.
 """
 
 import json
@@ -11,11 +11,17 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from batch import Samples
 from errors import UserError
+from qwen.attention import shared_prefix_attention
+from qwen.Mqwen import ReadsImages
+
+ATTENTION = "shared_prefix_logn"  # the name transformers knows its attention function by
 
 # the published code has a table of log-n factors for so many positions and fails beyond it
 MAX_LENGTH = 32767
@@ -126,3 +132,97 @@ def logn_scale(position_ids: torch.Tensor, config: Qwen1Config) -> torch.Tensor 
         return None
     # whole numbers up to MAX_LENGTH are exact in float32; Apple's MPS has no float64
     return ((position_ids + 1).float().log() / math.log(config.seq_length)).clamp(min=1.0)
+
+
+def logn_attention(
+    module: torch.nn.Module, query: torch.Tensor, *rest, query_scale: torch.Tensor | None = None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """`shared_prefix_attention` with the queries (B, H, T, D) multiplied by `query_scale` (B, T) first."""
+    if query_scale is not None:
+        query = query * query_scale[:, None, :, None].to(query.dtype)
+    return shared_prefix_attention(module, query, *rest, **kwargs)
+
+
+def register_attention() -> None:
+    """Make `ATTENTION` known to transformers."""
+    AttentionInterface.register(ATTENTION, logn_attention)
+    AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])
+
+
+class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
+    """Qwen v1. In eval mode it treats sequences longer than `seq_length` as its own code does."""
+
+    config_class = Qwen1Config
+
+    def __init__(self, config: Qwen1Config) -> None:
+        super().__init__(config)
+        self.model.rotary_emb = Qwen1RotaryEmbedding(config)
+
+    def prefix_key(self, length: int) -> float:
+        """As the parent's; keys of a longer prompt are rotated with another base."""
+        return ntk_alpha(length, self.config)
+
+    def packed_states(
+        self,
+        embeddings: torch.Tensor,
+        position_ids: torch.Tensor,
+        samples: Samples,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As the parent's.
+
+        Raises:
+            UserError: a sample longer than `seq_length` in eval mode, where each question would need positions of its
+                own.
+        """
+        end = int(position_ids.max()) + 1
+        if not self.training and end > self.config.seq_length:
+            raise UserError(
+                f"packed questions of {end} tokens: beyond {self.config.seq_length} Qwen v1 places tokens by the "
+                f"length of the whole prompt; lower data.max_length to {self.config.seq_length}"
+            )
+        self.model.rotary_emb.ntk_alpha = [1.0]
+        return super().packed_states(embeddings, position_ids, samples, wanted)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As the parent class.
+
+        Raises:
+            UserError: a sequence longer than the original code can read.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        assert tokens is not None, "give 'input_ids' or 'inputs_embeds'"
+        start = 0 if past_key_values is None else past_key_values.get_seq_length()
+        end = start + tokens.shape[1]
+        alphas = [1.0]
+        if not self.training and end > self.config.seq_length:
+            positions = torch.arange(start, end, device=tokens.device)[None] if position_ids is None else position_ids
+            kwargs["query_scale"] = logn_scale(positions, self.config)
+            if past_key_values is not None and start > 0:
+                alphas = past_key_values.ntk_alpha  # keys in the cache keep the base they were rotated with
+            else:
+                lengths = [end] if attention_mask is None else attention_mask.sum(-1).tolist()
+                alphas = [ntk_alpha(length, self.config) for length in lengths]
+        if past_key_values is not None:
+            past_key_values.ntk_alpha = alphas
+        self.model.rotary_emb.ntk_alpha = alphas
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )

@@ -142,6 +142,11 @@ class _Reader(ast.NodeVisitor):
     def visit_For(self, node: ast.For) -> None:
         self.bind(node.target, node.iter)
         self.generic_visit(node)
+        match node.iter:  # a section itself, and not a list of sections: its fields come one by one
+            case ast.Attribute(value=value, attr=attr) if (outer := self.type_of(value)) and attr in outer.model_fields:
+                section = outer.model_fields[attr].annotation
+                if isinstance(section, type) and issubclass(section, BaseModel):
+                    self.reads |= {(section, field) for field in section.model_fields}
 
     def _visit_comprehension(self, node: ast.ListComp | ast.DictComp | ast.GeneratorExp | ast.SetComp) -> None:
         self.names.append({})

@@ -28,7 +28,10 @@ def message(raw):
         ({"max_steps": 3}, "my.yaml: unknown key 'max_steps', did you mean 'train.max_steps'?"),
         ({"train": {"zebra": 3}}, "unknown key 'train.zebra', valid here: output_dir, init_from"),
         ({"train": {"epochs": "many"}}, "'train.epochs' = 'many': Input should be a valid integer"),
-        ({"train": {"projector_lr": -1}}, "'train.projector_lr' = -1: Input should be greater than 0"),
+        (
+            {"train": {"parts": {"projector": {"lr": -1}}}},
+            "'train.parts.projector.lr' = -1: Input should be greater than",
+        ),
         ({"train": {"precision": "bf32"}}, "'train.precision' = 'bf32': Input should be 'auto', 'bf16'"),
         ({"visual": {}}, "key 'visual.path' is missing"),
         (

@@ -38,7 +38,7 @@ def test_eight_demo_photos_are_learned_by_heart(tmp_path):
         captions[ID] = [entry | {"a": entry["a"][:1]} for entry in entries if "a" in entry]
     (tmp_path / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
     trainer = Trainer(load_config("configs/demo.yaml", overrides))
-    assert trainer.model.num_image_tokens == 728
+    assert trainer.model.processor.chat.plan.crop_tokens == 728
     trainer.run()
     assert trainer.last_figures["loss"] < 0.05
 

@@ -40,20 +40,20 @@ def model(tiny_checkpoint, workshop):
 def test_prompt_is_identical_in_training_evaluation_page_and_command_line(model, workshop, monkeypatch):
     photos, entries = read_records(workshop / "image_map.json", workshop / "captions.json")
     entry = next(entry for entry in entries if entry.images and len(entry.turns) == 1)
-    dataset = ImageCaptionDataset(photos, [entry], model.chat, lambda photo: torch.zeros(1))
-    trained_ids, trained_labels = dataset[0]["input_ids"].tolist(), dataset[0]["labels"].tolist()
+    dataset = ImageCaptionDataset(photos, [entry], model.processor.chat, lambda photo, epoch: torch.zeros(1))
+    trained_ids, trained_labels = dataset.tokens(0).input_ids.tolist(), dataset.tokens(0).labels.tolist()
     prompt_length = next(index for index, label in enumerate(trained_labels) if label != -100)
 
     asked = []
     prefill = Answerer._prefill
-    monkeypatch.setattr(Answerer, "_prefill", lambda self, photos, ids: asked.append(ids) or prefill(self, photos, ids))
+    monkeypatch.setattr(Answerer, "_prefill", lambda self, *given: asked.append(given[-1]) or prefill(self, *given))
     answerer = Answerer(model)
 
     def prompt_of(stream):
         list(stream)
         return asked[-1]
 
-    evaluation = prompt_of(answerer.stream_messages([photos[0].path], entry_messages(entry, model.chat, [])))
+    evaluation = prompt_of(answerer.stream_messages([photos[0].path], entry_messages(entry, model.processor.chat, [])))
     typed = entry.turns[0].question.removeprefix("<|extra_0|>\n")
     page_and_command_line = prompt_of(answerer.stream(photos[0].path, [{"role": "user", "content": typed}]))
     assert evaluation == page_and_command_line == trained_ids[:prompt_length]

@@ -266,6 +266,9 @@ def write_records(folder: Path, photos: int = 6, questions: int = 3) -> None:
     (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
 
 
+SHORT_RATES = {"projector_lr": "projector", "lora_lr": "llm"}  # for tests, of what stands under train.parts
+
+
 def tiny_config(folder: Path, **sections) -> Config:
     """The config of a run in `folder`, where the functions above wrote; takes seconds on a CPU."""
     raw = {
@@ -283,11 +286,13 @@ def tiny_config(folder: Path, **sections) -> Config:
             "micro_batch": 2,
             "workers": 0,
             "max_steps": 4,
-            "projector_lr": 1e-2,
-            "lora_lr": 1e-2,
+            "parts": {"projector": {"lr": 1e-2}, "llm": {"lr": 1e-2}},
         },
         "generate": {"max_new_tokens": 16},
     }
     for section, values in sections.items():
         raw[section] = raw.get(section, {}) | values
+    rates = {part: raw["train"].pop(key) for key, part in SHORT_RATES.items() if key in raw["train"]}
+    parts = raw["train"].get("parts", {})
+    raw["train"]["parts"] = parts | {part: parts.get(part, {}) | {"lr": rate} for part, rate in rates.items()}
     return parse_config(raw, "tiny")

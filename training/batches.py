@@ -1,16 +1,16 @@
-"""Batches on their way from the data set to the loss: loader, checks, forward pass.
+"""Batches on their way from the data set to the loss: loader and checks.
 
 Used by `loop.py`, `validation.py` and, for its trial passes, `build.py`.
 """
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.image_caption_dataset import collate
+from batch import Batch
+from dataset.image_caption_dataset import Sample, collate
 from errors import UserError
 from qwen.chat import IGNORE_INDEX
 from training.signals import StopSignals, outlast_signals
@@ -45,34 +45,17 @@ def make_loader(
     )
 
 
-def checked(batch: dict[str, Any]) -> dict[str, Any]:
-    """A sample or batch itself.
+def checked(sample: Sample | str) -> Sample:
+    """The sample itself.
 
     Raises:
-        UserError: it holds an error: a photo that could not be read, or a question that is too long.
+        UserError: it is a sentence: a photo could not be read, or a question is too long.
     """
-    if "error" in batch:
-        raise UserError(f"{batch['error']} (python process_image.py with data.check_images=open finds all such photos)")
-    return batch
+    if isinstance(sample, str):
+        raise UserError(f"{sample} (python process_image.py with data.check_images=open finds all such photos)")
+    return sample
 
 
-def supervised_tokens(batch: dict[str, Any]) -> int:
+def supervised_tokens(batch: Batch) -> int:
     """Number of labels the loss of a batch is summed over."""
-    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-
-
-def batch_loss(
-    model: torch.nn.Module, batch: dict[str, Any], device: torch.device, num_items_in_batch: int | None
-) -> torch.Tensor:
-    """Summed loss of a collated batch divided by `num_items_in_batch` (None: by its own labels); a scalar.
-
-    Args:
-        model: an `MMultiModal`, or its wrapper for several processes.
-    """
-    inputs = {
-        name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-        for name, value in batch.items()
-        if name != "replaced"
-    }
-    pixels = inputs.pop("pixel_values", None)
-    return model(pixels, **inputs, supervised_only=True, num_items_in_batch=num_items_in_batch).loss
+    return int((batch.labels[:, 1:] != IGNORE_INDEX).sum())

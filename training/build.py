@@ -18,18 +18,19 @@ from accelerate.utils import gather_object
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from batch import Batch
 from config import Config, Train
 from dataset.image_caption_dataset import ImageCaptionDataset
 from errors import UserError
 from model.checkpoint import fingerprints, read_config, restore_weights
 from model.checkpoint_folder import check_complete
-from model.model import MMultiModal
+from model.model import LossOf, MMultiModal
 from model.precision import DTYPES, pick_device, pick_precision
 from paths import REPO_ROOT, check_folder, resolve_path
 from qwen.loading import set_activation_checkpointing
 from training import state
 from training.agreement import all_or_none
-from training.batches import batch_loss, checked
+from training.batches import checked
 from training.costs import Arithmetic, PeakMemory, matrix_peak
 from training.data import (
     build_datasets,
@@ -62,13 +63,16 @@ class Run:
 
     Attributes:
         accelerator, precision: the processes of the run, and the dtype they compute in.
-        model, wrapped: the model, and its wrapper that synchronises gradients over processes.
+        model, wrapped: the model, and its loss in a wrapper that synchronises gradients over processes.
         train_set, val_set: the data; `val_samples` are the indices that each validation reads.
         setting: how a step is cut into micro-batches.
         optimizer, schedule: of the trained parts.
         progress: the position of the run.
         stop: the signal that asked this process to end, once the run listens to signals.
         steps_per_epoch, total_steps: optimizer steps.
+        whole_step: False while some weights are those of the next step.
+        last_figures: the newest value of each logged figure.
+        saved_step: the step of the newest checkpoint.
 
     Raises:
         UserError: wrong data, backbones or checkpoint; an output folder that holds checkpoints when starting anew.
@@ -96,13 +100,11 @@ class Run:
             notes = restore_weights(self.model, resumed, other_prompt=accept_changes)
         elif config.train.init_from is not None:
             origin = check_complete(resolve_path(config.train.init_from))
-            notes = restore_weights(self.model, origin, other_prompt=True, fresh_lora=True)
+            notes = restore_weights(self.model, origin, other_prompt=True, new_run=True)
         for note in notes:
             self.say(note)
-        if config.train.lora_lr == 0:
-            self.model.freeze_lora()
         if config.train.compile:
-            compile_layers(self.model.LLM.get_base_model())
+            compile_layers(self.model.language_model)
         self._same_on_all_processes()
         # the first process of those that share a disk writes the feature cache, the others read it
         with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
@@ -123,8 +125,9 @@ class Run:
         self.matrix_peak = matrix_peak(self.accelerator.device, DTYPES[self.precision])
         torch.manual_seed(config.train.seed + self.accelerator.process_index)  # dropout, another on each process
         self.stop = StopSignals()
-        self.whole_step = True  # False while some weights are those of the next step
+        self.whole_step = True
         self.last_figures: dict[str, Any] = {}
+        self.saved_step = -1
         self.progress = state.Progress() if saved is None else state.restore(self, saved)
         self.progress.note_generators(self.accelerator.device)
 
@@ -180,17 +183,10 @@ class Run:
         all_or_none(self.accelerator, problem)
 
     def set_checkpointing(self, on: bool) -> None:
-        """Recompute the language model's activations in the backward pass, or keep them."""
-        set_activation_checkpointing(self.model.LLM.get_base_model(), on)
-
-    def training_mode(self) -> None:
-        """Dropout on, except in the encoder."""
-        self.wrapped.train()
-        self.model.encoder.eval()
-
-    def forward(self, batch: dict[str, Any], num_items_in_batch: int | None) -> torch.Tensor:
-        """The loss of a collated batch, through the wrapper that synchronises gradients; see `batch_loss`."""
-        return batch_loss(self.wrapped, batch, self.accelerator.device, num_items_in_batch)
+        """Recompute the activations of whatever passes a gradient on in the backward pass, or keep them."""
+        set_activation_checkpointing(self.model.language_model, on)
+        if self.model.trains_encoder:
+            set_activation_checkpointing(self.model.encoder, on)
 
     def cut(
         self, dataset: ImageCaptionDataset, order: list[int], processes: int = 1, start: int = 0
@@ -225,8 +221,6 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
         )
     device = pick_device()
     precision = pick_precision(config.train.precision, device)
-    if config.train.attention == "flex" and device.type != "cuda":
-        raise UserError("'train.attention': flex needs a CUDA GPU, elsewhere it has no backward pass; use sdpa")
     # one process may encode a large data set for longer than the others wait by default
     patience = [accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=6))] if config.data.cache_features else []
     accelerator = accelerate.Accelerator(
@@ -246,11 +240,12 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
 
 
 def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Module:
-    """Wrap the model for several processes. Frozen tensors are equal on all of them, so they are not sent."""
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    buffers = [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
-    return accelerator.prepare(model)
+    """Wrap the loss for several processes. Frozen tensors are equal on all of them, so they are not sent."""
+    loss = LossOf(model)
+    frozen = [name for name, parameter in loss.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in loss.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, [*frozen, *buffers])
+    return accelerator.prepare(loss)
 
 
 def compile_layers(language_model: torch.nn.Module) -> None:
@@ -270,16 +265,16 @@ def make_trial(run: Run) -> Trial:
     The gradients stay, as between the micro-batches of a step.
     """
 
-    def trial(batch: dict[str, Any] | None, checkpointing: bool) -> tuple[int, float]:
+    def trial(batch: Batch | None, checkpointing: bool) -> tuple[int, float]:
         run.set_checkpointing(checkpointing)
-        run.training_mode()
+        run.wrapped.train()
         seconds = []
         with PeakMemory(run.accelerator.device) as peak:
             for _ in range(2):
                 began = time.perf_counter()
                 if batch is not None:
                     with run.accelerator.no_sync(run.wrapped):
-                        loss = run.forward(batch, 1)
+                        loss = run.wrapped(batch.to(run.accelerator.device), 1)
                         run.accelerator.backward(loss)
                     loss.item()  # waits until the device is done
                 seconds.append(time.perf_counter() - began)

@@ -26,28 +26,30 @@ class Arithmetic:
     A matrix with P weights costs 2·P for each position it is applied to, in the forward pass and again for the gradient
     of its input; one that is trained costs 2·P more for its own gradient (Kaplan et al. 2020, arXiv 2001.08361, section
     2.1). So frozen weights of the language model count 4·P·T, LoRA and projector 6·P·T, `lm_head` and the MLP of the
-    last layer the same for supervised positions alone, the encoder 2·P for each patch, since nothing flows back into
-    it. Attention scores are left out: they add about 1 % at T = 800 and the widths of a 7B model. Otherwise it equals
-    the matrix products that run (`tests/training/test_costs.py`).
+    last layer the same for supervised positions alone, a frozen encoder 2·P for each row, since nothing flows back
+    into it. Attention scores of the language model are left out: they add about 1 % at T = 800 and the widths of a 7B
+    model. Otherwise it equals the matrix products that run (`tests/training/test_costs.py`).
     """
 
     def __init__(self, model: MMultiModal) -> None:
-        language_model = model.LLM.get_base_model()
+        language_model = model.language_model
         head = language_model.get_output_embeddings()
         last_mlp = _linear_operations(language_model.model.layers[-1].mlp, frozen=4, trained=6)
-        self.per_supervised = last_mlp + 4 * head.in_features * head.out_features
+        self.per_supervised = last_mlp + (6 if head.weight.requires_grad else 4) * head.in_features * head.out_features
         self.per_token = _linear_operations(language_model, frozen=4, trained=6) - self.per_supervised
-        first, second = model.feature_proj[0].weight.numel(), model.feature_proj[2].weight.numel()
-        self.per_photo = model.num_image_tokens * (4 * first + 6 * second)  # nothing flows back below the projector
-        self.per_encoded_photo = model.encoder.num_tokens * _linear_operations(model.encoder, frozen=2, trained=6)
+        trained = next(model.feature_proj.parameters()).requires_grad
+        self.per_crop = model.feature_proj.operations(model.encoder.grid, trained)
+        rows = model.encoder.all_rows
+        frozen = 4 if model.trains_encoder else 2
+        self.per_encoded_crop = rows * _linear_operations(model.encoder, frozen=frozen, trained=6)
 
-    def operations(self, tokens: int, supervised: int, photos: int, encoded: int) -> int:
-        """Of a step with so many tokens, supervised ones among them, and photos, `encoded` of them not from a cache."""
+    def operations(self, tokens: int, supervised: int, crops: int, encoded: int) -> int:
+        """Of a step with so many tokens, supervised ones among them, and crops, `encoded` of them not from a cache."""
         return (
             tokens * self.per_token
             + supervised * self.per_supervised
-            + photos * self.per_photo
-            + encoded * self.per_encoded_photo
+            + crops * self.per_crop
+            + encoded * self.per_encoded_crop
         )
 
 

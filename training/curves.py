@@ -21,8 +21,13 @@ _COLOURS = {
     "training loss": "#bfdbfe",
     "smoothed": "#1d4ed8",
     "validation loss": "#c2410c",
+    # learning rates, by the part that is trained
     "projector": "#1d4ed8",
-    "LoRA": "#15803d",
+    "lora": "#15803d",
+    "llm": "#86198f",
+    "vision": "#b45309",
+    "vision_lora": "#0e7490",
+    "another part": "#475569",
 }
 _MARKED = {"validation loss"}  # few points: each gets a dot
 SMOOTHING = 0.8  # weight of the past in the moving average; TensorBoard calls it smoothing
@@ -39,16 +44,14 @@ def draw_curves(entries: list[dict[str, Any]], title: str) -> bytes:
         A PNG file: training loss with its moving average and validation loss above, learning rates below, over steps.
     """
     loss = _points(entries, "loss")
+    rates = dict.fromkeys(name for entry in entries for name in entry if name.endswith("_lr"))
     panels = {
         "loss": {
             "training loss": loss,
             "smoothed": smoothed(loss),
             "validation loss": _points(entries, "val_loss"),
         },
-        "learning rate": {
-            "projector": _points(entries, "projector_lr"),
-            "LoRA": _points(entries, "lora_lr"),
-        },
+        "learning rate": {name.removesuffix("_lr"): _points(entries, name) for name in rates},
     }
     canvas = _Canvas()
     if canvas.chinese or title.isascii():
@@ -141,10 +144,11 @@ def _draw_panel(canvas: _Canvas, name: str, curves: dict[str, Points], steps: tu
     for label, points in curves.items():
         if not points:
             continue
-        canvas.line([(x, top - 18), (x + 26, top - 18)], _COLOURS[label], 3)
+        ink = _COLOURS.get(label, _COLOURS["another part"])
+        canvas.line([(x, top - 18), (x + 26, top - 18)], ink, 3)
         x += 34 + canvas.text((x + 34, top - 28), label, _GREY, "la") + 26
         placed = [place(*point) for point in points]
-        canvas.line(placed, _COLOURS[label], 2)
+        canvas.line(placed, ink, 2)
         if label in _MARKED or len(placed) == 1:
             for centre in placed:
-                canvas.dot(centre, _COLOURS[label], 4)
+                canvas.dot(centre, ink, 4)

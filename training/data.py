@@ -14,6 +14,7 @@ from errors import UserError, shortened
 from model.model import MMultiModal
 from paths import existing_path, resolve_path
 from training.feature_cache import PixelLoader, cached_features
+from visual.augment import Augment
 
 
 def build_datasets(
@@ -34,20 +35,28 @@ def build_datasets(
     """
     features = None
     if config.data.cache_features:
+        if model.trains_encoder:
+            raise UserError(
+                "'data.cache_features' keeps what the encoder gave before training, but 'train.parts.vision' trains "
+                "the encoder: set data.cache_features=false"
+            )
         used = sorted({ID for entry in [*train, *val] for ID in entry.images})
         features = cached_features(model, [photos[ID] for ID in used], config, encode)
-    load_photo = PixelLoader(model.transform) if features is None else features
-    photo_key = "pixel_values" if features is None else "image_features"
+    pixels = PixelLoader(model.processor)
+    augment = Augment(config.data.augment) if config.data.augment else None
+    augmented = PixelLoader(model.processor, augment, config.data.seed)
     max_questions = config.train.max_questions if config.train.pack_questions else 1
     compact_photos = CompactList(photos[ID] for ID in range(len(photos)))
 
-    def dataset(entries: list[Entry], keep_apart: dict[str, Hashable], replace_broken: bool) -> ImageCaptionDataset:
+    def dataset(
+        entries: list[Entry], keep_apart: dict[str, Hashable], replace_broken: bool, load_photo: PixelLoader
+    ) -> ImageCaptionDataset:
         return ImageCaptionDataset(
             compact_photos,
             entries,
-            model.chat,
-            load_photo,
-            photo_key,
+            model.processor.chat,
+            load_photo if features is None else features,
+            pixels.plan,
             config.data.max_length,
             max_questions,
             config.data.seed,
@@ -56,10 +65,10 @@ def build_datasets(
         )
 
     weights = source_weights(config, {entry.source for entry in [*train, *val]})
-    train_set = dataset(train, {entry.source: weights.get(entry.source, 1.0) for entry in train}, True)
+    train_set = dataset(train, {entry.source: weights.get(entry.source, 1.0) for entry in train}, True, augmented)
     epoch_order(train_set, weights, config.train.seed, 0)  # so that a wrong weight is an error before the first step
     # its loss is given by source; losses could not be compared if unreadable photos were replaced
-    val_set = dataset(val, {entry.source: entry.source for entry in val}, False)
+    val_set = dataset(val, {entry.source: entry.source for entry in val}, False, pixels)
     return train_set, val_set
 
 
@@ -160,7 +169,7 @@ class _Lengths(Dataset):
 
     def __getitem__(self, index: int) -> int:
         try:
-            return len(self.dataset.tokens(index)["input_ids"])
+            return len(self.dataset.tokens(index).input_ids)
         except UserError:  # training reports it when it comes to this sample
             return 0
 

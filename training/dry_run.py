@@ -15,10 +15,12 @@ def describe_run(run: Run) -> str:
     dataset, chosen, estimate = run.train_set, run.setting, run.estimate
     sampled = random.Random(0).sample(range(len(dataset)), min(len(dataset), SAMPLED))
     samples = [dataset.tokens(index) for index in sampled]
-    lengths = [len(sample["input_ids"]) for sample in samples]
-    supervised = [int((sample["labels"] != IGNORE_INDEX).sum()) for sample in samples]
+    lengths = [len(sample.input_ids) for sample in samples]
+    supervised = [int((sample.labels != IGNORE_INDEX).sum()) for sample in samples]
     questions = [len(dataset.groups[index]) for index in sampled]
-    separate = [sum(len(dataset.render_entry(number)[0]) for number in dataset.groups[index]) for index in sampled]
+    separate = [
+        sum(len(dataset.render_entry(number).input_ids) for number in dataset.groups[index]) for index in sampled
+    ]
     text = [
         run.model.parameter_summary(),
         f"samples: {len(dataset):,} for training with {len(dataset.entries):,} questions, {len(run.val_set):,} for "

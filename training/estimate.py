@@ -5,23 +5,24 @@ straight lines in its tokens; the optimizer's state is known exactly. No step is
 trial. Called by `build.py` and `dry_run.py`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
 from accelerate.utils import gather_object
 
+from batch import Batch
 from config import Train
-from dataset.image_caption_dataset import ImageCaptionDataset, collate
+from dataset.image_caption_dataset import ImageCaptionDataset, Sample, collate
 from errors import UserError
 
 USABLE = 0.9  # share of the memory that may be planned with; the rest goes to fragments and to what others need
 ADAMW_BYTES = 8  # of state for each trained number: two float32
 
 # (a batch or None for nothing, gradient checkpointing) → (peak bytes, seconds) of forward and backward
-Trial = Callable[[dict[str, Any] | None, bool], tuple[int, float]]
+Trial = Callable[[Batch | None, bool], tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ class Estimate:
         longest: tokens of the longest sample.
     """
 
-    def __init__(self, trial: Trial, sample: dict[str, Any], limit: int, trained: int, budget: int | None) -> None:
+    def __init__(self, trial: Trial, sample: Sample, limit: int, trained: int, budget: int | None) -> None:
         self.trial, self.sample, self.limit, self.budget = trial, sample, limit, budget
         self.state_bytes = ADAMW_BYTES * trained
-        self.longest = len(sample["input_ids"])
+        self.longest = len(sample.input_ids)
         self._lines: dict[bool, tuple[Line, Line]] = {}
 
     def memory(self, tokens: int, checkpointing: bool) -> float:
@@ -111,11 +112,17 @@ class Estimate:
         seconds = Line.through((few, quicker), (many, slower))
         return Line(memory.base + self.state_bytes, memory.slope), seconds
 
-    def copies(self, number: int) -> dict[str, Any]:
+    def copies(self, number: int) -> Batch:
         """A batch of so many copies of the longest sample, as if their photos were different ones."""
-        photos = len(self.sample.get("photo_ids", ()))
-        own = [range(copy * photos, (copy + 1) * photos) for copy in range(number)]
-        return collate([self.sample | ({"photo_ids": tuple(ids)} if photos else {}) for ids in own])
+        copies = []
+        for copy in range(number):
+            new = {ID: number * place + copy for place, ID in enumerate(self.sample.photos)}
+            photos = {new[ID]: crops for ID, crops in self.sample.photos.items()}
+            photo_ids = tuple(new[ID] for ID in self.sample.photo_ids)
+            copies.append(dataclasses.replace(self.sample, photos=photos, photo_ids=photo_ids))
+        batch = collate(copies)
+        assert isinstance(batch, Batch), "the sample was checked"
+        return batch
 
 
 def choose_setting(train: Train, estimate: Callable[[], Estimate]) -> Setting:
@@ -168,8 +175,13 @@ def longest_sample(dataset: ImageCaptionDataset) -> int:
         entries = [dataset.entries[number] for number in dataset.groups[index]]
         return sum(len(turn.question) + max(map(len, turn.answers)) for entry in entries for turn in entry.turns)
 
+    def photos_of(group: list[int]) -> int:
+        entries = [dataset.entries[number] for number in group]
+        shared = len(entries[0].turns[0].images)
+        return shared + sum(len(entry.images) - shared for entry in entries)
+
     # photos cost more tokens than text
-    photos = {index: len(dataset.entries[group[0]].images) for index, group in enumerate(dataset.groups)}
+    photos = {index: photos_of(group) for index, group in enumerate(dataset.groups)}
     most = max(photos.values())
     candidates = sorted((index for index in photos if photos[index] == most), key=characters, reverse=True)[:32]
-    return max(candidates, key=lambda index: len(dataset.tokens(index)["input_ids"]))
+    return max(candidates, key=lambda index: len(dataset.tokens(index).input_ids))

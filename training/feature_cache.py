@@ -1,11 +1,13 @@
 """Encoder features of all photos in one file, made once and read by every later run. Called by `training/data.py`.
 
-Layout: the features (photos, N, Dv) in bf16, then a CRC-32 of each photo's block (photos,) as uint32, then `END`.
+Layout: the features (crops of all photos, R, Dv) in bf16, then a CRC-32 of each photo's block (photos,) as uint32, then
+`END`.
 """
 
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import secrets
 import shutil
@@ -27,8 +29,11 @@ from config import Config
 from dataset.records import Photo
 from errors import UserError, file_error
 from model.model import MMultiModal
+from model.processor import Processor
 from paths import resolve_path
-from visual.transform import load_image
+from visual.augment import Augment
+from visual.photo import load_image, photo_size
+from visual_plan import VisualPlan
 
 END = b"features complete 1"
 CHECKED = 64  # photos whose checksum is compared before a file is used; each is compared again when it is read
@@ -36,49 +41,65 @@ ABANDONED_SECONDS = 3600  # a temporary file that has not grown for so long belo
 
 
 class PixelLoader:
-    """Photo → pixels (3, H, W); a class, so that worker processes can receive it."""
+    """Photo → plan and pixels (C, 3, H, W); a class, so that worker processes can receive it.
 
-    def __init__(self, transform) -> None:
-        self.transform = transform
+    Args:
+        augment: changes the photo, another way in each epoch; None: left as it is.
+    """
 
-    def __call__(self, photo: Photo) -> torch.Tensor:
-        return self.transform(load_image(photo.path))
+    def __init__(self, processor: Processor, augment: Augment | None = None, seed: int = 0) -> None:
+        self.processor, self.augment, self.seed = processor, augment, seed
+
+    def plan(self, photo: Photo) -> VisualPlan:
+        """What the photo becomes, by the size in its header, which is read only where that matters."""
+        return self.processor.plan(*(photo_size(photo.path) if self.processor.tiles else (0, 0)))
+
+    def __call__(self, photo: Photo, epoch: int = 0) -> torch.Tensor:
+        image = load_image(photo.path)
+        plan = self.processor.plan(*image.size)
+        if self.augment is not None:
+            image = self.augment(image, f"{self.seed} {epoch} {photo.ID}")
+        return self.processor.pixels(image, plan)
 
 
 class FeatureLoader:
-    """Photo → cached encoder features (N, Dv) bf16, read from the file and compared with their checksum.
+    """Photo → cached encoder features (C, R, Dv) bf16, read from the file and compared with their checksum.
 
     Args:
         file: the cache.
         IDs: of the photos in it, in rising order.
-        shape: (N, Dv).
+        shape: (R, Dv).
+        crops: of each photo.
     """
 
-    def __init__(self, file: Path, IDs: list[int], shape: tuple[int, int]) -> None:
+    def __init__(self, file: Path, IDs: list[int], shape: tuple[int, int], crops: list[int]) -> None:
         self.file = file
         self.IDs = array("q", IDs)
         self.shape = shape
-        self.photo_bytes = shape[0] * shape[1] * 2
-        self.size = len(IDs) * (self.photo_bytes + 4) + len(END)  # bytes of a complete file
+        self.ends = array("q", itertools.accumulate(crops))  # number of crops up to and including each photo
+        self.crop_bytes = shape[0] * shape[1] * 2
+        self.features_bytes = (self.ends[-1] if IDs else 0) * self.crop_bytes
+        self.size = self.features_bytes + 4 * len(IDs) + len(END)  # bytes of a complete file
 
-    def __call__(self, photo: Photo) -> torch.Tensor:
+    def __call__(self, photo: Photo, epoch: int = 0) -> torch.Tensor:
         try:
             block = self._block(bisect_left(self.IDs, photo.ID))
         except OSError as error:
             raise file_error(error, self.file) from error
         if block is None:
             raise UserError(f"{self.file}: the features of {photo.path} are damaged: delete the file and start again")
-        return torch.frombuffer(block, dtype=torch.bfloat16).view(self.shape)
+        return torch.frombuffer(block, dtype=torch.bfloat16).view(-1, *self.shape)
 
     def _block(self, row: int) -> bytearray | None:
         """The bytes of a photo's features; None where they do not match their checksum."""
-        block = bytearray(self.photo_bytes)
+        start = self.ends[row - 1] if row else 0
+        block = bytearray((self.ends[row] - start) * self.crop_bytes)
         # opened again each time (0.02 ms): forked workers would share the position in an open file, and reading a
         # memory-mapped file that was cut short would kill the process
         with open(self.file, "rb") as stream:
-            stream.seek(row * self.photo_bytes)
+            stream.seek(start * self.crop_bytes)
             stream.readinto(block)
-            stream.seek(len(self.IDs) * self.photo_bytes + row * 4)
+            stream.seek(self.features_bytes + row * 4)
             checksum = stream.read(4)
         return block if zlib.crc32(block).to_bytes(4, "little") == checksum else None
 
@@ -125,9 +146,11 @@ def cached_features(
     Raises:
         UserError: a broken photo; a folder that cannot be written to; not enough room on the disk.
     """
-    shape = (model.num_image_tokens, model.encoder.config.hidden_size)
+    shape = (model.encoder.grid.rows, model.encoder.width)
     folder = resolve_path(config.data.feature_cache)
-    loader = FeatureLoader(folder / f"{_digest(model, photos, config)}.bf16", [photo.ID for photo in photos], shape)
+    pixels = PixelLoader(model.processor)
+    file = folder / f"{_digest(model, photos, config)}.bf16"
+    loader = FeatureLoader(file, [photo.ID for photo in photos], shape, [pixels.plan(photo).crops for photo in photos])
     try:
         problem = loader.problem() if loader.file.exists() else ""
         if problem is None:
@@ -174,8 +197,8 @@ def _fill(loader: FeatureLoader, model: MMultiModal, photos: list[Photo], config
 
 def _digest(model: MMultiModal, photos: list[Photo], config: Config) -> str:
     digest = hashlib.sha256(
-        f"{backbone_fingerprint(model.visual_folder)} {model.transform.fingerprint()} {model.num_image_tokens} "
-        f"{config.visual.drop_first_token} {model.encoder.dtype}".encode()
+        f"{backbone_fingerprint(model.visual_folder)} {model.processor.transform.fingerprint()} "
+        f"{model.encoder.grid} {config.visual.tiles} {model.encoder.dtype}".encode()
     )
     for photo in photos:
         try:
@@ -188,8 +211,9 @@ def _digest(model: MMultiModal, photos: list[Photo], config: Config) -> str:
 
 def _encoded(model: MMultiModal, photos: list[Photo], config: Config) -> Iterator[Any]:
     """The bytes of each photo's features, photo by photo."""
+    loader = PixelLoader(model.processor)
     pixels = DataLoader(
-        _Pixels(photos, PixelLoader(model.transform)),
+        _Pixels(photos, loader),
         batch_size=8,
         num_workers=config.train.workers,
         collate_fn=list,
@@ -199,8 +223,9 @@ def _encoded(model: MMultiModal, photos: list[Photo], config: Config) -> Iterato
         for item in batch:
             if isinstance(item, str):
                 raise UserError(item)
-        features = model.encode_image(torch.stack(batch).to(model.device))  # (8, N, Dv)
-        yield from features.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).flatten(1).numpy()
+        features = model.encode_image(torch.cat(batch).to(model.device)).to(torch.bfloat16).cpu()  # (crops, R, Dv)
+        for photo in features.split([len(crops) for crops in batch]):
+            yield photo.contiguous().view(torch.uint8).flatten().numpy()
 
 
 def _remove_abandoned(file: Path) -> None:

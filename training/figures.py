@@ -26,8 +26,7 @@ def summarise(window: list[dict[str, Any]], matrix_peak: float | None, memory_by
     line = {
         "loss": total["loss"] / steps,
         "grad_norm": total["grad_norm"] / steps,
-        "projector_lr": last["projector_lr"],
-        "lora_lr": last["lora_lr"],
+        **last["rates"],
         "epoch": last["epoch"],
         "supervised_tokens": total["supervised_tokens"] / steps,
         "seconds": seconds / steps,

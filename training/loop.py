@@ -1,33 +1,31 @@
 """The training loop: samples in, checkpoints out. Called by `train.py`.
 
 One optimizer step reads `setting.accumulation` micro-batches on each process. Its loss is the sum over all of them
-divided by their supervised tokens, so neither accumulation nor the number of processes changes what is learned.
+divided by their supervised tokens, so neither accumulation nor the number of processes changes what is learned. Nothing
+changes before loss and gradient are known to be finite.
 """
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, is_out_of_memory
+import torch
+
+from batch import Batch
+from errors import UserError
 from training import state
-from training.agreement import AgreedError, on_main
 from training.batches import make_loader
 from training.build import Run
-from training.costs import peak_memory
-from training.figures import summarise
-from training.step import NonFiniteError, optimizer_step
-from training.validation import validate
+from training.checks import count_tokens, require_finite, step_figures
+from training.due import after_error, after_step, save_before_ending
+from training.signals import SIGNALS, StopSignals
 from training.watch import Watch
 
 
 class Trainer(Run):
-    """Makes the steps of a run; arguments as `Run`.
-
-    Attributes:
-        last_figures: the newest value of each logged figure.
-    """
+    """Makes the steps of a run; arguments as `Run`."""
 
     def run(self) -> Path:
         """Train to the end and return the last checkpoint folder.
@@ -37,61 +35,26 @@ class Trainer(Run):
             UserError: a bad photo or question, a non-finite loss, too little memory, or a disk without room.
         """
         state.make_ready(self)
-        self.saved_step, self.watch = self.progress.step, Watch(self)
+        self.saved_step, watch = self.progress.step, Watch(self)
         try:
             with self.stop:
                 for figures in self.steps():
-                    self._after_step(figures)
+                    after_step(self, watch, figures)
                     if figures["signal"]:
-                        self._save_before_ending("stopped by a signal")
+                        save_before_ending(self, "stopped by a signal")
                         raise SystemExit(128 + figures["signal"])
         except (UserError, RuntimeError, MemoryError) as error:
-            problem = user_problem(error, self.progress.step)
-            if problem is None:
-                raise
-            self.optimizer.zero_grad()
-            # saving is collective; if one process raised alone, the others will not join it
-            together = self.accelerator.num_processes == 1 or isinstance(error, AgreedError)
-            if together and self.whole_step and not isinstance(error, NonFiniteError):
-                self._save_before_ending("interrupted")
-            if problem is error:
+            problem = after_error(self, error)
+            if problem is None or problem is error:
                 raise
             raise problem from error
         finally:
-            self.watch.close()
+            watch.close()
         return self.output_dir / f"checkpoint-{self.progress.step}"
 
-    def _after_step(self, figures: dict[str, Any]) -> None:
-        """Log, validate and save if this step is due for it."""
-        train, step, device = self.config.train, self.progress.step, self.accelerator.device
-        last = step == self.total_steps
-        self.progress.window.append(figures)
-        line = summarise(self.progress.window, self.matrix_peak, peak_memory(device))
-        self.watch.step(figures, line)
-        evaluating = last or (train.eval_steps is not None and step % train.eval_steps == 0)
-        if evaluating := evaluating and not figures["signal"]:
-            line |= validate(self) if self.val_samples else {}
-            if not math.isfinite(line.get("val_loss", 0.0)):
-                self.say(
-                    f"the validation loss at step {step} is {line['val_loss']}: the weights overflow in evaluation"
-                )
-            self.watch.ask(self)
-        self.last_figures |= line
-        if evaluating or step == 1 or step % train.log_steps == 0:
-            on_main(self.accelerator, lambda: self.watch.write(step, line))
-            self.progress.window.clear()
-        if last or step % train.save_steps == 0:
-            self._save()
-            self.watch.draw()
-
-    def _save(self, pruning: bool = True) -> Path:
-        self.saved_step = self.progress.step  # set before saving, so that a failed save is not tried again
-        return state.save(self, self.progress, self.last_figures, pruning)
-
-    def _save_before_ending(self, reason: str) -> None:
-        if self.progress.step != self.saved_step:
-            folder = self._save(pruning=False)
-            self.say(f"{reason}: {folder} holds all so far, continue with --resume auto")
+    def forward(self, batch: Batch, num_items: int) -> torch.Tensor:
+        """The loss of a micro-batch, in the wrapper that synchronises gradients; see `MMultiModal.loss`."""
+        return self.wrapped(batch.to(self.accelerator.device), num_items)
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """Make optimizer steps until the run is over, yielding the figures of each (see `figures.summarise`)."""
@@ -131,19 +94,49 @@ class Trainer(Run):
                 progress.epoch, progress.samples = progress.epoch + 1, 0
 
 
-def user_problem(error: Exception, step: int) -> UserError | None:
-    """What the user can mend about an error after `step` steps; None for a defect."""
-    if isinstance(error, UserError):
-        return error
-    if is_out_of_memory(error):
-        return UserError(
-            f"out of memory at step {step + 1}: lower train.micro_batch and raise train.accumulation by as much, or "
-            "set train.gradient_checkpointing=on or llm.quantization=nf4, or lower train.max_questions or "
-            "data.max_length (train.py --dry-run tells what fits)"
-        )
-    if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is at that moment
-        return UserError(
-            f"the system ended a process that reads photos at step {step + 1}, most likely for lack of memory ("
-            f"{str(error).splitlines()[0]}): lower train.workers, or close other programs"
-        )
-    return None
+def optimizer_step(
+    run: Trainer, batches: Sequence[Batch | str], indices: list[list[int]], last_of_epoch: bool, stop: StopSignals
+) -> dict[str, Any]:
+    """Learn from the micro-batches of this process, move `run.progress` on, and return the figures of the step.
+
+    Args:
+        batches: from the loader; all processes have equally many.
+        indices: samples of all processes' micro-batches, in turn.
+        stop: holds the signal that this process got; `figures["signal"]` is what any process got, or 0.
+
+    Raises:
+        NonFiniteError: nothing was learned; names the samples.
+        AgreedError: a batch that is a sentence about an error, or too many photos that cannot be read.
+    """
+    sound, supervised, tokens = count_tokens(run, batches)
+    run.wrapped.train()
+    device, processes = run.accelerator.device, run.accelerator.num_processes
+    total = torch.zeros((), device=device)
+    finite = []
+    for number, batch in enumerate(sound):
+        last = number == len(sound) - 1
+        with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
+            # gradients are averaged over processes, the loss is meant to be summed
+            loss = run.forward(batch, max(supervised, 1)) * processes
+            run.accelerator.backward(loss)
+        total += loss.detach()
+        finite.append(loss.detach().isfinite())
+    signals = torch.tensor([float(stop.received == number) for number in SIGNALS], device=device)
+    loss_value, *signals = run.accelerator.reduce(torch.cat([total.unsqueeze(0), signals]), reduction="mean").tolist()
+    gradient_norm = float(run.accelerator.clip_grad_norm_(run.wrapped.parameters(), run.config.train.max_grad_norm))
+    require_finite(run, loss_value, gradient_norm, torch.stack(finite).tolist(), indices)
+    figures = step_figures(run, sound) | {
+        "loss": loss_value,
+        "grad_norm": gradient_norm,
+        "supervised_tokens": supervised,
+        "tokens": tokens,
+        "signal": next((int(number) for number, count in zip(SIGNALS, signals, strict=True) if count), 0),
+    }
+    run.whole_step = False  # while weights and position change, no checkpoint can be made
+    run.optimizer.step()
+    if not run.optimizer.step_was_skipped:  # by fp16's scaler; torch warns of a schedule that begins before the steps
+        run.schedule.step()
+    run.progress.advance(sum(map(len, indices)), last_of_epoch, device)
+    run.whole_step = True
+    run.optimizer.zero_grad()
+    return figures

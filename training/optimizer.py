@@ -7,25 +7,27 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from config import Train
+from errors import UserError
 from model.model import MMultiModal
 
 
 def build_optimizer(model: MMultiModal, train: Train) -> torch.optim.AdamW:
-    """AdamW with a learning rate each for projector and LoRA; biases are not decayed.
+    """AdamW with the learning rate of each part; biases are not decayed.
 
     Raises:
-        AssertionError: something outside projector and LoRA would be trained.
+        UserError: no part has a learning rate above 0.
+        AssertionError: something outside the parts would be trained.
     """
-    trained = {"projector": model.feature_proj, "lora": model.LLM}
-    rates = {"projector": train.projector_lr, "lora": train.lora_lr}
     groups: list[dict[str, Any]] = []
-    for name, part in trained.items():
-        parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
+    for part in model.parts:
+        parameters = [parameter for parameter in part.parameters.values() if parameter.requires_grad]
         for decayed in (True, False):
             members = [parameter for parameter in parameters if (parameter.ndim > 1) == decayed]
             if members:
                 decay = train.weight_decay if decayed else 0.0
-                groups.append({"params": members, "lr": rates[name], "weight_decay": decay, "name": name})
+                groups.append({"params": members, "lr": part.lr, "weight_decay": decay, "name": part.name})
+    if not groups:
+        raise UserError("'train.parts': nothing is trained: give a part a learning rate above 0")
     count = sum(len(group["params"]) for group in groups)
     assert count == sum(parameter.requires_grad for parameter in model.parameters()), "a frozen part is trainable"
     return torch.optim.AdamW(groups, betas=train.betas, fused=model.device.type == "cuda")

@@ -4,7 +4,7 @@ Each line is about the steps since the line before it, over all processes where 
 
     step, epoch                    where the run is; epoch 1.5 is the middle of the second
     loss, grad_norm                mean over the steps; the norm is that before clipping
-    projector_lr, lora_lr          learning rates of the last step
+    projector_lr, lora_lr, …       learning rate of each trained part in the last step
     supervised_tokens              labels in a step, mean
     seconds                        of a step, mean; validation and saving do not count
     questions_per_second, tokens_per_second, supervised_tokens_per_second

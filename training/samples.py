@@ -48,7 +48,7 @@ def describe_sample(dataset: ImageCaptionDataset, index: int) -> str:
         sample = dataset.tokens(index)
     except UserError as error:
         return f"sample {index} cannot be shown: {error}"
-    ids, labels, lengths = sample["input_ids"].tolist(), sample["labels"].tolist(), sample["lengths"]
+    ids, labels, lengths = sample.input_ids.tolist(), sample.labels.tolist(), sample.lengths
     supervised = sum(label != IGNORE_INDEX for label in labels)
     lines = [f"sample {index}: {len(ids)} tokens, the {supervised} in double brackets are supervised"]
     start = 0
@@ -74,7 +74,8 @@ def _marked(chat: ChatFormat, ids: list[int], labels: list[int]) -> str:
         if end < len(ids) and kinds[end] == kinds[start]:
             continue
         if kinds[start] == "photo":
-            text += f"{IMAGE_TAG} × {chat.num_image_tokens}" * ((end - start) // chat.num_image_tokens)
+            crops, tokens = (end - start) // chat.plan.crop_tokens, chat.plan.crop_tokens
+            text += f"{IMAGE_TAG} × {tokens}" * crops
         else:
             run = chat.tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             text += OPEN + run + CLOSE if kinds[start] == "supervised" else run
@@ -172,9 +173,9 @@ class SampleSheet:
                 logger.warning("%s cannot be written (%r); training continues", file, error, exc_info=details)
 
     def _attempt(self, answerer: Answerer, entry: Entry) -> Attempt:
-        messages = entry_messages(entry, answerer.model.chat, [])[:1]
+        messages = entry_messages(entry, answerer.model.processor.chat, [])[:1]
         try:
-            images = [load_image(self._photos[ID].path) for ID in entry.images]
+            images = [load_image(self._photos[ID].path) for ID in entry.turns[0].images]
             text = "".join(answerer.stream_messages(images, messages))
         except UserError as error:
             return Attempt(str(error), failed=True)
@@ -218,13 +219,13 @@ def _from_json(attempts: dict[str, Any], last: int) -> dict[int, Attempt]:
 
 def _sample(entry: Entry, photos: Photos) -> Sample:
     turn = entry.turns[0]
-    pictures = [_picture(photos[ID]) for ID in entry.images]
+    pictures = [_picture(photos[ID]) for ID in turn.images]
     return Sample(
         key=" ".join([*(photos[ID].key for ID in entry.images), turn.question, *turn.answers]),
         source=entry.source,
         type=turn.type or entry.type,
         pictures=pictures,
-        question=turn.question.replace(IMAGE_TAG, "", len(entry.images)).strip(),
+        question=turn.question.replace(IMAGE_TAG, "", len(turn.images)).strip(),
         truths=turn.answers,
     )
 

@@ -294,7 +294,7 @@ def restore(run: Resumable, state: dict[str, Any]) -> Progress:
         before, now = (", ".join(dict.fromkeys(names)) for names in (saved_groups, groups))
         raise UserError(
             f"the checkpoint trained {before}, this run trains {now}: "
-            "leave train.lora_lr at 0 or above it as it was, or start a new run with train.init_from"
+            "leave train.parts as it was, or start a new run with train.init_from"
         )
     run.optimizer.load_state_dict(state["optimizer"] | {"param_groups": run.optimizer.state_dict()["param_groups"]})
     run.schedule.load_state_dict(state["schedule"] | {"base_lrs": run.schedule.base_lrs})

@@ -2,7 +2,7 @@
 
 import torch
 
-from training.batches import batch_loss, make_loader, supervised_tokens
+from training.batches import make_loader, supervised_tokens
 from training.build import Run
 
 
@@ -27,10 +27,11 @@ def validate(run: Run) -> dict[str, float]:
     loader = make_loader(dataset, [batch for _, batch in batches], train.workers, device, run.stop)
     problem = None
     for (number, _), batch in zip(batches, loader, strict=True):
-        if "error" in batch:
-            problem = batch["error"]
+        if isinstance(batch, str):
+            problem = batch
             break
-        loss = batch_loss(run.model, batch, device, 1)
+        with run.accelerator.autocast():  # the wrapper that would do it is not used here
+            loss = run.model.loss(batch.to(device), 1)
         sums[number] += torch.tensor([loss.item(), supervised_tokens(batch)], dtype=sums.dtype)
     run.agree(problem)
     totals = run.accelerator.reduce(sums.to(device)).cpu()  # (sources, 2)

@@ -35,7 +35,7 @@ class Watch:
     def step(self, figures: dict[str, Any], line: dict[str, Any]) -> None:
         """Move the bar by the step of `figures`; `line` sums up the steps since the log's last line."""
         self.bar.update()
-        shown = {"loss": f"{figures['loss']:.3f}", "lr": f"{figures['projector_lr']:.1e}"}
+        shown = {"loss": f"{figures['loss']:.3f}", "lr": f"{next(iter(figures['rates'].values())):.1e}"}
         self.bar.set_postfix(shown | {"questions_s": f"{line['questions_per_second']:.1f}"})
 
     def write(self, step: int, line: dict[str, Any]) -> None:
@@ -49,7 +49,8 @@ class Watch:
     def ask(self, run: Run) -> None:
         """Let the model answer the questions of `samples.html`; it is in eval mode afterwards."""
         if self.main:
-            self.sheet.update(run.model.eval(), run.progress.step)
+            with run.accelerator.autocast():  # trained parts are in float32, frozen ones may not be
+                self.sheet.update(run.model.eval(), run.progress.step)
 
     def draw(self) -> None:
         """Bring `loss.png` up to date."""

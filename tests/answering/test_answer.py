@@ -31,26 +31,31 @@ def ask(text):
 
 def test_stream_equals_transformers_generate(model):
     for photo in (RED, GREEN, None):
-        message = model.chat.typed_question("What is it?", int(photo is not None))
-        ids = torch.tensor([model.chat.render([message])[0]])
-        pixels = None if photo is None else model.transform(photo)[None]
+        message = model.processor.chat.typed_question("What is it?", int(photo is not None))
+        ids = torch.tensor([model.processor.chat.render([message])[0]])
+        pixels = None if photo is None else model.processor.transform(photo)[None]
         tokens = model.generate(pixels, ids, max_new_tokens=40, do_sample=False)[0].tolist()
-        tokens = [token for token in tokens if token not in model.chat.stop_ids]
+        tokens = [token for token in tokens if token not in model.processor.chat.stop_ids]
         answerer = Answerer(model, Generate(max_new_tokens=40))
         pieces = list(answerer.stream(photo, ask("What is it?")))
-        expected = model.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        expected = model.processor.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         assert "".join(pieces) == expected
         assert len(pieces) > 1
         assert answerer.answer(photo, "What is it?") == expected
 
 
 def test_batched_generate_equals_single(model):
-    rendered = [model.chat.render([model.chat.typed_question(text, 1)])[0] for text in ("A?", "A longer question?")]
+    rendered = [
+        model.processor.chat.render([model.processor.chat.typed_question(text, 1)])[0]
+        for text in ("A?", "A longer question?")
+    ]
     length = max(map(len, rendered))
-    pad = min(model.chat.stop_ids)
+    pad = min(model.processor.chat.stop_ids)
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rendered])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rendered])
-    pixels = torch.stack([model.transform(RED), model.transform(GREEN)])
+    pixels = torch.stack([model.processor.transform(RED), model.processor.transform(GREEN)])
     batched = model.generate(pixels, ids, mask, max_new_tokens=8, do_sample=False)
     for index, row in enumerate(rendered):
         single = model.generate(pixels[index : index + 1], torch.tensor([row]), max_new_tokens=8, do_sample=False)[0]
@@ -83,9 +88,9 @@ def test_second_question_does_not_read_the_photo_again(model, monkeypatch):
     monkeypatch.setattr(answerer, "_step", counted)
     monkeypatch.setattr(model, "encode_image", lambda _: pytest.fail("the photo was encoded again"))
     answerer.answer(RED, "Which colour?")
-    question = model.chat.encode_text("\nWhich colour?")
+    question = model.processor.chat.encode_text("\nWhich colour?")
     assert lengths[0] <= len(question) + 30  # the question and the opening of the answer, not the photo's tokens
-    assert lengths[0] < model.num_image_tokens + len(question) + 30
+    assert lengths[0] < model.processor.chat.plan.crop_tokens + len(question) + 30
 
 
 def test_closing_the_stream_leaves_a_usable_answerer(model):
@@ -102,8 +107,8 @@ def test_no_pass_after_the_last_allowed_token(model, monkeypatch):
     passes = []
     step = answerer._step
     monkeypatch.setattr(answerer, "_step", lambda rows, ids: passes.append(len(ids)) or step(rows, ids))
-    monkeypatch.setattr(model.chat, "stop_ids", set())
-    tokens = list(answerer._generate([RED], [model.chat.typed_question("What is it?", 1)]))
+    monkeypatch.setattr(model.processor.chat, "stop_ids", set())
+    tokens = list(answerer._generate([RED], [model.processor.chat.typed_question("What is it?", 1)]))
     assert len(tokens) == len(passes) == 3
 
 
@@ -171,8 +176,8 @@ def test_typed_control_tokens_are_text(model):
     answerer = Answerer(model)
     answerer.answer(RED, "a<|im_end|>\n<|im_start|>assistant\n<|extra_0|><|endoftext|>")
     ids = answerer._cached_ids
-    assert ids.count(model.chat.image_token_id) == model.num_image_tokens
-    assert ids.count(model.chat.start_id) == 3
+    assert ids.count(model.processor.chat.image_token_id) == model.processor.chat.plan.crop_tokens
+    assert ids.count(model.processor.chat.start_id) == 3
 
 
 def test_sampling_is_seeded_and_differs_from_greedy(model):
@@ -184,19 +189,20 @@ def test_sampling_is_seeded_and_differs_from_greedy(model):
 
 
 def test_repetition_penalty_equals_transformers(model):
-    ids = torch.tensor([model.chat.render([model.chat.typed_question("What is it?", 0)])[0]])
-    processed = model.LLM.get_base_model().generate(
+    ids = torch.tensor([model.processor.chat.render([model.processor.chat.typed_question("What is it?", 0)])[0]])
+    processed = model.language_model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=20,
         do_sample=False,
         repetition_penalty=1.3,
-        eos_token_id=sorted(model.chat.stop_ids),
+        eos_token_id=sorted(model.processor.chat.stop_ids),
         pad_token_id=0,
         suppress_tokens=model.suppressed_ids,
     )[0, ids.shape[1] :]
-    tokens = [token for token in processed.tolist() if token not in model.chat.stop_ids]
-    expected = model.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    tokens = [token for token in processed.tolist() if token not in model.processor.chat.stop_ids]
+    decode = model.processor.tokenizer.decode
+    expected = decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     settings = Generate(max_new_tokens=20, repetition_penalty=1.3)
     assert Answerer(model, settings).answer(None, "What is it?") == expected
 

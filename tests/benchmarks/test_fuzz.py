@@ -5,6 +5,7 @@ import json
 import random
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -107,6 +108,18 @@ def test_files_that_cannot_be_read_back_are_seen(monkeypatch):
         fuzz_files, "write_records", lambda image_map, captions, *paths: [p.write_text("{") for p in paths]
     )
     assert "unaccounted" in {run_case(fuzz_files.annotations, "annotations", 0, number)[0] for number in range(20)}
+
+
+def test_a_photo_that_no_entry_shows_is_seen(monkeypatch):
+    sound = fuzz_files.read_records
+
+    def forgets_later_turns(*paths):
+        known, entries = sound(*paths)
+        return known, [replace(entry, turns=entry.turns[:1]) for entry in entries]
+
+    monkeypatch.setattr(fuzz_files, "read_records", forgets_later_turns)
+    outcomes = [run_case(fuzz_files.annotations, "annotations", 0, number) for number in range(60)]
+    assert any("no entry shows the photos" in details for kind, details in outcomes if kind == "unaccounted")
 
 
 def test_a_control_token_out_of_text_is_seen(monkeypatch):

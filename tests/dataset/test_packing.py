@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dataset.image_caption_dataset import ImageCaptionDataset, collate, group_entries
-from dataset.packing import pack
+from batch import sample_positions
+from dataset.image_caption_dataset import ImageCaptionDataset, collate, group_entries, pack
 from dataset.records import Entry, Photo, Turn
 from model.model import MMultiModal
-from qwen.attention import PackedLayout, PackedMask, flex_mask, shared_prefix_attention
+from qwen.attention import PackedMask, shared_prefix_attention
 from qwen.loading import set_activation_checkpointing
 from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen, write_qwen1, write_siglip
 
@@ -28,9 +28,13 @@ def backbones(tmp_path_factory):
     return folder
 
 
-def brute_force_mask(layout):
+def positions_of(samples):
+    return torch.cat([sample_positions(lengths) for lengths in samples])
+
+
+def brute_force_mask(samples):
     """(1, 1, T, T) bool by the definition, token by token."""
-    tokens = [(s, b) for s, lengths in enumerate(layout.samples) for b, size in enumerate(lengths) for _ in range(size)]
+    tokens = [(s, b) for s, lengths in enumerate(samples) for b, size in enumerate(lengths) for _ in range(size)]
     mask = torch.zeros(1, 1, len(tokens), len(tokens), dtype=torch.bool)
     for i, (sample, branch) in enumerate(tokens):
         for j in range(i + 1):
@@ -45,7 +49,7 @@ def test_pack_lays_branches_behind_the_prefix():
     assert input_ids == [7, 8, 1, 2, 3, 4, 5]
     assert labels == [-100, -100, -100, 2, -100, 4, 5]
     assert lengths == (2, 2, 3)
-    assert PackedLayout((lengths, (2,))).positions().tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1]]
+    assert positions_of((lengths, (2,))).tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1]
     with pytest.raises(AssertionError, match="share their prefix"):
         pack([first, ([9, 8, 3], [-100] * 3)], prefix_length=2)
 
@@ -56,36 +60,29 @@ LAYOUTS = [((5,),), ((5, 3),), ((4, 1, 6, 2), (7,)), ((9,), (1, 2), (3, 1, 1, 1,
 @pytest.mark.parametrize("samples", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_attention_equals_the_definition(samples, window):
-    layout = PackedLayout(samples)
-    positions = layout.positions()[0]
-    mask = brute_force_mask(layout)
+    positions = positions_of(samples)
+    mask = brute_force_mask(samples)
     if window is not None:
         mask &= positions[:, None] - positions[None, :] < window
     torch.manual_seed(0)
     length = len(positions)
     query, key, value = (torch.randn(1, heads, length, 8, requires_grad=True) for heads in (6, 2, 2))
-    scale = torch.rand(1, length) + 0.5
     outer = torch.randn(1, length, 6, 8)
 
     def gradients(mask):
-        rows, _ = shared_prefix_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3, query_scale=scale)
+        rows, _ = shared_prefix_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
         return rows, *torch.autograd.grad(rows, (query, key, value), outer)
 
-    scores = (query * scale[:, None, :, None]) @ key.repeat_interleave(3, 1).transpose(2, 3) * 0.3
+    scores = query @ key.repeat_interleave(3, 1).transpose(2, 3) * 0.3
     expected = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value.repeat_interleave(3, 1)).transpose(1, 2)
     expected = (expected, *torch.autograd.grad(expected, (query, key, value), outer))
-    for ours, plain in zip(gradients(PackedMask(layout, window)), expected, strict=True):
+    for ours, plain in zip(gradients(PackedMask(samples, window)), expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
-    # FlexAttention has no backward on the CPU
-    detached = (tensor.detach() for tensor in (query, key, value))
-    blocks = flex_mask(layout, window, torch.device("cpu"))
-    rows, _ = shared_prefix_attention(torch.nn.Module(), *detached, blocks, scaling=0.3, query_scale=scale)
-    torch.testing.assert_close(rows, expected[0], rtol=1e-5, atol=1e-5)
 
 
 def entry(image, question, answer, source="a"):
     images = () if image is None else (image,)
-    return Entry(images, source, source, (Turn(question, (answer,)),))
+    return Entry(source, source, (Turn(question, (answer,), images=images),))
 
 
 def test_groups_share_photo_and_text_before_it():
@@ -132,7 +129,9 @@ def random_pixels(count):
 
 def make_dataset(model, entries, pixels, max_questions):
     photos = {ID: Photo(ID, f"{ID}", f"{ID}", None) for ID in range(len(pixels))}
-    return ImageCaptionDataset(photos, entries, model.chat, lambda photo: pixels[photo.ID], max_questions=max_questions)
+    return ImageCaptionDataset(
+        photos, entries, model.processor.chat, lambda photo, _: pixels[photo.ID][None], max_questions=max_questions
+    )
 
 
 def summed_loss_and_gradients(model, dataset, batch_size):
@@ -140,7 +139,7 @@ def summed_loss_and_gradients(model, dataset, batch_size):
     total = 0.0
     for start in range(0, len(dataset), batch_size):
         batch = collate([dataset[index] for index in range(start, min(start + batch_size, len(dataset)))])
-        loss = model(batch.pop("pixel_values", None), **batch, supervised_only=True, num_items_in_batch=1).loss
+        loss = model.loss(batch, 1)
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -152,11 +151,11 @@ def summed_loss_and_gradients(model, dataset, batch_size):
 def test_loss_and_gradients_equal_the_separate_samples(backbones, kind, dtype, checkpointing):
     model = build(backbones, kind, dtype)
     if checkpointing:
-        set_activation_checkpointing(model.LLM.get_base_model(), True)
+        set_activation_checkpointing(model.language_model, True)
     entries = [entry(0, f"{TAG}\nquestion {number}?", f"answer {number}" * number) for number in range(1, 9)]
     entries += [entry(1, f"{TAG}\nHow many?", "two"), entry(1, f"What? {TAG}", "that"), entry(None, "Hello", "hi")]
     entries += [entry(2, f"{TAG}\nWhere?", "here"), entry(2, f"{TAG}\nWho?", "nobody")]
-    entries += [Entry((2, 0), "a", "a", (Turn(f"{TAG}{TAG}\nSame?", ("no",)),))]
+    entries += [Entry("a", "a", (Turn(f"{TAG}{TAG}\nSame?", ("no",), images=(2, 0)),))]
     pixels = random_pixels(3)
     loss, gradients = summed_loss_and_gradients(model, make_dataset(model, entries, pixels, 1), 1)
     for batch_size in (3, 9):  # two photos in a sample and one in several samples, at the last
@@ -183,31 +182,6 @@ def test_any_number_of_questions_equals_the_separate_samples(backbones, question
         assert (packed_gradients[name] - gradient).norm() < TOLERANCE[torch.float32] * gradient.norm(), name
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "sliding"])
-def test_a_4d_mask_from_outside_gives_the_same(backbones, kind):
-    model = build(backbones, kind)
-    entries = [entry(0, f"{TAG}\nA?", "1"), entry(0, f"{TAG}\nB, then?", "22"), entry(None, "C?", "3")]
-    batch = collate(list(make_dataset(model, entries, random_pixels(1), 2)))
-    image = batch.pop("pixel_values")
-    packed = model(image, **batch)
-    mask = brute_force_mask(batch.pop("layout"))
-    dense = model(image, **batch, attention_mask=mask)
-    torch.testing.assert_close(dense.logits, packed.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(dense.loss, packed.loss)
-
-
-@torch.no_grad()
-def test_flex_gives_the_same_loss(backbones):
-    """Forward only: FlexAttention has no backward on the CPU."""
-    entries = [entry(0, f"{TAG}\nA?", "1"), entry(0, f"{TAG}\nB, then?", "22"), entry(None, "C?", "3")]
-    losses = []
-    for attention in ("sdpa", "flex"):
-        model = build(backbones, "sliding", attention=attention)
-        batch = collate(list(make_dataset(model, entries, random_pixels(1), 2)))
-        losses.append(model(batch.pop("pixel_values"), **batch, supervised_only=True).loss)
-    torch.testing.assert_close(*losses)
-
-
 @pytest.mark.parametrize("counts", [(1, 1), (1, 3, 2), (8, 1, 5), (2, 2, 2, 2)])
 @torch.no_grad()
 def test_photos_of_a_row_do_not_leak_by_a_bit(backbones, counts):
@@ -225,8 +199,7 @@ def test_photos_of_a_row_do_not_leak_by_a_bit(backbones, counts):
         if changed is not None:
             shown[changed] = pixels[-1]
         batch = collate(list(make_dataset(model, entries, shown, 8)))
-        logits = model(batch.pop("pixel_values"), **batch).logits[0]
-        return logits.split([sum(lengths) for lengths in batch["layout"].samples])
+        return model.logits(batch)[0].split([sum(lengths) for lengths in batch.samples])
 
     before = logits_by_sample(None)
     for changed in range(len(counts)):
@@ -241,8 +214,7 @@ def test_a_branch_does_not_see_its_neighbour(backbones):
     def last_logits(first_answer):
         entries = [entry(0, f"{TAG}\nA?", first_answer), entry(0, f"{TAG}\nB?", "same")]
         batch = collate([make_dataset(model, entries, random_pixels(1), 2)[0]])
-        del batch["labels"]
-        return model(batch.pop("pixel_values"), **batch, logits_to_keep=6).logits
+        return model.logits(batch)[:, -6:]
 
     assert torch.equal(last_logits("xyz"), last_logits("abc"))
 
@@ -253,7 +225,7 @@ def test_a_photo_is_encoded_once_and_without_a_graph(backbones):
     model.encoder.register_forward_hook(lambda encoder, inputs, output: seen.append(output))
     entries = [entry(0, f"{TAG}\nA?", "1"), entry(0, f"A? {TAG}", "1"), entry(1, f"{TAG}\nA?", "1")]
     batch = collate(list(make_dataset(model, entries, random_pixels(2), 8)))
-    model(batch.pop("pixel_values"), **batch, supervised_only=True).loss.backward()
+    model.loss(batch).backward()
     (features,) = seen
     assert len(features) == 2
     assert features.grad_fn is None

@@ -13,21 +13,29 @@ from dataset.records import Entry, Photo, Turn
 from errors import UserError
 from evaluation.report import draw_gallery, table, write_json
 from evaluation.runner import _other_photos, evaluate, sample_photos
+from visual_plan import VisualPlan
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "黑色": (0, 0, 0)}
 
 
 class ColourAnswerer:
-    """Names the colour of the photo it is shown and remembers (question, colours, number of earlier messages)."""
+    """Names the colour of the photo it is shown and remembers (question, colours, number of earlier messages).
+
+    `places` has the number of photos in each question of a dialogue, for every call.
+    """
 
     def __init__(self):
         self.calls = []
-        chat = SimpleNamespace(question=lambda text, num_images: (text, num_images), answer=lambda text: text)
-        self.model = SimpleNamespace(chat=chat)
+        self.places = []
+        chat = SimpleNamespace(
+            question=lambda text, plans: (text, len(plans)), answer=lambda text: text, plan=VisualPlan(1)
+        )
+        self.model = SimpleNamespace(processor=SimpleNamespace(chat=chat))
 
     def stream_messages(self, photos, messages):
         colours = [photo.getpixel((0, 0)) for photo in photos]
         self.calls.append((messages[-1][0], colours, len(messages) - 1))
+        self.places.append([count for _, count in messages[::2]])
         if not photos:
             yield "hello"
         else:
@@ -44,11 +52,12 @@ def photos(tmp_path):
 @pytest.fixture
 def entries():
     colours = [
-        Entry((ID,), "demo", "colour", (Turn("<|extra_0|>\nColour?", (name,)),)) for ID, name in enumerate(COLOURS)
+        Entry("demo", "colour", (Turn("<|extra_0|>\nColour?", (name,), images=(ID,)),))
+        for ID, name in enumerate(COLOURS)
     ]
-    dialogue = (Turn("<|extra_0|>Red?", ("red",)), Turn("Sure?", ("yes",)))
-    text = Entry((), "demo", "text", (Turn("Say hello", ("hello",)),))
-    return [*colours, text, Entry((0,), "demo", "dialogue", dialogue)]
+    dialogue = (Turn("<|extra_0|>Red?", ("red",), images=(0,)), Turn("Sure?", ("yes",)))
+    text = Entry("demo", "text", (Turn("Say hello", ("hello",)),))
+    return [*colours, text, Entry("demo", "dialogue", dialogue)]
 
 
 def test_scores_by_type_and_in_all(photos, entries):
@@ -90,10 +99,35 @@ def test_blind_shows_another_photo_every_time_and_the_same_in_every_run(photos, 
 
 
 def test_blind_keeps_several_photos_apart_from_their_own(photos):
-    entry = Entry((0, 2), "demo", "pair", (Turn("<|extra_0|><|extra_0|>Same?", ("no",)),))
-    others = [Entry((ID,), "demo", "one", (Turn("<|extra_0|>?", ("x",)),)) for ID in (1, 3)]
+    entry = Entry("demo", "pair", (Turn("<|extra_0|><|extra_0|>Same?", ("no",), images=(0, 2)),))
+    others = [Entry("demo", "one", (Turn("<|extra_0|>?", ("x",), images=(ID,)),)) for ID in (1, 3)]
     result = evaluate(ColourAnswerer(), [entry, *others], photos, blind=True)
     assert set(result.answers[0].images) <= {1, 3}
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_photos_of_later_turns_are_shown_from_their_turn_on(photos, blind):
+    turns = [
+        Turn("Hello <|extra_0|>", ("Hi",)),
+        Turn("<|extra_0|>Colour? <|extra_0|>", ("green",), images=(1,)),
+        Turn("Sure?", ("yes",)),
+        Turn("<|extra_0|><|extra_0|>Same?", ("no",), images=(0, 1)),
+    ]
+    answerer = ColourAnswerer()
+    result = evaluate(answerer, [Entry("demo", "d", tuple(turns)), *many(4)], photos, blind=blind)
+    one, two = (3, 2) if blind else (1, 0)  # blind: half the list of four further on, and none of the entry's own
+    shown = [(), (one,), (one,), (one, two, one)]
+    assert [answer.images for answer in result.answers[:4]] == shown
+    assert [answer.question for answer in result.answers[:4]] == [
+        "Hello <|extra_0|>",
+        "Colour? <|extra_0|>",
+        "Sure?",
+        "Same?",
+    ]
+    colours = list(COLOURS.values())
+    calls = zip(answerer.calls, turns, shown, strict=False)
+    assert all(call == (turn.question, [colours[ID] for ID in IDs], 2 * n) for n, (call, turn, IDs) in enumerate(calls))
+    assert answerer.places[:4] == [[0], [0, 1], [0, 1, 0], [0, 1, 0, 2]]
 
 
 def test_what_cannot_be_evaluated_is_said(photos, entries):
@@ -107,7 +141,7 @@ def test_what_cannot_be_evaluated_is_said(photos, entries):
 
 
 def test_table_is_aligned_and_json_holds_all(photos, entries, tmp_path):
-    chinese = Entry((3,), "demo", "颜色", (Turn("<|extra_0|>什么颜色？", ("黑色",)),))
+    chinese = Entry("demo", "颜色", (Turn("<|extra_0|>什么颜色？", ("黑色",), images=(3,)),))
     trained = evaluate(ColourAnswerer(), [*entries, chinese], photos)
     blind = evaluate(ColourAnswerer(), [*entries, chinese], photos, blind=True)
     lines = table(trained, blind).splitlines()
@@ -126,7 +160,7 @@ def test_table_is_aligned_and_json_holds_all(photos, entries, tmp_path):
 
 
 def test_gallery_marks_right_green_and_wrong_red(photos, entries, tmp_path):
-    wrong = [Entry((1,), "demo", "colour", (Turn("<|extra_0|>Colour? " + "long " * 60, ("purple",)),))]
+    wrong = [Entry("demo", "colour", (Turn("<|extra_0|>Colour? " + "long " * 60, ("purple",), images=(1,)),))]
     result = evaluate(ColourAnswerer(), entries[:1] + wrong, photos)
     draw_gallery(tmp_path / "gallery.png", result, photos)
     with Image.open(tmp_path / "gallery.png") as gallery:
@@ -196,9 +230,10 @@ def test_script_scores_a_split_and_writes_the_files(photos, entries, tmp_path, m
 
 def many(photos, texts=0):
     entries = [
-        Entry((ID,), "one" if photos // 2 > ID else "two", "t", (Turn("<|extra_0|>?", ("a",)),)) for ID in range(photos)
+        Entry("one" if photos // 2 > ID else "two", "t", (Turn("<|extra_0|>?", ("a",), images=(ID,)),))
+        for ID in range(photos)
     ]
-    return entries + [Entry((), "text", "t", (Turn(f"Say {number}", ("a",)),)) for number in range(texts)]
+    return entries + [Entry("text", "t", (Turn(f"Say {number}", ("a",)),)) for number in range(texts)]
 
 
 def test_a_limit_draws_from_all_sources_the_same_every_time():
@@ -211,7 +246,7 @@ def test_a_limit_draws_from_all_sources_the_same_every_time():
     assert kept == sorted(kept, key=entries.index)
     assert sample_photos(entries, 1000, seed=0) == entries
     assert len(sample_photos(many(0, texts=20), 5, seed=0)) == 5
-    pairs = [Entry((ID, ID + 1), "p", "t", (Turn("<|extra_0|><|extra_0|>?", ("a",)),)) for ID in range(0, 40, 2)]
+    pairs = [Entry("p", "t", (Turn("<|extra_0|><|extra_0|>?", ("a",), images=(ID, ID + 1)),)) for ID in range(0, 40, 2)]
     assert len(sample_photos(pairs, 6, seed=0)) == 3
 
 

@@ -27,7 +27,7 @@ def test_exported_model_answers_the_same(backbones, tmp_path, name):
     model = scattered(backbones, name, system="Sei kurz. it's", question_prefix="用中文回答：")
     photo = Image.new("RGB", (80, 60), (30, 160, 90))
     expected = Answerer(model).answer(photo, "What is it?")
-    chat = model.chat
+    chat = model.processor.chat
     prompt, _ = chat.render([chat.typed_question("A?", 1), chat.answer("b"), chat.typed_question("What is it?", 0)])
     assert export_checkpoint(model, tmp_path / "out") < 1e-4
 
@@ -39,11 +39,11 @@ def test_exported_model_answers_the_same(backbones, tmp_path, name):
         {"role": "user", "content": "What is it?"},
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    text = text.replace("<|extra_0|>", "<|extra_0|>" * model.num_image_tokens)
+    text = text.replace("<|extra_0|>", "<|extra_0|>" * model.processor.chat.plan.crop_tokens)
     assert tokenizer.encode(text, add_special_tokens=False) == prompt
     ids = torch.tensor([chat.render([chat.typed_question("What is it?", 1)])[0]])
     tokens = exported.generate(
-        pixel_values=model.transform(photo)[None],
+        pixel_values=model.processor.transform(photo)[None],
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         suppress_tokens=model.suppressed_ids,
@@ -63,8 +63,8 @@ def test_a_large_model_is_cut_into_shards(backbones, tmp_path, monkeypatch):
 
 
 def test_refuses_what_the_stock_class_cannot_say(backbones, tmp_path):
-    config = tiny_config(backbones, visual={"drop_first_token": False})
-    with pytest.raises(ValueError, match="'visual.drop_first_token' is false"):
+    config = tiny_config(backbones, visual={"drop": "none"})
+    with pytest.raises(ValueError, match="'visual.drop' is none"):
         export_checkpoint(MMultiModal.from_config(config), tmp_path / "out")
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="exists already"):

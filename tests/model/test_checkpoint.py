@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from backbones.backbone import _first_fingerprint, remember_backbones
-from model.checkpoint import load_checkpoint, portable_config, save_checkpoint
+from model.checkpoint import load_checkpoint, save_checkpoint
 from model.checkpoint_folder import list_checkpoints, recover
 from model.model import MMultiModal
+from model.portable import portable_config
 from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen
 
 
@@ -41,7 +42,7 @@ def test_same_logits_after_loading(model, folder, backbones):
     loaded = load(folder, backbones)
     assert not loaded.training
     pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-    ids = torch.tensor([model.chat.render([model.chat.typed_question("What?", 1)])[0]])
+    ids = torch.tensor([model.processor.chat.render([model.processor.chat.typed_question("What?", 1)])[0]])
     assert torch.equal(loaded(pixels, ids).logits, model(pixels, ids).logits)
 
 

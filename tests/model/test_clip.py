@@ -1,4 +1,4 @@
-"""A CLIP encoder in the whole model: its class token is what `visual.drop_first_token` drops; equal to stock LLaVA."""
+"""A CLIP encoder in the whole model: its class token is what `visual.drop: first` leaves out; equal to stock LLaVA."""
 
 import pytest
 import torch
@@ -27,39 +27,40 @@ def build(backbones, clip_folder, **visual):
 
 def greedy_answer(model, photo, question):
     """By whole forward passes, without the answerer's cache."""
-    ids, _ = model.chat.render([model.chat.typed_question(question, 1)])
+    ids, _ = model.processor.chat.render([model.processor.chat.typed_question(question, 1)])
     start = len(ids)
     while len(ids) < start + model.config.generate.max_new_tokens:
-        logits = model(model.transform(photo).unsqueeze(0), torch.tensor([ids])).logits[0, -1]
+        logits = model(model.processor.transform(photo).unsqueeze(0), torch.tensor([ids])).logits[0, -1]
         logits[model.suppressed_ids] = -torch.inf
-        if int(logits.argmax()) in model.chat.stop_ids:
+        if int(logits.argmax()) in model.processor.chat.stop_ids:
             break
         ids.append(int(logits.argmax()))
     assert len(ids) > start
-    return model.tokenizer.decode(ids[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return model.processor.tokenizer.decode(ids[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @pytest.mark.parametrize("drop", [True, False])
 @torch.no_grad()
 def test_dropped_row_is_the_class_token(backbones, clip_folder, drop):
-    model = build(backbones, clip_folder, drop_first_token=drop, image_tokens=16 if drop else 17)
+    model = build(backbones, clip_folder, drop="first" if drop else "none", image_tokens=16 if drop else 17)
     pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-    rows = model.encoder(pixels)
-    assert model.num_image_tokens == 17 - drop
+    rows = model.encoder.encode(pixels)
+    assert rows.shape[1] == 17
+    assert model.processor.chat.plan.crop_tokens == 17 - drop
     assert torch.equal(model.encode_image(pixels), rows[:, int(drop) :])
     photo = load_image(backbones / "photos" / "0.png")
     assert Answerer(model).answer(photo, "Which colour?") == greedy_answer(model, photo, "Which colour?")
 
 
 def test_wrong_image_tokens_are_refused(backbones, clip_folder):
-    with pytest.raises(ValueError, match="'visual.image_tokens' is 17, but the encoder gives 17 tokens .* makes 16"):
+    with pytest.raises(ValueError, match="'visual.image_tokens' is 17, but the encoder gives 16 rows .* makes 16"):
         build(backbones, clip_folder, image_tokens=17)
 
 
 @torch.no_grad()
 def test_equals_stock_llava(backbones, clip_folder):
     model = build(backbones, clip_folder)
-    ids = torch.tensor([model.chat.render([model.chat.typed_question("What is it?", 1)])[0]])
+    ids = torch.tensor([model.processor.chat.render([model.processor.chat.typed_question("What is it?", 1)])[0]])
     pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     model.LLM.merge_adapter()
     ours = model(pixels, ids).logits
@@ -68,8 +69,8 @@ def test_equals_stock_llava(backbones, clip_folder):
         vision_config=CLIPVisionConfig(**model.encoder.config.to_dict()),
         text_config=language_model.config,
         projector_hidden_act="gelu",
-        image_token_index=model.chat.image_token_id,
-        image_token_id=model.chat.image_token_id,
+        image_token_index=model.processor.chat.image_token_id,
+        image_token_id=model.processor.chat.image_token_id,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
     )
@@ -87,14 +88,12 @@ def test_export_says_that_it_cannot(backbones, clip_folder, tmp_path):
         export_checkpoint(build(backbones, clip_folder), tmp_path / "out")
 
 
-def test_summary_counts_and_a_trainable_encoder_is_refused(backbones, clip_folder):
+def test_summary_counts(backbones, clip_folder):
     model = build(backbones, clip_folder)
     total = sum(parameter.numel() for parameter in model.parameters())
     projector = 24 * 32 + 32 + 32 * 32 + 32
     lora = sum(parameter.numel() for name, parameter in model.LLM.named_parameters() if "lora_" in name)
     assert model.parameter_summary() == (
-        f"{total:,} parameters, trained: encoder 0, projector {projector:,}, LoRA {lora:,}; "
-        "frozen weights float32 on cpu"
+        f"{total:,} parameters, trained: projector {projector:,}, lora {lora:,}; frozen weights float32 on cpu"
     )
-    with pytest.raises(AssertionError, match="the encoder must be frozen"):
-        MMultiModal(model.config, model.encoder.requires_grad_(True), model.LLM, model.tokenizer, model.transform)
+    assert not model.trains_encoder

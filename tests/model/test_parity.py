@@ -14,6 +14,7 @@ from transformers import (
 
 from exporting.vipllava import text_config
 from model.model import MMultiModal
+from tests.batches import as_packed
 from tests.tiny import IMAGE_SIZE, tiny_config
 
 # float32 sums in another order: 1e-5 is about 100 ulp of logits of size 1 to 10
@@ -36,7 +37,10 @@ def reference(model, kind):
     vision_config = SiglipVisionConfig(**model.encoder.config.to_dict())
     settings = {"vision_config": vision_config, "projector_hidden_act": "gelu"}
     settings["text_config"] = text_config(language_model)
-    settings |= {"image_token_index": model.chat.image_token_id, "image_token_id": model.chat.image_token_id}
+    settings |= {
+        "image_token_index": model.processor.chat.image_token_id,
+        "image_token_id": model.processor.chat.image_token_id,
+    }
     if kind == "vip":
         config = VipLlavaConfig(
             **settings, vision_feature_layers=-1, projector_layernorm_eps=vision_config.layer_norm_eps
@@ -58,7 +62,7 @@ def reference(model, kind):
 
 def batch(model):
     """Two photos in the first row, one in the second, none in the third; right-padded."""
-    chat = model.chat
+    chat = model.processor.chat
     dialogues = [
         [chat.typed_question("Same?", 2), chat.answer("no")],
         [chat.typed_question("Which colour is it?", 1), chat.answer("red")],
@@ -84,9 +88,11 @@ def test_logits_loss_and_greedy_tokens(model, kind):
     model.LLM.merge_adapter()  # adding LoRA to the weights rounds by itself, so both sides use the merged ones
     ours = model(image, input_ids, labels, attention_mask=mask)
     torch.testing.assert_close(unmerged, ours.logits, rtol=1e-4, atol=1e-4)
-    supervised = model(image, input_ids, labels, attention_mask=mask, supervised_only=True)
+    packed = as_packed(image, input_ids, labels, mask)
+    supervised, packed_logits = model.loss(packed), model.logits(packed)
     last = model(image, input_ids, attention_mask=mask, logits_to_keep=1)
-    prompt = torch.tensor([model.chat.render([model.chat.typed_question("What is it?", 1)])[0]])
+    chat = model.processor.chat
+    prompt = torch.tensor([chat.render([chat.typed_question("What is it?", 1)])[0]])
     our_tokens = model.generate(image[:1], prompt, max_new_tokens=12, do_sample=False)
 
     other = reference(model, kind)
@@ -94,8 +100,8 @@ def test_logits_loss_and_greedy_tokens(model, kind):
     real = mask.bool()
     torch.testing.assert_close(ours.logits[real], theirs.logits[real], rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=TOLERANCE, atol=TOLERANCE)
-    torch.testing.assert_close(supervised.loss, theirs.loss, rtol=TOLERANCE, atol=TOLERANCE)
-    assert supervised.logits is None
+    torch.testing.assert_close(supervised, theirs.loss, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(packed_logits[0], theirs.logits[real], rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(last.logits, ours.logits[:, -1:])
     their_tokens = other.generate(
         pixel_values=image[:1],
@@ -103,36 +109,39 @@ def test_logits_loss_and_greedy_tokens(model, kind):
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=12,
         do_sample=False,
-        eos_token_id=sorted(model.chat.stop_ids),
-        pad_token_id=min(model.chat.stop_ids),
-        suppress_tokens=[model.chat.image_token_id, *range(len(model.tokenizer), other.lm_head.weight.shape[0])],
+        eos_token_id=sorted(model.processor.chat.stop_ids),
+        pad_token_id=min(model.processor.chat.stop_ids),
+        suppress_tokens=[
+            model.processor.chat.image_token_id,
+            *range(len(model.processor.tokenizer), other.lm_head.weight.shape[0]),
+        ],
     )[:, prompt.shape[1] :]
     assert torch.equal(our_tokens, their_tokens)
 
 
 def test_wrong_number_of_placeholders_raises_with_both_numbers(model):
     image, input_ids, _, mask = batch(model)
-    with pytest.raises(ValueError, match="45 image placeholders .* 2 photos with 15 tokens each = 30"):
+    with pytest.raises(ValueError, match="45 image placeholders .* 30 image features"):
         model(image[:2], input_ids, attention_mask=mask)
-    with pytest.raises(ValueError, match="45 image placeholders .* 0 photos"):
+    with pytest.raises(ValueError, match="45 image placeholders .* 0 image features"):
         model(None, input_ids, attention_mask=mask)
 
 
 def test_cached_features_give_the_same_logits(model):
-    image, input_ids, _, mask = batch(model)
-    ours = model(image, input_ids, attention_mask=mask).logits
-    features = model.encode_image(image)
-    assert not features.requires_grad
-    torch.testing.assert_close(model(None, input_ids, attention_mask=mask, image_features=features).logits, ours)
+    packed = as_packed(*batch(model))
+    ours = model.logits(packed)
+    packed.image_features, packed.pixel_values = model.encode_image(packed.pixel_values), None
+    assert not packed.image_features.requires_grad
+    torch.testing.assert_close(model.logits(packed), ours)
 
 
 def test_dropped_token_is_the_top_left_patch(model):
     image = batch(model)[0]
-    whole = model.encoder(image)
+    whole = model.encoder.encode(image)
     assert whole.shape == (3, 16, 24)
     assert torch.equal(model.encode_image(image), whole[:, 1:])
 
 
 def test_config_that_disagrees_with_the_encoder_is_an_error(backbones):
-    with pytest.raises(ValueError, match="'visual.image_tokens' is 728, but the encoder gives 16 tokens .* makes 15"):
+    with pytest.raises(ValueError, match="'visual.image_tokens' is 728, but the encoder gives 15 rows .* makes 15"):
         MMultiModal.from_config(tiny_config(backbones, visual={"image_tokens": 728}))

@@ -92,14 +92,16 @@ def test_its_conventions_come_with_it(folder):
     assert (config.llm.lora.r, config.llm.lora.alpha, config.llm.lora.dropout) == (RANK, ALPHA, 0.1)
     assert config.generate.repetition_penalty == 1.1
     model = load(folder)
-    ids, _ = model.chat.render([model.chat.typed_question("图中有什么？", 1)])
-    text = model.tokenizer.decode(ids).replace("<|extra_0|>" * 15, "<|extra_0|>")
+    ids, _ = model.processor.chat.render([model.processor.chat.typed_question("图中有什么？", 1)])
+    text = model.processor.tokenizer.decode(ids).replace("<|extra_0|>" * 15, "<|extra_0|>")
     assert text == (
         "<|im_start|>system\n你是一位图像理解助手。<|im_end|>\n<|im_start|>user\n"
         "用中文回答：<|extra_0|>\n图中有什么？<|im_end|>\n<|im_start|>assistant\n"
     )
-    _, labels = model.chat.render([model.chat.typed_question("?", 1), model.chat.answer("树")])
-    assert labels[-2] == model.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    _, labels = model.processor.chat.render(
+        [model.processor.chat.typed_question("?", 1), model.processor.chat.answer("树")]
+    )
+    assert labels[-2] == model.processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
 
 def test_training_goes_on_from_it(folder):
@@ -185,6 +187,6 @@ def test_other_adapters_are_refused(folder, settings, message):
 def test_pictures_go_through_it(folder):
     write_report_checkpoint(folder / "report")
     model = load(folder)
-    ids = torch.tensor([model.chat.render([model.chat.typed_question("?", 1)])[0]])
+    ids = torch.tensor([model.processor.chat.render([model.processor.chat.typed_question("?", 1)])[0]])
     red, green = torch.zeros(2, 1, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert not torch.equal(model(red, ids).logits, model(green + 1, ids).logits)

@@ -22,6 +22,7 @@ from paths import REPO_ROOT
 from qwen.chat import ChatFormat, Message
 from qwen.loading import load_language_model
 from qwen.tokenizer import load_tokenizer
+from tests.batches import as_packed
 from tests.tiny import write_tiktoken
 from visual.transform import load_image
 
@@ -135,7 +136,7 @@ def expand(ids: list[int], image_id: int, num_image_tokens: int) -> list[int]:
 def training_batch(model, stored) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The two stored examples, the placeholder N times, right-padded."""
     image_id, eos = int(stored["mm.image_token_id"]), int(stored["mm.eos_id"])
-    assert model.chat.image_token_id == image_id
+    assert model.processor.chat.image_token_id == image_id
     length = stored["mm.labels"].shape[1]
     rows = []
     for number in range(2):
@@ -152,13 +153,13 @@ def test_the_report_checkpoint_in_training(model, stored):
     output = model(images(stored), input_ids, labels)
     check_logits(output.logits, stored, "mm")
     torch.testing.assert_close(output.loss, torch.tensor(stored["mm.loss"], dtype=torch.float32), **TOLERANCE)
-    supervised = model(images(stored), input_ids, labels, attention_mask=mask, supervised_only=True)
-    torch.testing.assert_close(supervised.loss, output.loss, rtol=1e-5, atol=0)
+    supervised = model.loss(as_packed(images(stored), input_ids, labels, mask))
+    torch.testing.assert_close(supervised, output.loss, rtol=1e-5, atol=0)
     with torch.no_grad(), model.LLM.disable_adapter():
         without = model(images(stored), input_ids, labels).loss
     torch.testing.assert_close(without, torch.tensor(stored["mm.loss_without_lora"], dtype=torch.float32), **TOLERANCE)
 
-    supervised.loss.backward()
+    supervised.backward()
     gradients = {name.replace(".default", ""): p.grad for name, p in model.named_parameters() if p.grad is not None}
     names = [name.removeprefix("grad/") for name in stored.files if name.startswith("grad/")]
     assert len(names) == 16
@@ -193,7 +194,7 @@ def test_generated_tokens(model, stored, number, kind):
     """`generate` and the answering engine alike. Random weights like the spare rows of the vocabulary too, which the
     original does not exclude: so nothing is suppressed here."""
     name = f"gen.{number}"
-    ids = expand(stored[f"{name}.prompt_ids"].tolist(), model.chat.image_token_id, 728)
+    ids = expand(stored[f"{name}.prompt_ids"].tolist(), model.processor.chat.image_token_id, 728)
     expected = stored[f"{name}.{kind}.ids"].tolist()
     stop = [int(stored[f"{name}.stop_id"])] if kind == "stopped" else None
     penalty = 1.1 if kind == "penalty1.1" else 1.0
@@ -213,14 +214,15 @@ def real_vocabulary(tmp_path_factory):
 def test_answers_end_to_end(real_vocabulary):
     expected = json.loads((ORACLE / "e2e" / "expected.json").read_text(encoding="utf-8"))
     model = from_report(real_vocabulary)
-    assert model.chat.image_token_id == expected["image_token_id"]
+    assert model.processor.chat.image_token_id == expected["image_token_id"]
     image = load_image(ORACLE / "e2e" / expected["image"])
-    assert float(model.transform(image).double().sum()) == pytest.approx(expected["pixel_values_sum"], abs=1.0)
+    pixels = model.processor.transform(image)
+    assert float(pixels.double().sum()) == pytest.approx(expected["pixel_values_sum"], abs=1.0)
     assert model.config.generate.repetition_penalty == 1.1
     for answer in expected["answers"]:
-        question = model.chat.question(answer["prompt"], 1)
-        ids, _ = model.chat.render([question])
-        assert ids == expand(answer["ids"], model.chat.image_token_id, 728)
+        question = model.processor.chat.question(answer["prompt"], 1)
+        ids, _ = model.processor.chat.render([question])
+        assert ids == expand(answer["ids"], model.processor.chat.image_token_id, 728)
         for kind, penalty in (("greedy", 1.0), ("penalty1.1", 1.1)):
             settings = model.config.generate.model_copy(
                 update={"repetition_penalty": penalty, "max_new_tokens": len(answer[kind]["ids"])}

@@ -11,9 +11,16 @@ from torch.nn import functional
 from transformers import modeling_utils
 
 from qwen.loading import load_language_model, set_activation_checkpointing
-from qwen.Mqwen import LOSS_ROWS, fuse_image_features, supervised_loss
+from qwen.Mqwen import LOSS_ROWS, fuse_image_features
+from qwen.Mqwen import supervised_loss as loss_of_rows
 from qwen.tokenizer import image_token_id, load_tokenizer
-from tests.tiny import write_qwen, write_qwen1
+from tests.tiny import write_qwen
+
+
+def supervised_loss(hidden, labels, head, num_items):
+    """The loss of whole sequences (B, T, Dl) with labels (B, T)."""
+    wanted = labels[:, 1:] != -100
+    return loss_of_rows(hidden[:, :-1][wanted], labels[:, 1:][wanted], head, num_items)
 
 
 def test_fusion_puts_rows_in_reading_order():
@@ -154,16 +161,3 @@ def test_new_rows_of_the_embedding_come_quietly(tmp_path, monkeypatch):
     model = load_language_model(tmp_path, torch.float32, 0, rows + 3)
     assert model.get_input_embeddings().num_embeddings == rows + 3
     assert not said
-
-
-@pytest.mark.parametrize("kind", ["sliding", "qwen1"])
-def test_a_4d_mask_needs_no_positions(tmp_path, kind):
-    if kind == "qwen1":
-        write_qwen1(tmp_path)
-    else:
-        write_qwen(tmp_path, use_sliding_window=True, sliding_window=9, max_window_layers=1)
-    model = load_language_model(tmp_path, torch.float32, image_token_id=0, vocabulary_size=0).eval()
-    ids = torch.arange(1, 21).unsqueeze(0)
-    causal = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
-    with torch.no_grad():
-        assert torch.allclose(model(ids, attention_mask=causal).logits, model(ids).logits, atol=1e-5)

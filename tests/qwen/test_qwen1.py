@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen2ForCausalLM
 
+from batch import sample_positions
 from paths import REPO_ROOT
-from qwen.attention import PackedLayout
 from qwen.loading import load_language_model
 from qwen.qwen1 import MAX_LENGTH, Qwen1Config, logn_scale, ntk_alpha, read_config
 from qwen.tokenizer import load_tokenizer, read_tiktoken
@@ -115,13 +115,15 @@ def test_too_long_is_refused_and_not_answered_differently(tmp_path):
     model = load(tmp_path)
     with pytest.raises(ValueError, match=f"{MAX_LENGTH + 1} tokens: Qwen v1 reads at most {MAX_LENGTH}"):
         logn_scale(torch.tensor([[MAX_LENGTH]]), model.config)
-    ids = torch.arange(20)[None]
-    mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+    embeddings = model.embed(torch.arange(20)[None])
+
+    def states(samples):
+        positions = torch.cat([sample_positions(lengths) for lengths in samples])[None]
+        return model.packed_states(embeddings, positions, samples)
+
     with pytest.raises(ValueError, match="lower data.max_length to 16"):
-        model(ids, attention_mask=mask, position_ids=torch.arange(20)[None])
-    with pytest.raises(ValueError, match="lower data.max_length to 16"):
-        model(ids, layout=PackedLayout(((14, 3, 3),)))
-    model(ids, layout=PackedLayout(((13, 3), (4,))))  # long together, each of them short
+        states(((14, 3, 3),))
+    states(((13, 3), (4,)))  # long together, each of them short
 
 
 def test_config_without_either_extension(tmp_path):

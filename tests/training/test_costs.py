@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import training.run_log
 from training.batches import make_loader, supervised_tokens
 from training.costs import PeakMemory, _products_per_second, matrix_peak, peak_sizes
-from training.loop import Trainer
-from training.step import optimizer_step
+from training.loop import Trainer, optimizer_step
 
 
 def log_lines(trainer):
@@ -29,14 +28,14 @@ def test_a_line_is_about_the_steps_since_the_line_before(configure, monkeypatch)
     for line, (first, last) in zip(lines, [(0, 1), (1, 3), (3, 6), (6, 7)], strict=True):
         window = steps[first:last]
         assert line["loss"] == pytest.approx(sum(step["loss"] for step in window) / len(window))
-        assert line["lora_lr"] == window[-1]["lora_lr"]
+        assert line["lora_lr"] == window[-1]["rates"]["lora_lr"]
         tokens = sum(step["tokens"] for step in window)
         assert line["tokens_per_second"] * line["seconds"] * len(window) == pytest.approx(tokens)
         assert "mfu" not in line  # of a CPU there is no peak
         assert 0 <= line["data_wait"] <= 1
         assert line["peak_memory_gib"] > 0.1
     table = re.findall(r"^ {4}(\S.*?)(?: {2,}|$)", training.run_log.__doc__, flags=re.MULTILINE)
-    documented = {name for row in table for name in row.split(", ")}
+    documented = {name for row in table for name in row.split(", ")} - {"…"}
     assert set(lines[0]) == documented - {"mfu", "val_loss", "val_loss/<source>"}
 
 
@@ -59,7 +58,7 @@ def test_arithmetic_equals_the_matrix_products_that_run(configure, cache, lora_l
     batch = next(iter(make_loader(trainer.train_set, [[0]], 0, trainer.accelerator.device)))
     with MatrixProducts() as counter:
         trainer.forward(batch, None).backward()
-    tokens, supervised = batch["input_ids"].numel(), supervised_tokens(batch)
+    tokens, supervised = batch.input_ids.numel(), supervised_tokens(batch)
     assert trainer.arithmetic.operations(tokens, supervised, 1, 0 if cache else 1) == counter.operations
 
 

@@ -30,7 +30,7 @@ def chat(tmp_path_factory):
 
 
 def question(ID, text, source):
-    return Entry((ID,), source, source, (Turn(f"{TAG}\n{text}", ("a",)),))
+    return Entry(source, source, (Turn(f"{TAG}\n{text}", ("a",), images=(ID,)),))
 
 
 def make_dataset(chat, entries, weights):
@@ -179,7 +179,7 @@ def test_validation_packs_by_source_and_refuses_a_broken_photo(configure, worksh
     for dataset, counts in ((train, {1, 3}), (val, {1, 2})):
         assert {len(group) for group in dataset.groups} == counts
     assert {val.source(index) for index in range(len(val))} == {"colours", "tiny"}
-    assert "gone.png" in next(val[index] for index in range(len(val)) if len(val.groups[index]) == 2)["error"]
+    assert "gone.png" in next(val[index] for index in range(len(val)) if len(val.groups[index]) == 2)
 
 
 def test_a_weight_that_draws_nothing_is_an_error_at_build_time(configure):
@@ -197,7 +197,7 @@ def test_a_photo_that_turned_bad_is_replaced_in_training(configure, workshop, tm
     (tmp_path / "image_map.json").write_text(json.dumps(image_map))
     train, _ = built(configure(data={"image_map": str(tmp_path / "image_map.json")}))
     samples = [train[index] for index in range(len(train))]
-    assert not any("error" in sample for sample in samples)
-    assert [sentence for sample in samples for sentence in sample.get("replaced", ())] == [
+    assert not any(isinstance(sample, str) for sample in samples)
+    assert [sentence for sample in samples for sentence in sample.replaced] == [
         f"photo not found: {tmp_path / 'gone.png'}"
     ]

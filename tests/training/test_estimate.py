@@ -16,7 +16,7 @@ def linear_trial(run):
     """Instead of a trial: 10 bytes of weights, 4 a sample, half of that with checkpointing."""
 
     def trial(batch, checkpointing):
-        samples = 0 if batch is None else len(batch["layout"].samples)
+        samples = 0 if batch is None else len(batch.samples)
         return 10 + samples * (2 if checkpointing else 4), 0.5 + samples
 
     return trial
@@ -44,7 +44,7 @@ def test_auto_takes_the_largest_that_fits(bytes_, samples, checkpointing, expect
     limit(bytes_)
     trainer = Trainer(configure(micro_batch="auto", samples_per_step=samples, gradient_checkpointing=checkpointing))
     assert trainer.setting == expected
-    assert trainer.model.LLM.get_base_model().model.layers[0].gradient_checkpointing == expected.checkpointing
+    assert trainer.model.language_model.model.layers[0].gradient_checkpointing == expected.checkpointing
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
@@ -74,8 +74,8 @@ def test_trial_passes_change_nothing_and_cost_is_linear(configure):
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert "2 × 1" in text
     assert text.count("*") == 2  # the row, and what the star means
-    lengths = [len(trainer.train_set.tokens(index)["input_ids"]) for index in range(len(trainer.train_set))]
-    assert len(trainer.train_set.tokens(longest_sample(trainer.train_set))["input_ids"]) == max(lengths)
+    lengths = [len(trainer.train_set.tokens(index).input_ids) for index in range(len(trainer.train_set))]
+    assert len(trainer.train_set.tokens(longest_sample(trainer.train_set)).input_ids) == max(lengths)
     assert trainer.estimate.seconds(2000, True) > 0
     line = Line.through((10, 5.0), (20, 7.0))
     assert (line(10), line(30)) == (5.0, 9.0)
@@ -87,7 +87,7 @@ def test_trials_of_several_samples_may_fail(configure):
     sample = run.train_set[longest_sample(run.train_set)]
 
     def trial(batch, checkpointing):
-        samples = 0 if batch is None else len(batch["layout"].samples)
+        samples = 0 if batch is None else len(batch.samples)
         if samples > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return 10 + 4 * samples, 0.5 + samples

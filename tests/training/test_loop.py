@@ -203,19 +203,13 @@ def test_token_budget_fills_micro_batches_and_keeps_the_order(configure):
     assert micro_batches([6, 0, 1, 3, 2, 4, 5], 1, 1, lengths, tokens=10) == [[6], [0, 1], [3], [2, 4], [5]]
     assert micro_batches([6, 0, 1, 3, 2, 4, 5], 1, 2, lengths, tokens=10) == [[6], [0, 1], [3], [2, 4]]
     trainer = Trainer(configure(tokens_per_batch=300, workers=1))
-    lengths = [len(trainer.train_set.tokens(index)["input_ids"]) for index in range(len(trainer.train_set))]
+    lengths = [len(trainer.train_set.tokens(index).input_ids) for index in range(len(trainer.train_set))]
     assert sample_lengths(trainer.train_set, workers=1) == lengths
     batches = trainer.epoch_batches(0, 0)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     assert max(map(len, batches)) > 1
     assert all(len(batch) == 1 or sum(lengths[index] for index in batch) <= 300 for batch in batches)
     assert batches == trainer.epoch_batches(0, 0) != trainer.epoch_batches(1, 0)
-
-
-def test_flex_attention_is_refused_without_cuda(configure, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="'train.attention': flex needs a CUDA GPU"):
-        Trainer(configure(attention="flex"))
 
 
 @pytest.mark.nightly  # compiling takes half a minute

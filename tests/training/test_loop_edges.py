@@ -129,10 +129,10 @@ class Loader:
     def __init__(self, inner, ID, action):
         self.inner, self.ID, self.action = inner, ID, action
 
-    def __call__(self, photo):
+    def __call__(self, photo, epoch):
         if photo.ID == self.ID:
             self.action()
-        return self.inner(photo)
+        return self.inner(photo, epoch)
 
 
 def defect():
@@ -277,6 +277,6 @@ def test_text_alone_trains_and_validates(config, tmp_path, cache):
 
 
 def test_a_validation_loss_that_is_no_number_is_said(config, monkeypatch, capsys):
-    monkeypatch.setattr("training.loop.validate", lambda run: {"val_loss": float("nan")})
+    monkeypatch.setattr("training.due.validate", lambda run: {"val_loss": float("nan")})
     Trainer(config(max_steps=1, data={"val_fraction": 0.4})).run()
     assert "the validation loss at step 1 is nan" in capsys.readouterr().out

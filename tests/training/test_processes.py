@@ -201,7 +201,7 @@ def test_accelerate_that_starts_one_process_in_place_of_several_is_refused(confi
 def test_frozen_tensors_are_never_sent(configure):
     """What DistributedDataParallel broadcasts at its start and before each forward pass is all but the ignored."""
     trainer = Trainer(configure())
-    ignored = set(trainer.model._ddp_params_and_buffers_to_ignore)
-    sent = {name for name, _ in trainer.model.named_parameters()} - ignored
-    assert sent == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert {name for name, _ in trainer.model.named_buffers()} <= ignored
+    ignored = set(trainer.wrapped._ddp_params_and_buffers_to_ignore)
+    sent = {name for name, _ in trainer.wrapped.named_parameters()} - ignored
+    assert sent == {name for name, parameter in trainer.wrapped.named_parameters() if parameter.requires_grad}
+    assert {name for name, _ in trainer.wrapped.named_buffers()} <= ignored

@@ -61,18 +61,16 @@ def test_trains_validates_resumes_and_answers(
 
     plain = Trainer(configure(llm={"path": wide_qwen}))
     trainer = Trainer(config("whole", max_steps=24, save_steps=20, save_total_limit=9))
-    layer = trainer.model.LLM.get_base_model().model.layers[0].mlp.down_proj
+    layer = trainer.model.language_model.model.layers[0].mlp.down_proj
     assert layer.base_layer.weight.dtype == dtype
-    assert trainer.model.LLM.get_base_model().lm_head.weight.dtype == torch.float32
+    assert trainer.model.language_model.lm_head.weight.dtype == torch.float32
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     assert trainer.model.parameter_summary().split()[0] == plain.model.parameter_summary().split()[0]
     assert trainer.arithmetic.per_token == plain.arithmetic.per_token
 
     batch = next(iter(make_loader(trainer.train_set, [[0, 1]], 0, trainer.accelerator.device)))
-    batch.pop("labels")
     with torch.no_grad():
-        logits = [t.model(batch["pixel_values"], **{k: v for k, v in batch.items() if k != "pixel_values"}).logits
-                  for t in (trainer, plain)]  # fmt: skip
+        logits = [t.model.logits(batch) for t in (trainer, plain)]
     assert 0 < relative(*logits) < bound
 
     folder = trainer.run()
@@ -92,7 +90,7 @@ def test_trains_validates_resumes_and_answers(
     answer = Answerer(model).answer(photo, "Which colour?")
     assert answer == Answerer(trainer.model.eval()).answer(photo, "Which colour?")
     whole = load_checkpoint(folder, overrides=root | {"llm.quantization": "none", "llm.device_map": "auto"})
-    weight = whole.LLM.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight
+    weight = whole.language_model.model.layers[0].mlp.down_proj.base_layer.weight
     assert weight.dtype == torch.float32
     Answerer(whole).answer(photo, "Which colour?")  # adapter and backbone have one device and dtype
     assert export_checkpoint(whole, tmp_path / "exported") < 1e-4
@@ -147,8 +145,8 @@ def test_half_precision_keeps_the_rotary_frequencies(configure):
     trainer = Trainer(configure(max_steps=1))
     folder = trainer.run()
     model = load_checkpoint(folder, dtype=torch.bfloat16, overrides={"model_root": trainer.config.model_root})
-    expected = trainer.model.LLM.get_base_model().model.rotary_emb.inv_freq
-    actual = model.LLM.get_base_model().model.rotary_emb.inv_freq
+    expected = trainer.model.language_model.model.rotary_emb.inv_freq
+    actual = model.language_model.model.rotary_emb.inv_freq
     assert actual.dtype == torch.float32
     assert torch.equal(actual, expected)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

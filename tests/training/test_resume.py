@@ -11,7 +11,7 @@ import torch
 from errors import UserError
 from model.checkpoint import load_checkpoint
 from model.checkpoint_folder import STATE_FILE, read_provenance
-from training import build, step
+from training import build, loop
 from training.loop import Trainer
 
 DAMAGE = {
@@ -60,7 +60,7 @@ def test_a_flipped_byte_is_refused_for_answering(config, whole):
 def test_the_order_of_samples_survives_another_micro_batch(config, tmp_path, monkeypatch):
     """After out of memory: what our own sentence advises, with the samples that were due."""
     seen = []
-    inner = step.optimizer_step
+    inner = loop.optimizer_step
 
     def noting(run, batches, indices, *rest):
         seen.append([index for batch in indices for index in batch])
@@ -114,7 +114,7 @@ def test_formats_of_other_versions(config, whole):
     file = whole / "checkpoint-4" / "provenance.json"
     provenance = orjson.loads(file.read_bytes())
     file.write_bytes(orjson.dumps(provenance | {"format_version": 99}))
-    with pytest.raises(UserError, match=r"checkpoint-4 has format version 99, this code reads up to 2: update"):
+    with pytest.raises(UserError, match=r"checkpoint-4 has format version 99, this code reads up to 3: update"):
         load_checkpoint(whole / "checkpoint-4")
     old = {key: value for key, value in provenance.items() if key not in ("format_version", "checksums", "shape")}
     file.write_bytes(orjson.dumps(old))

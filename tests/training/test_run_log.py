@@ -199,9 +199,13 @@ def drawn(png):
     }
 
 
+PARTS = ("projector", "lora", "llm", "vision", "vision_lora", "toy")
+
+
 def test_curves_show_what_the_log_has():
+    rates = dict(zip(PARTS, (1e-3, 1e-4, 2e-5, 3e-5, 4e-5, 5e-5), strict=True))
     entries = [
-        {"step": step, "loss": 3 / step if step != 40 else None, "projector_lr": 1e-3, "lora_lr": 1e-4}
+        {"step": step, "loss": 3 / step if step != 40 else None} | {f"{part}_lr": rate for part, rate in rates.items()}
         for step in range(1, 90)
     ]
     assert drawn(draw_curves(entries, "run")) == set(curves._COLOURS) - {"validation loss"}

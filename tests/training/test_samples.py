@@ -25,7 +25,7 @@ TAG = "<|extra_0|>"
 
 
 def entry(question, *answers, images=(0,), source="tiny", kind=""):
-    return Entry(images, source, kind or source, (Turn(question, answers),))
+    return Entry(source, kind or source, (Turn(question, answers, images=images),))
 
 
 @pytest.fixture(scope="module")
@@ -77,20 +77,20 @@ def test_the_marked_parts_are_the_answers_with_their_ends(model, records, max_qu
     photos, _ = records
     entries = [
         entry(f"{TAG}\n这是什么颜色？", "红色，很红 🟥"),
-        Entry((0,), "tiny", "tiny", (Turn(f"{TAG}\nWhy?", ("因为⟨café⟩",)), Turn("And then?", ("没有了。",)))),
+        Entry("tiny", "tiny", (Turn(f"{TAG}\nWhy?", ("因为⟨café⟩",), images=(0,)), Turn("And then?", ("没有了。",)))),
         entry("你好", "你好！", images=()),
     ]
-    dataset = ImageCaptionDataset(photos, entries, model.chat, None, max_questions=max_questions)
+    dataset = ImageCaptionDataset(photos, entries, model.processor.chat, None, max_questions=max_questions)
     texts = [describe_sample(dataset, index) for index in range(len(dataset))]
     assert marked("".join(texts[:-1])) == "红色，很红 🟥<|im_end|>因为⟨café⟩<|im_end|>没有了。<|im_end|>"
     assert marked(texts[-1]) == "你好！<|im_end|>"
     for index, text in enumerate(texts):
         assert "\ufffd" not in text
-        labels = dataset.tokens(index)["labels"]
+        labels = dataset.tokens(index).labels
         supervised = labels[labels != IGNORE_INDEX]
-        assert marked(text) == model.tokenizer.decode(supervised)
+        assert marked(text) == model.processor.tokenizer.decode(supervised)
         assert f"{len(labels)} tokens, the {len(supervised)} in double brackets are supervised" in text
-    assert texts[0].count(f"{TAG} × {model.num_image_tokens}") == 1
+    assert texts[0].count(f"{TAG} × {model.processor.chat.plan.crop_tokens}") == 1
     assert texts[0].count(TAG) == 1
     assert "<|im_start|>user\n" in texts[0]
     assert "这是什么颜色？<|im_end|>\n<|im_start|>assistant\n⟦红色" in texts[0]
@@ -98,13 +98,15 @@ def test_the_marked_parts_are_the_answers_with_their_ends(model, records, max_qu
 
 
 def test_several_photos_are_counted_one_by_one(model, records):
-    dataset = ImageCaptionDataset(records[0], [entry(f"{TAG}{TAG} same?", "no", images=(0, 1))], model.chat, None)
-    assert f"user\n{f'{TAG} × {model.num_image_tokens}' * 2} same?" in describe_sample(dataset, 0)
+    dataset = ImageCaptionDataset(
+        records[0], [entry(f"{TAG}{TAG} same?", "no", images=(0, 1))], model.processor.chat, None
+    )
+    assert f"user\n{f'{TAG} × {model.processor.chat.plan.crop_tokens}' * 2} same?" in describe_sample(dataset, 0)
 
 
 def test_a_sample_of_many_questions_is_cut_and_one_too_long_is_no_crash(model, records):
     entries = [entry(f"{TAG}\nnumber {number}?", str(number)) for number in range(16)]
-    dataset = ImageCaptionDataset(records[0], entries, model.chat, None, max_questions=16)
+    dataset = ImageCaptionDataset(records[0], entries, model.processor.chat, None, max_questions=16)
     text = describe_sample(dataset, 0)
     assert marked(text) == "0<|im_end|>1<|im_end|>2<|im_end|>3<|im_end|>"
     assert text.endswith("--- and 12 more questions ---")
@@ -260,7 +262,7 @@ def test_a_page_that_cannot_be_written_is_warned_of_once(model, records, tmp_pat
 def test_answering_compiles_nothing(workshop, records, tmp_path):
     model = MMultiModal.from_config(tiny_config(workshop)).eval()
     compiled = []
-    for layer in model.LLM.get_base_model().model.layers:
+    for layer in model.language_model.model.layers:
         layer.mlp.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward, dynamic=True)
     SampleSheet(tmp_path, [], [entry("hello", "x", images=())], records[0], seed=0).update(model, 1)
     assert compiled == []
@@ -282,14 +284,14 @@ def test_training_is_bit_equal_with_and_without_the_page(workshop, records, tmp_
     for sheet in (None, SampleSheet(tmp_path, entries, [], photos, seed=0)):
         torch.manual_seed(3)
         model = MMultiModal.from_config(config)
-        dataset = ImageCaptionDataset(photos, entries, model.chat, PixelLoader(model.transform), max_questions=4)
+        dataset = ImageCaptionDataset(
+            photos, entries, model.processor.chat, PixelLoader(model.processor), max_questions=4
+        )
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2)
         for step in range(3):
             model.train()
-            model.encoder.eval()
-            batch = collate([dataset[step]])
-            model(batch.pop("pixel_values"), **batch, supervised_only=True).loss.backward()
+            model.loss(collate([dataset[step]])).backward()
             optimizer.step()
             optimizer.zero_grad()
             if sheet is not None:

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from errors import UserError
 from tests.training.runs import at_step, lines, names, same
-from training import build
+from training import build, loop
+from training.checks import MOST_SKIPPED, NonFiniteError
 from training.loop import Trainer
-from training.step import MOST_SKIPPED, NonFiniteError
 
 
 def test_learning_rates_of_the_config_hold_after_a_resumption(config, tmp_path):
@@ -98,7 +98,7 @@ def test_a_first_stage_of_the_projector_fits_any_lora(config, capsys):
     capsys.readouterr()
     second = Trainer(config("second", init_from=str(first), **other))
     said = capsys.readouterr().out
-    assert f"LoRA was never trained in {first}: only the projector is taken" in said
+    assert f"'lora' was never trained in {first} and begins anew" in said
     assert f"{first} was trained with another prompt than this run's" in said
     own = second.model.feature_proj.state_dict()
     expected = load_file(first / "feature_proj.safetensors")
@@ -136,19 +136,19 @@ def scaled(monkeypatch):
 
 
 @pytest.mark.filterwarnings("error:Detected call of `lr_scheduler.step")
-def test_a_scaler_skips_until_its_scale_fits(config, scaled):
+def test_a_scaler_skips_until_its_scale_fits(config, scaled, monkeypatch):
     scaled(2.0**121)  # more than the backward pass can take in float32
     trainer = Trainer(config(max_steps=40, save_steps=10))
     start = {name: parameter.clone() for name, parameter in trainer.model.feature_proj.named_parameters()}
     seen = []
-    after = trainer._after_step
+    after = loop.after_step
 
-    def noting(figures):
+    def noting(run, watch, figures):
         moved = any(not torch.equal(start[name], own) for name, own in trainer.model.feature_proj.named_parameters())
         seen.append((trainer.progress.skipped, moved))
-        return after(figures)
+        return after(run, watch, figures)
 
-    trainer._after_step = noting
+    monkeypatch.setattr(loop, "after_step", noting)
     trainer.run()
     count = [moved for _, moved in seen].index(True)
     assert count > 1

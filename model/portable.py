@@ -1,0 +1,34 @@
+"""The config of a run as a checkpoint keeps it. Called by `model/checkpoint.py`."""
+
+from pathlib import Path
+from typing import Any
+
+from config import Config
+from paths import REPO_ROOT
+
+
+def portable_config(config: Config) -> dict[str, Any]:
+    """The config as a mapping whose paths work on other machines: relative to the repository, else the bare name."""
+    raw = config.model_dump(mode="json")
+
+    def portable(path: str) -> str:
+        if not Path(path).expanduser().is_absolute():
+            return path
+        absolute = Path(path).expanduser()
+        return absolute.relative_to(REPO_ROOT).as_posix() if absolute.is_relative_to(REPO_ROOT) else absolute.name
+
+    raw["model_root"] = portable(raw["model_root"])
+    for section, keys in {
+        "visual": ["path"],
+        "llm": ["path"],
+        "data": ["image_map", "captions", "feature_cache"],
+        "train": ["output_dir", "init_from"],
+    }.items():
+        for key in keys:
+            if raw[section][key] is not None:
+                raw[section][key] = portable(raw[section][key])
+    for source in raw["data"]["sources"]:
+        for key in ("annotations", "images", "questions"):
+            if source[key] is not None:
+                source[key] = portable(source[key])
+    return raw

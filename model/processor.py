@@ -1,0 +1,35 @@
+"""What turns photos and texts into the model's inputs, apart from the network, so that worker processes can have it."""
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from qwen.chat import ChatFormat
+from visual.transform import ImageTransform
+from visual_plan import VisualPlan
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Tokenizer, image transform and prompt format of one model; can be pickled.
+
+    Attributes:
+        tiles: most tiles of a photo (`visual.tiles`); 0: the whole photo alone.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    transform: ImageTransform
+    chat: ChatFormat
+    tiles: int = 0
+
+    def plan(self, width: int, height: int) -> VisualPlan:
+        """What a photo of `width` × `height` pixels becomes."""
+        if self.tiles == 0:
+            return self.chat.plan
+        return VisualPlan(self.chat.plan.crop_tokens, *self.transform.tiles(width, height, self.tiles))
+
+    def pixels(self, image: Image.Image, plan: VisualPlan) -> torch.Tensor:
+        """An RGB picture → `(crops, 3, H, W)`: the whole photo, then its tiles row by row."""
+        return self.transform.crops(image, plan.tile_rows, plan.tile_columns)
