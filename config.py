@@ -176,6 +176,7 @@ class Train(Section):
     pack_questions: bool = True
     max_questions: Count = 16
     parts: Parts = Field(default_factory=Parts)
+    contrastive_weight: float = Field(0.0, ge=0, le=1000)
     weight_decay: float = Field(0.0, ge=0, le=10)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
@@ -212,6 +213,8 @@ class Train(Section):
                 "with micro_batch: auto, 'samples_per_step' says how many samples make an optimiser step (and "
                 "'accumulation' follows); with a number, 'accumulation' does and 'samples_per_step' is null"
             )
+        if self.contrastive_weight > 0 and self.micro_batch == 1 and self.tokens_per_batch is None:
+            raise ValueError("'contrastive_weight' compares the photos of a micro-batch: set micro_batch to 2 or more")
         if self.micro_batch == "auto" and self.tokens_per_batch is not None:
             raise ValueError("'tokens_per_batch' fills micro-batches by itself: set micro_batch to a number")
         return self

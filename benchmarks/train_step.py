@@ -1,6 +1,8 @@
 """One optimiser step of ours beside what else one could train with: time, memory, ratios.
 
-    python -m benchmarks.train_step --shape tiny|half-b|so400m-1.5b|qwen-7b --questions 1 2 5 [--output FILE.json]
+    python -m benchmarks.train_step --shape tiny|half-b|half-b-24|so400m-1.5b|qwen-7b --questions 1 2 5
+
+and `--output FILE.json` to keep the figures.
 
 Sides, all with the same weights, photos, questions, LoRA, precision, checkpointing and AdamW:
 
@@ -9,6 +11,8 @@ Sides, all with the same weights, photos, questions, LoRA, precision, checkpoint
 * `llava`: transformers' `LlavaForConditionalGeneration` with peft, in a plain loop in place of `transformers.Trainer`,
   which adds its own work to a step but cannot be stopped after each to let the others have their turn.
 * `liger`: the same with Liger's fused linear cross-entropy, where it can be imported (it needs Triton, so a GPU).
+* `peft_lora`, `whole_last_layer`: ours with peft's own LoRA layers, and with a last layer that computes all positions:
+  what these two parts of our code are worth. Not among the default sides.
 * `naive`: the loop of the report's ancestor: every question with its own copy of the photo, logits of all positions in
   float32.
 
@@ -32,6 +36,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as PeftLinear
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -49,6 +54,7 @@ from model.model import DTYPES, MMultiModal, pick_precision
 from paths import REPO_ROOT
 from qwen.chat import IGNORE_INDEX
 from qwen.loading import set_activation_checkpointing
+from qwen.lora import LoraLinear
 from training.batches import checked
 from training.build import compile_layers
 from training.costs import peak_memory
@@ -95,6 +101,8 @@ SHAPES: dict[str, dict[str, dict]] = {
         },
     },
 }
+# the model card's depth: here the language model's layers are most of a step, as they are in use
+SHAPES["half-b-24"] = SHAPES["half-b"] | {"language": SHAPES["half-b"]["language"] | {"num_hidden_layers": 24}}
 NEEDS_CUDA = {"so400m-1.5b", "qwen-7b"}
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0}
 TEXT_TOKENS = 80  # of a question with its answer and the prompt around them
@@ -291,13 +299,33 @@ def liger_step(backbones: Path, options: argparse.Namespace, questions: int) -> 
     return llava_step(backbones, options, questions)
 
 
+def peft_lora_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
+    model, losses = our_step(backbones, options, questions)
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.__class__ = PeftLinear
+    return model, losses
+
+
+def whole_last_layer_step(
+    backbones: Path, options: argparse.Namespace, questions: int
+) -> tuple[torch.nn.Module, Losses]:
+    model, losses = our_step(backbones, options, questions)
+    states = model.language_model.packed_states
+    model.language_model.packed_states = lambda *given: states(*given[:-1])[given[-1]]
+    return model, losses
+
+
 SIDES = {
     "ours": our_step,
     "unpacked": unpacked_step,
     "llava": llava_step,
     "liger": liger_step,
     "naive": naive_step,
+    "peft_lora": peft_lora_step,
+    "whole_last_layer": whole_last_layer_step,
 }
+DEFAULT_SIDES = ["ours", "unpacked", "llava", "liger", "naive"]
 
 
 def peak_bytes(device: str) -> int:
@@ -425,7 +453,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, nargs="+", default=[1, 2, 5], help="per photo (default 1 2 5)")
     parser.add_argument("--photos", type=int, default=2, help="of a micro-batch (default 2)")
     parser.add_argument("--pairs", type=int, default=5, help="steps of each side that count (default 5)")
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="default all")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=DEFAULT_SIDES)
     parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto", help="default auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile for our layers")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on all sides")

@@ -8,6 +8,9 @@ gives two sources, each with its own photos:
     ai_challenger/annotations.json  ai_challenger/photos/*.jpg  AI Challenger style, five Chinese captions of each
 
 `process_image.py` reads them next. Every row also carries `"type"`, the kind of question, for the scores by type.
+
+With `--small`, each picture fills one quarter of a photo twice as wide and high, so that an encoder that sees the whole
+photo sees everything at half its size; questions that name a place are left out.
 """
 
 import argparse
@@ -16,20 +19,21 @@ import json
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from demo.world import CAPTION_QUESTIONS, Scene, captions, draw, questions, random_scene
+from demo.world import CAPTION_QUESTIONS, CELLS, PICTURE_PX, Scene, captions, draw, questions, random_scene
 from paths import REPO_ROOT
 
 CAPTION_SHARE = 0.2  # of the photos: with captions; the others have questions
 
 
-def make_data(output: Path, photos: int, seed: int, per_type: int = 2) -> tuple[int, int]:
+def make_data(output: Path, photos: int, seed: int, per_type: int = 2, small: bool = False) -> tuple[int, int]:
     """Write photos and annotations under `output`; returns how many rows the two sources have.
 
     The same arguments give the same files, byte for byte.
     """
     rng = np.random.default_rng(seed)
-    captioned = round(photos * CAPTION_SHARE)
+    captioned = 0 if small else round(photos * CAPTION_SHARE)
     caption_rows, question_rows = [], []
     for number in range(photos):
         scene = random_scene(rng)
@@ -39,11 +43,15 @@ def make_data(output: Path, photos: int, seed: int, per_type: int = 2) -> tuple[
             caption_rows.append({"url": "", "image_id": name, "caption": captions(scene), "type": "caption"})
         else:
             name = f"{number:012d}.jpg"
-            _save(scene, output / "llava" / "photos" / name, rng)
+            _save(scene, output / "llava" / "photos" / name, rng, small)
             asked = questions(scene, rng, per_type)
+            if small:
+                asked = [row for row in asked if not any(cell in " ".join(row) for cell in CELLS)]
             question_rows += [_row(name, kind, [(question, answer)]) for kind, question, answer in asked]
-            question_rows.append(_row(name, "dialogue", _dialogue(scene, asked, rng)))
-    _write(output / "ai_challenger" / "annotations.json", caption_rows)
+            if not small:
+                question_rows.append(_row(name, "dialogue", _dialogue(scene, asked, rng)))
+    if caption_rows:
+        _write(output / "ai_challenger" / "annotations.json", caption_rows)
     _write(output / "llava" / "annotations.json", question_rows)
     return len(caption_rows), len(question_rows)
 
@@ -66,9 +74,17 @@ def _row(name: str, kind: str, turns: list[tuple[str, str]]) -> dict:
     return {"id": name.removesuffix(".jpg"), "image": name, "conversations": messages, "type": kind}
 
 
-def _save(scene: Scene, file: Path, rng: np.random.Generator) -> None:
+def _save(scene: Scene, file: Path, rng: np.random.Generator, small: bool = False) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    draw(scene, rng).save(file, quality=92)
+    picture = draw(scene, rng)
+    if small:
+        photo = Image.new("RGB", (2 * PICTURE_PX, 2 * PICTURE_PX))
+        own = int(rng.integers(4))
+        for quarter in range(4):
+            corner = (quarter % 2 * PICTURE_PX, quarter // 2 * PICTURE_PX)
+            photo.paste(picture if quarter == own else draw((), rng), corner)
+        picture = photo
+    picture.save(file, quality=92)
 
 
 def _write(file: Path, rows: list[dict]) -> None:
@@ -81,8 +97,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=REPO_ROOT / "data" / "demo", help="folder (default data/demo)")
     parser.add_argument("--photos", type=int, default=1200, help="number of photos in all (default 1200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, pictures and questions (default 0)")
+    parser.add_argument("--small", action="store_true", help="each picture in a quarter of a photo")
     arguments = parser.parse_args()
-    caption_rows, question_rows = make_data(arguments.output, arguments.photos, arguments.seed)
+    caption_rows, question_rows = make_data(arguments.output, arguments.photos, arguments.seed, small=arguments.small)
     print(f"{arguments.photos} photos, {caption_rows} caption rows, {question_rows} questions in {arguments.output}")
 
 

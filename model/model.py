@@ -19,11 +19,12 @@ from backbones.backbone import locate_backbone
 from batch import Batch
 from config import Config
 from errors import UserError
+from model.contrastive import contrastive_loss
 from model.parts import make_parts
 from model.precision import DTYPES, pick_device, pick_precision
 from model.processor import Processor
 from model.projector import build_projector
-from qwen.chat import ChatFormat
+from qwen.chat import IGNORE_INDEX, ChatFormat
 from qwen.loading import load_language_model
 from qwen.tokenizer import image_token_id, load_tokenizer
 from visual.encoder import load_encoder
@@ -197,6 +198,8 @@ class MMultiModal(nn.Module):
     def loss(self, batch: Batch, num_items: int | None = None) -> torch.Tensor:
         """Next-token loss of a packed micro-batch, computed at its supervised positions alone; a scalar.
 
+        In training mode, `train.contrastive_weight` times the contrastive term of its photos is added.
+
         Args:
             num_items: divisor of the summed loss (the supervised tokens of the whole optimizer step); None: those of
                 this batch.
@@ -210,6 +213,12 @@ class MMultiModal(nn.Module):
             # all processes of a distributed run must have gradients for the same weights, also with text alone
             visual = (*self.feature_proj.parameters(), *self.encoder.parameters())
             loss = loss + 0.0 * sum(weight.flatten()[:1].sum() for weight in visual if weight.requires_grad)
+        weight = self.config.train.contrastive_weight
+        if weight > 0 and images is not None and self.training:
+            own = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+            share = own / num_items if num_items is not None else 1.0  # of this batch in the whole step
+            term = contrastive_loss(batch, embeddings, self.processor.chat.image_token_id)
+            loss = loss + weight * share * term
         return loss
 
     def logits(self, batch: Batch) -> torch.Tensor:

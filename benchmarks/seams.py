@@ -1,0 +1,97 @@
+"""Trains the demo once with each projector, and on small things with and without tiles: accuracy, tokens, time a step.
+
+    python -m benchmarks.seams --output benchmarks/results/seams.json
+
+Every side goes through the scripts as a person would: process_image.py, train.py, eval_vqa.py. Features are cached in
+all of them, so a step is projector and language model. Takes some minutes a side on two cores.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from cli import run_script
+
+from model.checkpoint_folder import list_checkpoints
+from paths import REPO_ROOT
+
+PHOTOS, SMALL_PHOTOS = 1200, 600
+PIXEL_SHUFFLE = ["projector.kind=pixel_shuffle", "visual.image_tokens=81"]
+# side → (small things, overrides of configs/demo.yaml)
+SIDES: dict[str, tuple[bool, list[str]]] = {
+    "mlp": (False, []),
+    "pixel_shuffle 3": (False, PIXEL_SHUFFLE),
+    "resampler 64": (False, ["projector.kind=resampler", "visual.image_tokens=64"]),
+    "small things, whole photo": (True, PIXEL_SHUFFLE),
+    "small things, tiles 4": (True, [*PIXEL_SHUFFLE, "visual.tiles=4"]),
+}
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run([sys.executable, *map(str, command)], cwd=REPO_ROOT, check=True)
+
+
+def prepare(folder: Path, small: bool) -> list[str]:
+    """Draw a world into `folder` and read it; returns the overrides that name it."""
+    photos = SMALL_PHOTOS if small else PHOTOS
+    run("-m", "demo.make_data", "--output", folder, "--photos", str(photos), *(["--small"] if small else []))
+    sources = [{"name": "questions", "format": "llava", "annotations": str(folder / "llava/annotations.json"),
+                "images": str(folder / "llava/photos")}]  # fmt: skip
+    if not small:
+        sources.append({"name": "captions", "format": "ai_challenger", "images": str(folder / "ai_challenger/photos"),
+                        "annotations": str(folder / "ai_challenger/annotations.json")})  # fmt: skip
+    overrides = [
+        f"data.sources={json.dumps(sources)}",
+        f"data.image_map={folder / 'image_map.json'}",
+        f"data.captions={folder / 'captions.json'}",
+        f"data.feature_cache={folder / 'features'}",
+    ]
+    run("process_image.py", "--config", "configs/demo.yaml", *overrides)
+    return overrides
+
+
+def measure(folder: Path, overrides: list[str]) -> dict:
+    """Train and score one side in `folder`."""
+    run("train.py", "--config", "configs/demo.yaml", f"train.output_dir={folder}", "train.log_steps=1", *overrides)
+    checkpoint = list_checkpoints(folder)[-1]
+    data = [override for override in overrides if override.startswith("data.")]
+    run("eval_vqa.py", "--checkpoint", checkpoint, *data)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = json.loads((checkpoint / "eval_val.json").read_text(encoding="utf-8"))["trained"]
+    tokens = statistics.mean(line["tokens_per_second"] * line["seconds"] for line in lines)
+    return {
+        "accuracy": round(scores["overall"]["accuracy"], 3),
+        "by_type": {kind: round(score["accuracy"], 3) for kind, score in scores["by_type"].items()},
+        "seconds_a_step": round(statistics.median(line["seconds"] for line in lines[2:]), 3),
+        "tokens_a_step": round(tokens),
+        "val_loss": round(lines[-1]["val_loss"], 3),
+        "steps": lines[-1]["step"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="default all")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("overrides", nargs="*", help="more overrides, of all sides (train.max_steps=20)")
+    options = parser.parse_args()
+    results, data = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, side in enumerate(options.sides):
+            small, overrides = SIDES[side]
+            if small not in data:
+                data[small] = prepare(Path(folder) / f"data{int(small)}", small)
+            results[side] = measure(Path(folder) / f"run{number}", [*data[small], *overrides, *options.overrides])
+            print(f"{side}: {json.dumps(results[side])}", flush=True)
+    report = {"machine": platform.processor() or platform.machine(), "sides": results}
+    if options.output is not None:
+        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(main)
