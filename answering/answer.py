@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from compat import crop_cache
 from config import Generate
 from errors import UserError
 from model.model import MMultiModal
@@ -125,8 +126,7 @@ class Answerer:
         key = self.model.language_model.prefix_key(len(ids))
         shared = self._shared_length(ids, hashes, spans) if key == self._cached_key else 0
         self._cached_key = key
-        if shared < len(self._cached_ids):
-            self._cache.crop(shared - len(self._cached_ids))
+        crop_cache(self._cache, shared)
         self._cached_ids, self._cached_photos = self._cached_ids[:shared], hashes
 
         unread = [number for number, (start, _) in enumerate(spans) if start >= shared]

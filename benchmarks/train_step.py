@@ -47,13 +47,13 @@ from transformers import (
 )
 
 from batch import Batch
+from compat import set_activation_checkpointing
 from config import parse_config
 from dataset.image_caption_dataset import ImageCaptionDataset, Sample, collate
 from dataset.records import Entry, Photo, Turn
 from model.model import DTYPES, MMultiModal, pick_precision
 from paths import REPO_ROOT
 from qwen.chat import IGNORE_INDEX
-from qwen.loading import set_activation_checkpointing
 from qwen.lora import LoraLinear
 from training.batches import checked
 from training.build import compile_layers

@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
+from compat import use_lora_layer
 from config import Config, LlmSettings, Lora, PartSettings, VisionSettings
 from errors import UserError, shortened
 from qwen.lora import LoraLinear
@@ -97,7 +98,7 @@ def llm_parts(model: Network, settings: LlmSettings) -> list[Part]:
             **arguments,
         )
         if model.config.llm.quantization == "none":  # quantised layers have LoRA layers of their own in peft
-            adapter._register_custom_module({nn.Linear: LoraLinear})
+            use_lora_layer(adapter, LoraLinear, nn.Linear)
         with warnings.catch_warnings():  # peft reads what transformers has renamed
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             model.LLM = get_peft_model(model.LLM, adapter)
@@ -113,7 +114,7 @@ def vision_parts(model: Network, settings: VisionSettings) -> list[Part]:
         return [Part("vision", settings.lr, dict(model.encoder.named_parameters()), VISION_FILE)]
     lora = model.config.visual.lora
     adapter = _lora_config(lora, _linear_names(model.encoder, lora.target_modules, "visual.lora.target_modules"))
-    adapter._register_custom_module({nn.Linear: LoraLinear})
+    use_lora_layer(adapter, LoraLinear, nn.Linear)
     inject_adapter_in_model(adapter, model.encoder)
     # peft saves an adapter under the names of its wrapper
     parameters = _adapter_parameters(model.encoder, "base_model.model.")

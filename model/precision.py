@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 
+from compat import onednn_has_bf16
 from errors import UserError
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,7 +26,7 @@ def cpu_has_bf16() -> bool:
     for any AVX512, where without the bf16 instructions every product is emulated and slower than in float32; so the
     CPU is asked too.
     """
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not onednn_has_bf16():
         return False
     if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
         return True

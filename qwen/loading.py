@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
 from errors import UserError, require_complete
 from qwen import attention, qwen1
@@ -80,7 +80,7 @@ def load_language_model(
     model_class = LANGUAGE_MODELS[model_type]
     if model_type == "qwen":
         config, ours = qwen1.read_config(folder), qwen1
-        qwen1.register_weight_names(model_class.__name__)
+        qwen1.register_names(model_class.__name__)
     else:
         config, ours = AutoConfig.from_pretrained(folder), attention
     ours.register_attention()
@@ -116,15 +116,3 @@ def _keep_4bit_layout(language_model: torch.nn.Module) -> None:
     for module in language_model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def set_activation_checkpointing(model: PreTrainedModel, on: bool) -> None:
-    """Compute the layers' activations again in the backward pass, or keep them from the forward pass."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        enable, disable = model.activation_checkpointing_enable, model.activation_checkpointing_disable
-    else:  # an older transformers
-        enable, disable = model.gradient_checkpointing_enable, model.gradient_checkpointing_disable
-    if on:
-        enable({"use_reentrant": False})
-    else:
-        disable()

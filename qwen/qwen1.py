@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, Qwen2Config, Qwen2ForCausalLM
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from batch import Samples
+from compat import register_weight_names
 from errors import UserError
 from qwen.attention import shared_prefix_attention
 from qwen.Mqwen import ReadsImages
@@ -74,22 +73,16 @@ def read_config(folder: Path) -> Qwen1Config:
     )
 
 
-def register_weight_names(class_name: str) -> None:
+def register_names(class_name: str) -> None:
     """Tell transformers' loader how the tensors of Qwen v1 are called in the model class `class_name`."""
-    fused = WeightConverter(
-        source_patterns="attn.c_attn",
-        target_patterns=["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        operations=[Chunk(dim=0)],
-    )
-    renamed = [
-        WeightRenaming(rf"\.{old}\.".replace("attn.c", r"attn\.c"), f".{new}.") for old, new in LAYER_NAMES.items()
-    ]
-    outer = [
-        WeightRenaming(r"transformer\.h\.", "model.layers."),
-        WeightRenaming(r"transformer\.wte\.", "model.embed_tokens."),
-        WeightRenaming(r"transformer\.ln_f\.", "model.norm."),
-    ]
-    register_checkpoint_conversion_mapping(class_name, [*outer, *renamed, fused], overwrite=True)
+    outer = {
+        r"transformer\.h\.": "model.layers.",
+        r"transformer\.wte\.": "model.embed_tokens.",
+        r"transformer\.ln_f\.": "model.norm.",
+    }
+    layers = {rf"\.{old}\.".replace("attn.c", r"attn\.c"): f".{new}." for old, new in LAYER_NAMES.items()}
+    fused = {"attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+    register_weight_names(class_name, outer | layers, fused)
 
 
 class Qwen1RotaryEmbedding(torch.nn.Module):

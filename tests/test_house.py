@@ -16,12 +16,13 @@ from tests.config_reads import key_fields, read_fields, signatures
 
 SCRIPTS = {"process_image", "train", "test_gui", "predict", "eval_vqa", "export"}
 # every other file may import all of them
-BASE = {"config", "config_file", "config_messages", "paths", "cli", "errors", "visual_plan", "batch"}
+BASE = {"config", "config_file", "config_messages", "paths", "cli", "errors", "visual_plan", "batch", "compat"}
 # package → packages of ours it may import besides itself and the base
 ALLOWED = {
     "errors": set(),
     "visual_plan": set(),
     "batch": set(),
+    "compat": set(),
     "paths": {"errors"},
     "cli": {"errors"},
     "config_file": {"errors", "paths"},

@@ -15,10 +15,10 @@ import peft
 import torch
 import transformers
 from accelerate.utils import gather_object
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from batch import Batch
+from compat import send_no_gradients_of, set_activation_checkpointing
 from config import Config, Train
 from dataset.image_caption_dataset import ImageCaptionDataset
 from errors import UserError
@@ -27,7 +27,6 @@ from model.checkpoint_folder import check_complete
 from model.model import LossOf, MMultiModal
 from model.precision import DTYPES, pick_device, pick_precision
 from paths import REPO_ROOT, check_folder, resolve_path
-from qwen.loading import set_activation_checkpointing
 from training import state
 from training.agreement import all_or_none
 from training.batches import checked
@@ -244,7 +243,7 @@ def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Mo
     loss = LossOf(model)
     frozen = [name for name, parameter in loss.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in loss.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, [*frozen, *buffers])
+    send_no_gradients_of(loss, [*frozen, *buffers])
     return accelerator.prepare(loss)
 
 

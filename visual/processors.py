@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from compat import CLIPImageProcessorPil, ViTImageProcessorPil
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 FILTERS = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}

@@ -12,11 +12,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from compat import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
 from errors import UserError
 from visual.photo import MAX_PIXELS, PHOTO_FORMATS, load_image
 from visual.processors import DINOv3ImageProcessor, TimmImageProcessor

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from batch import sample_positions
+from compat import set_activation_checkpointing
 from dataset.image_caption_dataset import ImageCaptionDataset, collate, group_entries, pack
 from dataset.records import Entry, Photo, Turn
 from model.model import MMultiModal
 from qwen.attention import PackedMask, shared_prefix_attention
-from qwen.loading import set_activation_checkpointing
 from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen, write_qwen1, write_siglip
 
 # relative in norm, per tensor; the sums run in another order

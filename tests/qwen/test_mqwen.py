@@ -1,7 +1,6 @@
 """Fusion counts both sides; the loss on supervised positions equals the full one; loading is strict."""
 
 import json
-import types
 import warnings
 
 import pytest
@@ -10,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import modeling_utils
 
-from qwen.loading import load_language_model, set_activation_checkpointing
+from compat import set_activation_checkpointing
+from qwen.loading import load_language_model
 from qwen.Mqwen import LOSS_ROWS, fuse_image_features
 from qwen.Mqwen import supervised_loss as loss_of_rows
 from qwen.tokenizer import image_token_id, load_tokenizer
@@ -143,15 +143,6 @@ class TestActivationCheckpointing:
             for on in (True, False):
                 set_activation_checkpointing(model, on)
                 assert [layer.gradient_checkpointing for layer in model.model.layers] == [on, on]
-
-    def test_names_of_older_transformers(self):
-        calls = []
-        model = types.SimpleNamespace(
-            gradient_checkpointing_enable=calls.append, gradient_checkpointing_disable=lambda: calls.append("off")
-        )
-        set_activation_checkpointing(model, True)
-        set_activation_checkpointing(model, False)
-        assert calls == [{"use_reentrant": False}, "off"]
 
 
 def test_new_rows_of_the_embedding_come_quietly(tmp_path, monkeypatch):

@@ -1,0 +1,115 @@
+"""Each use of what a library does not promise to keep: a change of the library is seen here by name."""
+
+import types
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from transformers import DynamicCache, Qwen2ForCausalLM
+
+import compat
+from qwen.lora import LoraLinear
+from tests.tiny import write_qwen
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture
+def model(folder):
+    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_activation_checkpointing_recomputes_the_layers(model):
+    calls = []
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    for on, expected in ((True, 2), (False, 1)):
+        compat.set_activation_checkpointing(model.train(), on)
+        calls.clear()
+        model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+        assert len(calls) == expected
+
+
+def test_activation_checkpointing_by_its_older_name():
+    calls = []
+    old = types.SimpleNamespace(
+        gradient_checkpointing_enable=calls.append, gradient_checkpointing_disable=lambda: calls.append("off")
+    )
+    compat.set_activation_checkpointing(old, True)
+    compat.set_activation_checkpointing(old, False)
+    assert calls == [{"use_reentrant": False}, "off"]
+
+
+def test_weight_names_are_renamed_and_split(folder, tmp_path):
+    class Renamed(Qwen2ForCausalLM):
+        pass
+
+    tensors = load_file(folder / "model.safetensors")
+    fused = {}
+    for name, tensor in tensors.items():
+        if ".gate_proj." in name:
+            up = tensors[name.replace("gate_proj", "up_proj")]
+            fused[name.replace("model.layers.", "stack.").replace("gate_proj", "both")] = torch.cat([tensor, up])
+        elif ".up_proj." not in name:
+            fused[name.replace("model.layers.", "stack.")] = tensor
+    save_file(fused, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    compat.register_weight_names(
+        "Renamed", {r"stack\.": "model.layers."}, {"mlp.both": ("mlp.gate_proj", "mlp.up_proj")}
+    )
+    loaded, info = Renamed.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    own = loaded.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in tensors.items())
+
+
+@torch.no_grad()
+def test_a_cropped_cache_continues_as_if_the_rest_was_never_read(model):
+    model.eval()
+    ids = torch.arange(1, 9)[None]
+    cache = DynamicCache()
+    model(ids, past_key_values=cache)
+    compat.crop_cache(cache, 5)
+    assert cache.get_seq_length() == 5
+    compat.crop_cache(cache, 7)  # there are no more
+    assert cache.get_seq_length() == 5
+    logits = model(ids[:, 5:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(ids).logits[:, 5:])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+def test_our_lora_layer_is_used(model):
+    settings = LoraConfig(r=2, target_modules=["q_proj"])
+    compat.use_lora_layer(settings, LoraLinear, torch.nn.Linear)
+    assert type(get_peft_model(model, settings).get_base_model().model.layers[0].self_attn.q_proj) is LoraLinear
+
+
+def test_the_wrapper_sends_the_rest_alone(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    compat.send_no_gradients_of(module, ["0.weight", "0.bias"])
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(module)
+        wrapped(torch.ones(1, 2)).sum().backward()
+        assert wrapped.parameters_to_ignore == {"0.weight", "0.bias"}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_pillow_processors_have_the_settings_that_are_read():
+    settings = {"size": {"height": 4, "width": 4}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    read = {"do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"}
+    for name in ("SiglipImageProcessorPil", "CLIPImageProcessorPil", "ViTImageProcessorPil", "BitImageProcessorPil"):
+        assert read <= getattr(compat, name)(**settings).to_dict().keys()
+
+
+def test_onednn_says_yes_or_no():
+    assert compat.onednn_has_bf16() in (True, False)
