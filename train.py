@@ -35,26 +35,15 @@ def main(arguments: list[str] | None = None) -> None:
     config = load_config(args.config, args.overrides)
 
     from training.agreement import lost_processes
-    from training.dry_run import describe_run
-    from training.loop import Trainer
+    from training.stages import describe, train
 
     resume = args.resume if args.resume in (None, "auto") else str(Path(args.resume).absolute())
     with lost_processes():
-        trainer = Trainer(config, resume, args.accept_changes, args.dry_run)
         if args.dry_run:
-            print(describe_run(trainer))
-            return
-        trainer.say(trainer.model.parameter_summary())
-        trainer.say(
-            f"{len(trainer.train_set.entries):,} questions in {len(trainer.train_set):,} samples, "
-            f"{trainer.total_steps:,} steps in {trainer.precision}, {trainer.setting.micro_batch} × "
-            f"{trainer.setting.accumulation} samples a step on each process"
-        )
-        folder = trainer.run()
-        # in quotes: a folder's name may hold spaces
-        trainer.say(
-            f'trained: {folder}\nask it:  python predict.py --checkpoint "{folder}" --image FILE --question TEXT'
-        )
+            for text in describe(config):
+                print(text)
+        else:
+            train(config, resume, args.accept_changes)
 
 
 if __name__ == "__main__":
