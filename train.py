@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 4 train.py              # several GPUs
 
 Reads `data.image_map` and `data.captions`, which `process_image.py` makes. Writes to `train.output_dir`:
-`checkpoint-<step>/`, `metrics.jsonl`, `samples.html`, `loss.png`, `backbones.json` and the trackers' files.
+`checkpoint-<step>/`, `metrics.jsonl`, `samples.html`, `loss.png`, `backbones.json` and the trackers' files; with
+`train.stages`, each stage but the last writes these into a folder of its own there, such as `1-align/`.
 
 Ctrl-C, SIGTERM and a closed terminal end the run after its current step, with a checkpoint and exit status 128 + the
 number of the signal; a second signal ends it at once.
