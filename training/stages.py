@@ -149,11 +149,12 @@ def _check_parts(trained: set[str], before: Parts, after: Parts, where: str) -> 
     """Refuse at once what would be an error at the start of the stage, after hours of the one before."""
     following = dict(after)
     for part, settings in before:
-        kept, now = (each.model_dump(exclude={"lr"}) for each in (settings, following[part]))
+        kept = settings.model_dump(exclude={"lr"})
+        now = following[part].model_dump(exclude={"lr"}) if part in following else {}  # one that others added
         if part in trained and _mode(settings) != "frozen" and kept != now:
-            key = next(key for key in kept if kept[key] != now[key])
+            key = next(key for key in kept if key not in now or kept[key] != now[key])
             raise UserError(
-                f"{where}: 'train.parts.{part}.{key}' is {now[key]!r}, but a stage before trains this part with "
+                f"{where}: 'train.parts.{part}.{key}' is {now.get(key)!r}, but a stage before trains this part with "
                 f"{kept[key]!r} and its weights would be lost: leave it so; train.parts.{part}.lr: 0 freezes the part"
             )
 
