@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from config_file import parse_overrides, read_mapping
+from config_file import parse_overrides, put_in, read_mapping
 from config_messages import explain
 from errors import UserError, shortened
 
@@ -167,6 +167,7 @@ class Parts(Section):
 class Train(Section):
     output_dir: str = "checkpoints/run"
     init_from: str | None = None
+    stages: list[dict[str, Any]] = Field(default_factory=list)  # checked by `training/stages.py`
     epochs: Count = 1
     max_steps: Count | None = None
     micro_batch: int | Literal["auto"] = 4
@@ -310,6 +311,13 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
 def changed(section: S, values: dict[str, Any], where: str) -> S:
     """A copy of `section` with other values, checked; UserError opens with `where`."""
     return _validated(type(section), section.model_dump() | values, where)
+
+
+def overridden(config: Config, values: dict[str, Any], where: str) -> Config:
+    """A copy of `config` with other values by dotted key, checked; UserError opens with `where`."""
+    raw = config.model_dump()
+    put_in(raw, values, where)
+    return parse_config(raw, where)
 
 
 def _validated(schema: type[S], raw: dict[str, Any], where: str) -> S:

@@ -50,8 +50,17 @@ def read_mapping(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:
             key = f"{section}.{name}"
             if key in RENAMED or key in REMOVED:
                 _set_values(raw, _translated({key: content.pop(name)}, where), replace=False)
-    _set_values(raw, _translated(values, "override"))
+    put_in(raw, values, "override")
     return raw
+
+
+def put_in(raw: dict[str, Any], values: dict[str, Any], where: str) -> None:
+    """Put values into the sections of a config by dotted key; keys of earlier versions are translated.
+
+    Raises:
+        UserError: a key that leads through something that is no section; opens with `where`.
+    """
+    _set_values(raw, _translated(values, where), where=where)
 
 
 def _translated(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -75,13 +84,13 @@ def _translated(values: dict[str, Any], where: str) -> dict[str, Any]:
     return now
 
 
-def _set_values(raw: dict[str, Any], values: dict[str, Any], replace: bool = True) -> None:
+def _set_values(raw: dict[str, Any], values: dict[str, Any], replace: bool = True, where: str = "") -> None:
     """Put values in by dotted key; UserError where there is one already and `replace` is false."""
     for key, value in values.items():
         if not replace and _has(raw, key):
             old = next(old for old, (today, _) in RENAMED.items() if today == key)
             raise UserError(f"'{old}' is the earlier name of '{key}', and both are given: remove '{old}'")
-        _set_value(raw, key, os.fspath(value) if isinstance(value, os.PathLike) else value)
+        _set_value(raw, key, os.fspath(value) if isinstance(value, os.PathLike) else value, where)
 
 
 def _has(raw: dict[str, Any], key: str) -> bool:
@@ -110,8 +119,8 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
     return values
 
 
-def _set_value(raw: dict[str, Any], key: str, value: Any) -> None:
-    where = f"override '{shortened(key)}'"
+def _set_value(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+    where = f"{where} '{shortened(key)}'"
     node: Any = raw
     *parents, leaf = key.split(".")
     for parent in parents:

@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 4 train.py              # several GPUs
 
 Reads `data.image_map` and `data.captions`, which `process_image.py` makes. Writes to `train.output_dir`:
-`checkpoint-<step>/`, `metrics.jsonl`, `samples.html`, `loss.png`, `backbones.json` and the trackers' files.
+`checkpoint-<step>/`, `metrics.jsonl`, `samples.html`, `loss.png`, `backbones.json` and the trackers' files; with
+`train.stages`, each stage but the last writes these into a folder of its own there, such as `1-align/`.
 
 Ctrl-C, SIGTERM and a closed terminal end the run after its current step, with a checkpoint and exit status 128 + the
 number of the signal; a second signal ends it at once.
@@ -35,26 +36,15 @@ def main(arguments: list[str] | None = None) -> None:
     config = load_config(args.config, args.overrides)
 
     from training.agreement import lost_processes
-    from training.dry_run import describe_run
-    from training.loop import Trainer
+    from training.stages import describe, train
 
     resume = args.resume if args.resume in (None, "auto") else str(Path(args.resume).absolute())
     with lost_processes():
-        trainer = Trainer(config, resume, args.accept_changes, args.dry_run)
         if args.dry_run:
-            print(describe_run(trainer))
-            return
-        trainer.say(trainer.model.parameter_summary())
-        trainer.say(
-            f"{len(trainer.train_set.entries):,} questions in {len(trainer.train_set):,} samples, "
-            f"{trainer.total_steps:,} steps in {trainer.precision}, {trainer.setting.micro_batch} × "
-            f"{trainer.setting.accumulation} samples a step on each process"
-        )
-        folder = trainer.run()
-        # in quotes: a folder's name may hold spaces
-        trainer.say(
-            f'trained: {folder}\nask it:  python predict.py --checkpoint "{folder}" --image FILE --question TEXT'
-        )
+            for text in describe(config):
+                print(text)
+        else:
+            train(config, resume, args.accept_changes)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from training.data import (
     validation_sample,
 )
 from training.estimate import Estimate, Setting, Trial, choose_setting, longest_sample, usable_memory
+from training.movement import sample_weights
 from training.optimizer import build_optimizer, build_schedule
 from training.run_log import check_trackers
 from training.signals import StopSignals
@@ -72,6 +73,7 @@ class Run:
         whole_step: False while some weights are those of the next step.
         last_figures: the newest value of each logged figure.
         saved_step: the step of the newest checkpoint.
+        start: some of the weights that the run began with; None in a run whose checkpoint does not have them.
 
     Raises:
         UserError: wrong data, backbones or checkpoint; an output folder that holds checkpoints when starting anew.
@@ -80,6 +82,7 @@ class Run:
     def __init__(
         self, config: Config, resume: str | None = None, accept_changes: bool = False, dry_run: bool = False
     ) -> None:
+        assert not config.train.stages, "training.stages.train runs them"
         check_trackers(config.train)
         self.config = config
         self.accelerator, self.precision = make_accelerator(config)
@@ -127,6 +130,7 @@ class Run:
         self.whole_step = True
         self.last_figures: dict[str, Any] = {}
         self.saved_step = -1
+        self.start = sample_weights(self.model) if saved is None else saved.get("start")
         self.progress = state.Progress() if saved is None else state.restore(self, saved)
         self.progress.note_generators(self.accelerator.device)
 

@@ -11,6 +11,7 @@ from training.build import Run
 from training.checks import NonFiniteError
 from training.costs import peak_memory
 from training.figures import summarise
+from training.movement import describe_movement, movement
 from training.validation import validate
 from training.watch import Watch
 
@@ -28,6 +29,10 @@ def after_step(run: Run, watch: Watch, figures: dict[str, Any]) -> None:
         if not math.isfinite(line.get("val_loss", 0.0)):
             run.say(f"the validation loss at step {step} is {line['val_loss']}: the weights overflow in evaluation")
         watch.ask(run)
+    if last and run.start is not None:
+        moved = movement(run.model, run.start)
+        line |= {f"moved/{name}": share for name, share in moved.items()}
+        run.say(describe_movement(moved))
     run.last_figures |= line
     if evaluating or step == 1 or step % train.log_steps == 0:
         on_main(run.accelerator, lambda: watch.write(step, line))

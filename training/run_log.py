@@ -14,6 +14,7 @@ Each line is about the steps since the line before it, over all processes where 
     peak_memory_gib                of the first process since its start: allocated on the GPU, else resident memory
     replaced_photos                photos that could not be read, each replaced by another, since the run began
     val_loss, val_loss/<source>    on the validation set, of all and of each source, at an evaluation
+    moved/<part>                   relative change of its weights since the run began (`movement.py`), in the last line
 
 A figure that a device or a step does not have is left out of the line.
 """

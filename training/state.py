@@ -32,6 +32,7 @@ from model.checkpoint_folder import (
 from model.model import MMultiModal
 from training.agreement import all_or_none, on_main
 from training.estimate import Setting
+from training.movement import Sample
 
 
 @dataclasses.dataclass
@@ -87,6 +88,7 @@ class Resumable(Protocol):
     total_steps: int
     provenance: dict[str, Any]
     progress: Progress
+    start: Sample | None
 
     def say(self, sentence: str) -> None: ...
 
@@ -267,6 +269,7 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
             "setting": dataclasses.asdict(run.setting),
             "total_steps": run.total_steps,
             "processes": run.accelerator.num_processes,
+            "start": run.start,
             "optimizer": run.optimizer.state_dict(),
             "schedule": run.schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from config import Config
 from errors import UserError
-from training import loop, state
+from training import loop, stages, state
 from training.agreement import lost_processes
 from training.loop import Trainer
 
@@ -57,6 +57,20 @@ FAULTS = {  # what happens in the last process only
 }
 
 
+def train_stages(config, case):
+    """As `train.py` does; a fault comes in the last stage."""
+
+    class Faulty(Trainer):
+        def __init__(self, stage, *given):
+            super().__init__(stage, *given)
+            last_stage = stage.train.output_dir == config.train.output_dir
+            if last_stage and "fault" in case and int(os.environ["WORLD_SIZE"]) - 1 == RANK:
+                FAULTS[case["fault"]](self)
+
+    stages.Trainer = Faulty
+    return stages.train(config, case.get("resume"))
+
+
 def run(case):
     """How the run ended: its last folder, a sentence, or an exit status."""
     AcceleratorState._reset_state()
@@ -66,6 +80,8 @@ def run(case):
         config.data.captions = case["other captions"]
     try:
         with lost_processes():
+            if config.train.stages:
+                return {"folder": str(train_stages(config, case))}
             trainer = Trainer(config, case.get("resume"))
             if "fault" in case and int(os.environ["WORLD_SIZE"]) - 1 == RANK:
                 FAULTS[case["fault"]](trainer)

@@ -94,11 +94,17 @@ def together(request, make_case, workshop, tmp_path_factory):
     auto = {"micro_batch": "auto", "samples_per_step": 2, "gradient_checkpointing": "auto"}
     one = [make_case(prefix + "one " + name, **kind | {"accumulation": processes}) for name, kind in EQUAL.items()]
     interrupted = {"save_steps": 100, "folder": prefix + "signal"}
+    stages = {"stages": [{"name": "align", "train.parts.llm.lr": 0, "train.max_steps": 1}, {}], "save_steps": 100}
+    second = stages | {"folder": prefix + "stages signal"}
     several = [
         *[make_case(prefix + name, **kind) for name, kind in EQUAL.items()],
         make_case(prefix + "auto", **auto),
         make_case(prefix + "signal", more={"fault": "signal"}, **interrupted),
         make_case(prefix + "after signal", more={"resume": "auto"}, **interrupted),
+        make_case(prefix + "stages", **stages),
+        make_case(prefix + "stages signal", more={"fault": "signal"}, **second),
+        make_case(prefix + "after stages signal", more={"resume": "auto"}, **second),
+        make_case(prefix + "stages again", **second),
         make_case(prefix + "bad batch", more={"fault": "bad batch"}, save_steps=100),
         make_case(prefix + "small epoch", data={"captions": str(few)}, micro_batch=16, max_questions=16),
         make_case(prefix + "other data", more={"other captions": str(other)}),
@@ -130,15 +136,29 @@ def test_several_processes_equal_one(together, name):
 def test_a_signal_to_one_process_ends_all_after_the_same_step_and_resumes(together, make_case):
     processes, results = together
     assert results["signal"] == [{"exit": 128 + 15}] * processes
-    expected, actual = (weights(Path(results[name][0]["folder"])) for name in ("plain", "after signal"))
+    same_weights(results, "plain", "after signal", processes)
+    folder = make_case.root / f"{processes} signal"
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
+    assert not any(damage(path) for path in list_checkpoints(folder))
+
+
+def same_weights(results, whole, resumed, processes):
+    expected, actual = (weights(Path(results[name][0]["folder"])) for name in (whole, resumed))
     for name in expected:
         if processes == 2:
             assert torch.equal(actual[name], expected[name])
         else:  # DDP forms other buckets in the first step after a start, and three terms have more than one order
             assert (actual[name] - expected[name]).norm() <= 1e-5 * expected[name].norm()
-    folder = make_case.root / f"{processes} signal"
+
+
+def test_a_signal_in_the_second_stage_ends_all_which_resume_there(together, make_case):
+    processes, results = together
+    assert results["stages signal"] == [{"exit": 128 + 15}] * processes
+    same_weights(results, "stages", "after stages signal", processes)
+    folder = make_case.root / f"{processes} stages signal"
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
-    assert not any(damage(path) for path in list_checkpoints(folder))
+    assert [path.name for path in list_checkpoints(folder / "1-align")] == ["checkpoint-1"]
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3]
 
 
 def test_a_bad_batch_in_one_process_is_one_sentence_in_all(together, make_case):
@@ -154,6 +174,7 @@ SENTENCES = {
     "other data": "process 1: has other data and config than process 0",
     "own disk": "process 1: {{}} is not on this machine: set train.output_dir to a folder that all machines share",
     "in the way": "already holds checkpoint-3: go on from it with --resume auto",
+    "stages again": "1-align already holds checkpoint-1: go on from it with --resume auto",
 }
 
 
