@@ -2,11 +2,13 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -55,7 +57,9 @@ def fetch(url, content=None):
 
 def call(address, endpoint, *data):
     """The last event of an API call and its data."""
-    event = json.loads(fetch(f"{address}/call/{endpoint}", {"data": data, "session_hash": "a"}))["event_id"]
+    event = json.loads(fetch(f"{address}/call/{endpoint}", {"data": data, "session_hash": secrets.token_hex(4)}))[
+        "event_id"
+    ]
     lines = fetch(f"{address}/call/{endpoint}/{event}").strip().splitlines()
     return lines[-2].removeprefix("event: "), json.loads(lines[-1].removeprefix("data: "))
 
@@ -71,6 +75,11 @@ def upload(address, file):
     )
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as response:
         return json.loads(response.read())[0]
+
+
+def photo(path, **more):
+    """What a browser sends of an upload; Gradio takes it for a file by its `meta`."""
+    return {"path": str(path), "orig_name": "my.png", "meta": {"_type": "gradio.FileData"}} | more
 
 
 def ask(address, *uploads, text="What?", longest=40, temperature=0):
@@ -90,38 +99,33 @@ def test_uploads_are_answered_and_kept_for_an_hour(served, secret):
     address, _ = served
     path = upload(address, secret)
     os.utime(path, (0, 0))
-    photo = {"path": path, "orig_name": "my.png"}
-    assert ask(address, photo, photo) == ("(64, 48) (64, 48) What?", {"text": "", "files": []})
+    assert ask(address, photo(path), photo(path))[0] == "(64, 48) (64, 48) What?"
     assert os.stat(path).st_mtime > 0  # its age counts from its last use
     assert test_gui.KEEP_SECONDS == 3600
 
 
 @posix
+@pytest.mark.parametrize("meta", [True, False])
 @pytest.mark.parametrize("after", [False, True], ids=["alone", "after a sound one"])
-def test_no_other_file_is_opened_and_none_is_told_of(served, secret, after):
+def test_no_other_file_is_opened_and_none_is_told_of(served, secret, after, meta):
+    """What is outside the folder, Gradio refuses; the rest is refused in one sentence."""
     address, uploads = served
-    sound = [{"path": upload(address, secret), "orig_name": "my.png"}] * after
+    sound = [photo(upload(address, secret))] * after
     (uploads / "link.png").unlink(missing_ok=True)
     (uploads / "link.png").symlink_to(secret)
     before = sorted(uploads.rglob("*"))
+    outside = [secret, secret.with_name("none.png"), "/etc/passwd", "/etc/none", REPO_ROOT / "README.md"]
     told = set()
-    for path in (
-        secret,
-        "/etc/passwd",
-        "/etc/nonexistent",
-        REPO_ROOT / "README.md",  # Gradio takes what is in the working directory for the page's own
-        f"{uploads}/../x",
-        uploads,
-        uploads / "link.png",
-        "a\0b",
-        "e",
-    ):
-        upload_of = {"path": str(path), "orig_name": "x"}
-        kind, data = call(address, "on_ask", {"text": "What?", "files": [*sound, upload_of]}, 40, 0)
-        assert kind == "complete"
-        told.add(json.dumps(data))
-    assert len(told) == 1
-    assert json.dumps(NOT_UPLOADED)[1:-1] in told.pop()
+    for path in (*outside, f"{uploads}/../x", "e", "a\0b", uploads, uploads / "none.png", uploads / "link.png"):
+        wrong = photo(path) if meta else {"path": str(path)}
+        kind, data = call(address, "on_ask", {"text": "What?", "files": [*sound, wrong]}, 40, 0)
+        assert "(64, 48)" not in json.dumps(data), path
+        if kind == "complete":
+            assert Path(path).is_relative_to(uploads)
+            told.add(json.dumps(data))
+    if meta:
+        assert len(told) == 1
+        assert json.dumps(NOT_UPLOADED)[1:-1] in told.pop()
     assert sorted(uploads.rglob("*")) == before  # what the page shows, Gradio copies there
 
 
@@ -134,21 +138,22 @@ def test_no_address_of_a_payload_is_fetched(served, secret, tmp_path):
         trap.listen()
         trap.settimeout(0.5)
         url = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
-        payload = {"path": path, "url": url, "meta": {"_type": "gradio.FileData"}, "orig_name": "my.png"}
+        payload = photo(path, url=url)
         assert ask(address, payload)[0] == "(64, 48) What?"
         text, box = ask(address, payload, temperature="odd")
         assert text.startswith("⚠ settings")
         assert [file["path"] for file in box["files"]] == [path]
         assert url not in json.dumps(box)
-        assert ask(address, {"path": url, "url": url})[0] == f"⚠ {NOT_UPLOADED}"
+        assert call(address, "on_ask", {"text": "What?", "files": [photo(url, url=url)]}, 40, 0)[0] == "error"
         with pytest.raises(TimeoutError):
             trap.accept()
 
 
-@pytest.mark.parametrize("photo", [{}, {"path": None}, {"url": "x"}, {"orig_name": "x"}, {"path": ""}])
-def test_odd_payloads_are_one_sentence_and_the_buttons_come_back(served, photo):
+def test_a_photo_that_is_gone_is_one_sentence_and_the_buttons_come_back(served, secret):
     address, _ = served
-    kind, data = call(address, "on_ask", {"text": "What?", "files": [photo]}, 40, 0)
+    gone = upload(address, secret)
+    os.unlink(gone)
+    kind, data = call(address, "on_ask", {"text": "What?", "files": [photo(gone)]}, 40, 0)
     assert kind == "complete"
     assert data[1][-1]["content"][0]["text"] == f"⚠ {NOT_UPLOADED}"
     assert data[3] == {"text": "What?", "files": []}
@@ -159,7 +164,7 @@ def test_odd_payloads_are_one_sentence_and_the_buttons_come_back(served, photo):
 def test_odd_settings_are_one_sentence(served, secret, longest, temperature):
     address, _ = served
     path = upload(address, secret)
-    text, box = ask(address, {"path": path}, longest=longest, temperature=temperature)
+    text, box = ask(address, photo(path), longest=longest, temperature=temperature)
     assert text.startswith("⚠ settings")
     assert (box["text"], [file["path"] for file in box["files"]]) == ("What?", [path])
 
@@ -173,6 +178,9 @@ def test_odd_settings_are_one_sentence(served, secret, longest, temperature):
         [{"text": 5, "files": [{"path": 5}]}, 40, 0],
         [{"text": "?", "files": {"path": "x"}}, 40, 0],
         [{"text": "?", "files": ["x", 5, None]}, 40, 0],
+        [{"text": "?", "files": [{}]}, 40, 0],
+        [{"text": "?", "files": [{"path": None, "meta": {"_type": "gradio.FileData"}}]}, 40, 0],
+        [{"text": "?", "files": [{"url": "x", "meta": {"_type": "gradio.FileData"}}]}, 40, 0],
         [{"files": 5}, 40, 0],
         [],
         [None] * 3,
@@ -181,12 +189,12 @@ def test_odd_settings_are_one_sentence(served, secret, longest, temperature):
 def test_the_server_goes_on_after_what_gradio_refuses(served, secret, data):
     address, _ = served
     call(address, "on_ask", *data)
-    assert ask(address, {"path": upload(address, secret)}, text="Still there?")[0] == "(64, 48) Still there?"
+    assert ask(address, photo(upload(address, secret)), text="Still there?")[0] == "(64, 48) Still there?"
 
 
 def test_half_a_surrogate_pair_is_said(served, secret):
     address, _ = served
-    assert "is not valid Unicode text" in ask(address, {"path": upload(address, secret)}, text="a\ud800")[0]
+    assert "is not valid Unicode text" in ask(address, photo(upload(address, secret)), text="a\ud800")[0]
 
 
 @pytest.mark.parametrize("upload", [None, {}, "x", [1], 5, {"path": None}, {"path": 5}, {"path": "/etc/passwd"}])
