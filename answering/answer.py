@@ -172,8 +172,8 @@ class Answerer:
         if room < 1:
             raise UserError(
                 f"the dialogue has {len(prompt)} tokens ({sum(plan.tokens for plan in plans)} of its photos), the "
-                f"language model reads {self.model.LLM.config.max_position_embeddings}: start a new dialogue or ask a "
-                "shorter question"
+                f"language model reads {self.model.LLM.config.max_position_embeddings}: start a new dialogue, or "
+                "send fewer photos or a shorter question"
             )
         processors = _logits_processors(settings)
         generator = torch.Generator(self.model.device).manual_seed(settings.seed)
