@@ -1,13 +1,22 @@
-"""Answers a question about a photo, or a file of questions, with a checkpoint.
+"""Answers a question about photos, or a file of questions, with a checkpoint.
 
     python predict.py --checkpoint DIR --image photo.jpg --question "What is in this picture?"
+    python predict.py --checkpoint DIR --image before.jpg --image after.jpg --question "What has changed?"
     python predict.py --checkpoint DIR --question "你好" generate.max_new_tokens=50
     python predict.py --checkpoint DIR --input questions.jsonl --output answers.jsonl
 
-A row of the input is {"image": FILE, "question": TEXT, …}; relative photo paths count from the folder of that file,
-"image" may be missing. The output has the same rows with "answer" added, or "error" where there is no answer. The exit
-status is 1 if any row failed. It is fastest if questions on the same photo follow one another. Out of memory and Ctrl-C
-end the work at once; the rows answered so far are in the output.
+A row of the input is {"image": FILE, "question": TEXT, …}; relative photo paths count from the folder of that file.
+"image" may be missing, or a list of files. Rows of the training format "jsonl" are taken as they are:
+
+    {"turns": [{"image": "1.jpg", "question": "What is it?", "answer": "A cat."},
+               {"image": ["2.jpg", "3.jpg"], "question": "And these?"}]}
+
+The last question is answered, after the dialogue before it; an answer that the row has for it is not looked at. Photos
+come before the question of their turn, or at its tags <image>. LLaVA's "conversations" may stand in place of "turns".
+
+The output has the same rows with "answer" added, or "error" where there is no answer. The exit status is 1 if any row
+failed. It is fastest if questions on the same photo follow one another. Out of memory and Ctrl-C end the work at once;
+the rows answered so far are in the output.
 """
 
 import json
@@ -21,7 +30,9 @@ from cli import run_script, script_arguments
 from tqdm import tqdm
 
 from answering.answer import Answerer
-from config import parse_overrides
+from config import IMAGE_TAG, parse_overrides
+from dataset.rows import DropRowError
+from dataset.turns import IMAGE_WORD, Turns, place_photos
 from errors import UserError, check_text, file_error, is_out_of_memory, shortened
 from model.checkpoint import load_checkpoint
 from paths import check_writable
@@ -30,7 +41,10 @@ from paths import check_writable
 def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__, default_config=None)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="photo; without one, a question without a photo")
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="FILE",
+        help="photo of the question; may be given several times, or not at all",
+    )  # fmt: skip
     parser.add_argument("--question", metavar="TEXT", help="the question; its answer is printed as it grows")
     parser.add_argument("--input", type=Path, metavar="FILE.jsonl", help="questions, one row a line")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="the rows with their answers")
@@ -41,15 +55,16 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("--output belongs to --input; the answer to --question is printed")
     if args.input is not None:
         _check_files(args.input, args.output, args.image)
-    elif args.image is not None and not os.path.isfile(args.image):
-        raise UserError(f"--image: photo not found: {shortened(args.image)}")
+    for image in args.image:
+        if not os.path.isfile(image):
+            raise UserError(f"--image: photo not found: {shortened(image)}")
     if args.question is not None:
         check_text(args.question, "--question")
 
     overrides = parse_overrides(args.overrides)
     answerer = Answerer(load_checkpoint(args.checkpoint.absolute(), overrides=overrides))
     if args.question is not None:
-        for piece in answerer.stream(args.image, [{"role": "user", "content": args.question}]):
+        for piece in answerer.stream(None, [{"role": "user", "content": args.question, "images": args.image}]):
             print(piece, end="", flush=True)
         print()
     elif args.input is not None:
@@ -59,8 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f'{failed} of {answered + failed} rows could not be answered, see "error" in {args.output}')
 
 
-def _check_files(source: Path, target: Path | None, image: Path | None) -> None:
-    if target is None or image is not None:
+def _check_files(source: Path, target: Path | None, images: list[Path]) -> None:
+    if target is None or images:
         raise UserError("--input needs --output FILE.jsonl and no --image: the rows name their photos")
     if not os.path.isfile(source):
         raise UserError(f"input file not found: {shortened(source)}")
@@ -133,15 +148,87 @@ def _finite(text: str) -> float:
 
 
 def _answer_row(answerer: Answerer, row: dict[str, Any], folder: Path) -> str:
-    image, question = row.get("image"), row.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise UserError(f'"question" must be a text, found {shortened(repr(question))}')
-    if image is not None and not (isinstance(image, str) and image):
-        raise UserError(f'"image" must be a file name, found {shortened(repr(image))}')
-    check_text(question, '"question"')
-    if image is not None and not os.path.isfile(folder / image):  # takes names of any kind and length
-        raise UserError(f"photo not found: {shortened(folder / image)}")
-    return answerer.answer(None if image is None else folder / image, question)
+    """The answer to the last question of `row`.
+
+    Raises:
+        UserError: the row has another form, or a photo is missing or broken.
+    """
+    turns = _turns(row)
+    photos = [folder / name for turn in turns for name in turn.get("images", ())]
+    for photo in photos:
+        if not os.path.isfile(photo):  # takes names of any kind and length
+            raise UserError(f"photo not found: {shortened(photo)}")
+    chat, messages = answerer.model.processor.chat, []
+    for turn in turns:
+        messages.append(chat.question(turn["q"], len(turn.get("images", ()))))
+        if turn is not turns[-1]:
+            messages.append(chat.answer(turn["a"]))
+    return "".join(answerer.stream_messages(photos, messages))
+
+
+def _turns(row: dict[str, Any]) -> Turns:
+    """The turns of a row, whose photos stand at tags in the questions, as in training; the last is to be answered."""
+    names = _photo_names(row)
+    items, where = [row], ""
+    if "conversations" in row:
+        items, where = _pairs(row["conversations"]), "a human turn: "
+    elif "turns" in row:
+        items, where = row["turns"], "a turn: "
+    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+        raise UserError(f'"turns" must be a list of objects, found {shortened(repr(items))}')
+    turns = []
+    for number, item in enumerate(items, start=1):
+        turns.append({"q": _text(item, "question", where)})
+        if number < len(items):
+            turns[-1]["a"] = _text(item, "answer", where)
+    own = [_photo_names(item) if item is not row else [] for item in items]
+    try:
+        if not any(own):
+            return place_photos(turns, names, {})
+        if names and own[0]:
+            raise UserError("the row and its first turn both name photos: name them in one place")
+        own[0] = own[0] or names
+        return [place_photos([turn], photos, {})[0] for turn, photos in zip(turns, own, strict=True)]
+    except DropRowError as problem:
+        raise UserError(f"{problem.reason}: {problem.detail}") from problem
+
+
+def _pairs(messages: Any) -> list[dict[str, Any]]:
+    """LLaVA's messages of `human` and `gpt` in turn as questions and answers."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f'"conversations" must be a list of messages, found {shortened(repr(messages))}')
+    speakers = [message.get("from") for message in messages]
+    if not messages or speakers != (["human", "gpt"] * len(messages))[: len(messages)]:
+        raise UserError(f'"conversations": human and gpt must take turns, found {shortened(repr(speakers))}')
+    answers = [{"answer": message.get("value")} for message in messages[1::2]] + [{}]
+    return [{"question": human.get("value")} | answer for human, answer in zip(messages[::2], answers, strict=False)]
+
+
+def _text(item: dict[str, Any], name: str, where: str) -> str:
+    """The question or answer of a turn, also under its first letter; of several answers the first."""
+    value = item.get(name, item.get(name[0]))
+    if name == "answer" and isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f'{where}"{name}" must be a text, found {shortened(repr(value))}')
+    check_text(value, f'"{name}"')
+    if name == "question" and IMAGE_WORD in value and IMAGE_TAG in value:
+        raise UserError(f'"question" has {IMAGE_TAG} beside {IMAGE_WORD}: take it out')
+    return value
+
+
+def _photo_names(item: dict[str, Any]) -> list[str]:
+    """The files that a row or turn names under `image` or `images`, else under `image_id`."""
+    values = [item[field] for field in ("image", "images") if item.get(field) not in (None, [])]
+    if not values and item.get("image_id") is not None:
+        values = [item["image_id"]]
+    named = [value if isinstance(value, list) else [value] for value in values]
+    for name in (name for names in named for name in names):
+        if not isinstance(name, str) or not name:
+            raise UserError(f'"image" must be a file name or a list of them, found {shortened(repr(name))}')
+    if named[1:] and named[0] != named[1]:
+        raise UserError(f'"image" and "images" name different photos: {shortened(repr(named))}')
+    return named[0] if named else []
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A web page to ask a checkpoint about photos.
+"""A web page to ask a checkpoint about photos: each question may bring one or several.
 
     python test_gui.py --checkpoint checkpoints/demo/checkpoint-240
     python test_gui.py --checkpoint DIR gui.port=8000 gui.max_upload_mb=50
@@ -10,12 +10,12 @@ page ends. The page opens no other file of the disk.
 
 import contextlib
 import functools
-import html
+import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +26,13 @@ from config import Generate, Gui, changed, parse_overrides
 from errors import UserError, check_text, is_out_of_memory
 from model.checkpoint import load_checkpoint, read_config
 from page.address import check_port, in_url
-from page.uploads import photo_name, upload_folder, uploaded_photo
+from page.chat import History, Photo, answered, as_shown, checked, in_box, photos_of, typed
+from page.uploads import upload_folder
 from visual.transform import load_image
 
 if TYPE_CHECKING:
     import gradio as gr
     from PIL import Image
-
-History = list[dict[str, str]]  # {"role": "user" | "assistant", "content": text} in turn
 
 EXAMPLES = [
     "What is in the picture?",
@@ -42,15 +41,12 @@ EXAMPLES = [
     "这幅图像中有什么？",
     "这幅图像描述了什么？",
 ]
-HELLO = "<center>Choose a photo, then ask<br>先选照片，再提问</center>"
-DROP = "Drop, paste or choose a photo\n拖入、粘贴或选择照片"
-NO_PHOTO = "No photo yet: choose one first. 还没有照片，请先选择一张。"
+HELLO = "<center>Add photos with the paper clip, or drop or paste them<br>点回形针、拖入或粘贴照片，然后提问</center>"
+NO_PHOTO = "No photo yet: add one to the question. 还没有照片，请先添加一张。"
 NO_QUESTION = "The question is empty: type one first. 问题是空的，请先输入问题。"
 NO_ANSWER = "There is no answer to repeat yet. 还没有可以重答的内容。"
 SAME_ANSWER = "At temperature 0 the answer stays the same. 温度为 0 时回答不会改变。"
 WORKING = "Looking at the photo… 正在看图……"
-NEW_PHOTO = "New photo, new chat. 新照片，新对话。"
-NOTHING = "(no answer 无回答)"
 STOPPED = "Stopped. 已停止。"
 OUT_OF_MEMORY = (
     "Out of memory: lower 'Longest answer', press Clear for a shorter chat, close other programs on this device, "
@@ -61,21 +57,26 @@ KEEP_SECONDS = 3600  # how long an upload is kept after its last use
 
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]  # what machines have anyway
 CSS = """
-.gradio-container {width: 100% !important; max-width: 1240px !important; margin: 0 auto !important}
+.gradio-container {width: 100% !important; max-width: 960px !important; margin: 0 auto !important}
 #title h1 {margin: 0; font-size: 1.5rem}
 #title p {margin: 0; opacity: .7}
 #status {min-height: 1.5em; opacity: .75}
+#chat .user.message:has(.component) {display: flex; flex-wrap: wrap; gap: 4px 8px; margin-left: auto}
+#chat .user.message > .component {width: auto}
+#chat .user.message > :not(.component) {flex-basis: 100%}
+#chat .user.message img {height: auto; width: auto; max-height: 180px; max-width: 100%}
+#chat .message-buttons {display: none}  /* Gradio's would share a photo on a website */
 footer {display: none !important}
 @media (max-width: 640px) {
   #title h1 {font-size: 1.2rem}
-  #photo {height: 300px !important}
+  #chat .user.message img {max-height: 110px}
   #ask, #stop, #again, #clear {font-size: .8rem !important; padding: 8px 2px !important; white-space: nowrap !important}
 }
 """
 
 
 def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks":
-    """The page: photo and settings on the left, chat on the right.
+    """The page: chat, question box with photos, settings.
 
     Args:
         answerer: answers; its `settings` are set before each question.
@@ -85,11 +86,11 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
     import gradio as gr  # when it is imported it makes its folder for uploads, so main must have named one
 
     active: set[str | None] = set()  # sessions whose answer is being made
-    decoded = functools.lru_cache(maxsize=4)(load_image)  # each upload has its own path; follow-ups decode nothing
-    uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+    decoded = functools.lru_cache(maxsize=8)(load_image)  # each upload has its own path; follow-ups decode nothing
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
 
-    def load(upload: Any) -> "Image.Image":
-        return decoded(uploaded_photo(upload, uploads))
+    def load(photo: Photo) -> "Image.Image":
+        return decoded(checked({"path": photo.path}, folder).path)  # it may be gone since, and is kept an hour from now
 
     with gr.Blocks(
         title="Ask about a photo 看图问答",
@@ -99,49 +100,49 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
     ) as page:
         gr.Markdown(f"# Ask about a photo 看图问答\n`{name}`", elem_id="title")
         messages = gr.State([])  # what the model is sent; the chat shows the same, and failed questions
+        chat = gr.Chatbot(
+            label="Chat 对话",
+            height=460,
+            elem_id="chat",
+            placeholder=HELLO,
+            buttons=["copy_all"],
+            render_markdown=False,
+            latex_delimiters=[],
+        )
+        status = gr.Markdown("", elem_id="status")
+        with gr.Row(equal_height=False):
+            question = gr.MultimodalTextbox(
+                show_label=False,
+                container=False,
+                placeholder="Question 问题",
+                file_count="multiple",
+                file_types=["image"],
+                lines=1,
+                max_lines=4,
+                max_plain_text_length=2**31,  # a longer text would be pasted as a file
+                submit_btn=False,
+                scale=5,
+                min_width=260,
+                elem_id="question",
+            )
+            ask = gr.Button("Ask 提问", variant="primary", scale=1, min_width=100, elem_id="ask")
         with gr.Row():
-            with gr.Column(scale=2, min_width=320):
-                photo = gr.Image(
-                    label="Photo 照片", placeholder=DROP, height=460, elem_id="photo", buttons=["fullscreen"]
-                )
-                with gr.Accordion("Settings 设置", open=False):
-                    limit, label = max(1024, generate.max_new_tokens), "Longest answer, tokens 最长回答（词元）"
-                    longest = gr.Slider(1, limit, generate.max_new_tokens, step=1, label=label)
-                    label, info = "Temperature 温度", "0: always the likeliest word 总选最可能的词"
-                    temperature = gr.Slider(0, 2, generate.temperature, step=0.05, label=label, info=info)
-            with gr.Column(scale=3, min_width=320):
-                chat = gr.Chatbot(
-                    label="Chat 对话",
-                    height=420,
-                    elem_id="chat",
-                    placeholder=HELLO,
-                    buttons=["copy_all"],
-                    render_markdown=False,
-                    latex_delimiters=[],
-                )
-                status = gr.Markdown("", elem_id="status")
-                with gr.Row():
-                    question = gr.Textbox(
-                        show_label=False,
-                        container=False,
-                        placeholder="Question 问题",
-                        lines=1,
-                        max_lines=4,
-                        scale=5,
-                        min_width=200,
-                        elem_id="question",
-                    )
-                    ask = gr.Button("Ask 提问", variant="primary", scale=1, min_width=100, elem_id="ask")
-                with gr.Row():
-                    stop = gr.Button("Stop 停止", interactive=False, min_width=90, elem_id="stop")
-                    again = gr.Button("Retry 重答", min_width=90, elem_id="again")
-                    clear = gr.Button("Clear 清空", min_width=90, elem_id="clear")
-                gr.Examples(EXAMPLES, question, label="Examples 示例", elem_id="examples")
+            stop = gr.Button("Stop 停止", interactive=False, min_width=90, elem_id="stop")
+            again = gr.Button("Retry 重答", min_width=90, elem_id="again")
+            clear = gr.Button("Clear 清空", min_width=90, elem_id="clear")
+        examples = gr.Dataset(
+            components=["textbox"], samples=[[text] for text in EXAMPLES], label="Examples 示例", elem_id="examples"
+        )
+        with gr.Accordion("Settings 设置", open=False):
+            limit, label = max(1024, generate.max_new_tokens), "Longest answer, tokens 最长回答（词元）"
+            longest = gr.Slider(1, limit, generate.max_new_tokens, step=1, label=label)
+            label, info = "Temperature 温度", "0: always the likeliest word 总选最可能的词"
+            temperature = gr.Slider(0, 2, generate.temperature, step=0.05, label=label, info=info)
 
         def show(history: History, line: str, busy: bool) -> dict[Any, Any]:
             return {
                 messages: history,
-                chat: _as_shown(history),
+                chat: as_shown(history),
                 status: line,
                 ask: gr.update(interactive=not busy),
                 again: gr.update(interactive=not busy),
@@ -149,24 +150,37 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
             }
 
         def complain(sentence: str) -> dict[Any, Any]:
-            sentence = html.escape(sentence, quote=False)  # it may hold the name of the user's file
             gr.Warning(sentence)
             return {status: sentence}
 
-        def answer(session: str | None, history: History, upload: Any, settings: dict[str, Any]):
-            """Stream the answer to the last question of `history`."""
-            asked, text, line = history[-1]["content"], "", ""
+        def answer(session: str | None, history: History, uploads: list[Any], settings: dict[str, Any]):
+            """Stream the answer to the last question of `history`, which brings `uploads`."""
+            *before, asked = history
+            readable, text, line = [], "", ""
             try:
                 active.add(session)
-                yield show(history, WORKING, busy=True) | {question: ""}
-                check_text(asked, "the question 问题")
+                # before the page shows them: it would serve what it shows
+                photos = [checked(upload, folder) for upload in uploads]
+                readable, history = photos, [*before, asked | {"photos": photos}]
+                yield show(history, WORKING, busy=True)
+                check_text(asked["content"], "the question 问题")
                 answerer.settings = changed(generate, settings, "settings 设置")
-                for text, line in _timed(answerer.stream(load(upload), history)):
+                readable, problems = _readable(photos, load)
+                if problems:
+                    raise problems[0]
+                sent = [
+                    {"role": message["role"], "content": message["content"]}
+                    | {"images": [load(photo) for photo in message.get("photos", ())]}
+                    for message in history
+                ]
+                for text, line in _timed(answerer.stream(None, sent)):
                     yield show([*history, {"role": "assistant", "content": text}], line, busy=True)
                 yield show([*history, {"role": "assistant", "content": text}], line, busy=False)
             except Exception as error:  # any error is shown in the chat, and the page stays usable
-                failed = [*history, {"role": "assistant", "content": f"⚠ {_sentence(error, upload)}"}]
-                yield show(history[:-1], "", busy=False) | {chat: _as_shown(failed), question: asked}
+                sentence = f"⚠ {_sentence(error, photos_of(history))}"
+                failed = [*before, asked | {"photos": readable}, {"role": "assistant", "content": sentence}]
+                back = {question: in_box(asked["content"], readable)}
+                yield show(before, "", busy=False) | {chat: as_shown(failed)} | back
                 if not isinstance(error, UserError) and not is_out_of_memory(error):
                     raise
             finally:
@@ -177,68 +191,65 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
             while session in active:
                 time.sleep(0.02)
 
-        def on_ask(history, upload, text, longest, temperature, request: gr.Request):
-            if upload is None or not isinstance(text, str) or not text.strip():
-                yield complain(NO_PHOTO if upload is None else NO_QUESTION)
+        def on_ask(history, payload, longest, temperature, request: gr.Request):
+            history, (text, uploads) = answered(history), typed(payload)
+            if not text or not (uploads or photos_of(history)):
+                yield complain(NO_QUESTION if uploads or photos_of(history) else NO_PHOTO)
                 return
-            history = [*_answered(history), {"role": "user", "content": text.strip()}]
+            yield {question: in_box("")}
+            history = [*history, {"role": "user", "content": text}]
             settings = {"max_new_tokens": longest, "temperature": temperature}
-            yield from answer(request.session_hash, history, upload, settings)
+            yield from answer(request.session_hash, history, uploads, settings)
 
-        def on_again(history, upload, longest, temperature, request: gr.Request):
-            history = _answered(history)
-            if upload is None or not history:
-                yield complain(NO_PHOTO if upload is None else NO_ANSWER)
+        def on_again(history, longest, temperature, request: gr.Request):
+            history = answered(history)
+            if not history:
+                yield complain(NO_ANSWER)
                 return
             if temperature == 0:
                 gr.Info(SAME_ANSWER)
             settings = {"max_new_tokens": longest, "temperature": temperature, "seed": time.time_ns() % 2**31}
-            yield from answer(request.session_hash, history[:-1], upload, settings)
+            uploads = [{"path": photo.path, "orig_name": photo.name} for photo in history[-2]["photos"]]
+            yield from answer(request.session_hash, history[:-1], uploads, settings)
 
         def on_stop(history, request: gr.Request):
             settle(request.session_hash)
-            unanswered = history[len(_answered(history)) :]  # stopped before the first word: the question goes back
-            back = {question: unanswered[0]["content"]} if unanswered else {}
-            return show(_answered(history), STOPPED, busy=False) | back
+            update = show(answered(history), STOPPED, busy=False)
+            if len(history) % 2:  # stopped before the first word: the question goes back
+                update[question] = in_box(history[-1]["content"], history[-1]["photos"])
+            return update
 
         def on_clear(request: gr.Request):
             settle(request.session_hash)
             return show([], "", busy=False)
 
-        def on_photo(history, upload, request: gr.Request):
-            settle(request.session_hash)
-            if upload is not None:
-                try:
-                    load(upload)
-                except UserError as error:
-                    return show([], "", busy=False) | {photo: None} | complain(_sentence(error, upload))
-            if history:
-                return show([], NEW_PHOTO if upload is not None else "", busy=False)
-            return {messages: []}  # keeps the line that says why a broken photo was refused
-
-        outputs = [messages, chat, status, question, ask, again, stop, photo]
+        outputs = [messages, chat, status, question, ask, again, stop]
         one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-        # preprocess=False: Gradio would decode the photo itself, and meet a broken file with a traceback
-        inputs = [messages, photo, question, longest, temperature]
+        # preprocess=False: Gradio would meet a file that is no upload with a traceback
+        inputs = [messages, question, longest, temperature]
         asking = gr.on([ask.click, question.submit], on_ask, inputs, outputs, preprocess=False, **one_at_a_time)
-        inputs = [messages, photo, longest, temperature]
+        inputs = [messages, longest, temperature]
         repeating = again.click(on_again, inputs, outputs, preprocess=False, **one_at_a_time)
         # listeners run in this order, so the cancelling ones stand before those that wait for the end in settle
-        gr.on([photo.change, stop.click, clear.click, chat.clear], None, cancels=[asking, repeating])
-        photo.change(on_photo, [messages, photo], outputs, preprocess=False, show_progress="hidden")
+        gr.on([stop.click, clear.click, chat.clear], None, cancels=[asking, repeating])
         stop.click(on_stop, messages, outputs)
         gr.on([clear.click, chat.clear], on_clear, None, outputs)
+        # in the browser, since the server would have to check the box's photos before it sends them back
+        script = f"(index, box) => ({{...box, text: {json.dumps(EXAMPLES)}[index]}})"
+        examples.click(None, [examples, question], question, js=script)
     return page
 
 
-def _answered(history: History) -> History:
-    """The history without a last question that has no answer."""
-    return history[: len(history) // 2 * 2]
-
-
-def _as_shown(history: History) -> History:
-    """The chat in letters: the page would take tags in a text for HTML and drop them, or fetch pictures they name."""
-    return [message | {"content": html.escape(message["content"], quote=False) or NOTHING} for message in history]
+def _readable(photos: list[Photo], load: Callable[[Photo], Any]) -> tuple[list[Photo], list[UserError]]:
+    """The photos that can be read, and what is wrong with the others."""
+    sound, problems = [], []
+    for photo in photos:
+        try:
+            load(photo)
+            sound.append(photo)
+        except UserError as error:
+            problems.append(error)
+    return sound, problems
 
 
 def _timed(pieces: Generator[str, None, None]) -> Iterator[tuple[str, str]]:
@@ -259,15 +270,14 @@ def _speed(text: str, seconds: float) -> str:
     return f"{len(text)} characters 字符 · {seconds:.1f} s · {len(text) / max(seconds, 1e-6):.0f}/s"
 
 
-def _sentence(error: Exception, upload: Any) -> str:
-    """What to tell the user, with the file's own name instead of its path on the server."""
+def _sentence(error: Exception, photos: list[Photo]) -> str:
+    """What to tell the user, with the files' own names instead of their paths on the server."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    path = upload.get("path") if isinstance(upload, dict) else None
-    if not isinstance(path, str) or not os.path.isabs(path):
-        return text
-    return text.replace(str(Path(path)), photo_name(upload))
+    for photo in photos:
+        text = text.replace(photo.path, photo.name)
+    return text
 
 
 def launch(page: "gr.Blocks", gui: Gui) -> None:

@@ -147,15 +147,13 @@ class Answerer:
         return self._feature_of[photo_hash]
 
     def _shared_length(self, ids: list[int], hashes: list[str], spans: list[tuple[int, int]]) -> int:
-        """How many leading tokens the cache holds already; whole photos only, and never all of `ids`."""
+        """How many leading tokens the cache holds already; never all of `ids`.
+
+        They end within no photo: one that both prompts begin with has the same placeholders in both.
+        """
         shared = _common_length(self._cached_ids, ids[:-1])
         same_photos = _common_length(self._cached_photos, hashes)
-        if same_photos < len(spans):
-            shared = min(shared, spans[same_photos][0])
-        for start, end in spans:
-            if start < shared < end:
-                shared = start
-        return shared
+        return min(shared, spans[same_photos][0]) if same_photos < len(spans) else shared
 
     @torch.no_grad()
     def _step(self, embeddings: torch.Tensor, new_ids: list[int]) -> torch.Tensor:
@@ -174,8 +172,8 @@ class Answerer:
         if room < 1:
             raise UserError(
                 f"the dialogue has {len(prompt)} tokens ({sum(plan.tokens for plan in plans)} of its photos), the "
-                f"language model reads {self.model.LLM.config.max_position_embeddings}: start a new dialogue or ask a "
-                "shorter question"
+                f"language model reads {self.model.LLM.config.max_position_embeddings}: start a new dialogue, or "
+                "send fewer photos or a shorter question"
             )
         processors = _logits_processors(settings)
         generator = torch.Generator(self.model.device).manual_seed(settings.seed)

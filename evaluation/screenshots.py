@@ -1,4 +1,4 @@
-"""Takes the pictures of the page for the READMEs: starts it, asks about a photo in Chromium, saves what is seen.
+"""Takes the pictures of the page for the READMEs: starts it, asks about photos in Chromium, saves what is seen.
 
     python -m evaluation.screenshots --checkpoint DIR --photo FILE --output docs/
 
@@ -84,15 +84,17 @@ def running_browser():
         browser.close()
 
 
-def take_screenshots(browser: "Browser", address: str, photo: Path, questions: list[str], output: Path) -> list[Path]:
-    """Ask `questions` about `photo` at each size and save the pictures in `output`; returns their paths."""
+def take_screenshots(
+    browser: "Browser", address: str, photos: list[Path], questions: list[str], output: Path
+) -> list[Path]:
+    """Ask `questions`, the first with `photos`, at each size and save the pictures in `output`; returns their paths."""
     output.mkdir(parents=True, exist_ok=True)
     for name, (width, height) in SIZES.items():
         page = browser.new_page(viewport={"width": width, "height": height})
         page.set_default_timeout(ANSWER_SECONDS * 1000)
         page.goto(address)
-        page.set_input_files("#photo input[type=file]", str(photo))
-        page.wait_for_selector("#photo img")
+        page.set_input_files("#question input[type=file]", [str(photo) for photo in photos])
+        page.locator("#question .thumbnail-wrapper").nth(len(photos) - 1).wait_for()
         for number, question in enumerate(questions, start=1):
             page.fill("#question textarea", question)
             page.click("#ask")
@@ -108,12 +110,15 @@ def take_screenshots(browser: "Browser", address: str, photo: Path, questions: l
 def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__, default_config=None)
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint folder")
-    parser.add_argument("--photo", required=True, type=Path, help="photo to ask about")
+    parser.add_argument(
+        "--photo", required=True, type=Path, action="append", help="photo to ask about; may be given several times"
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder of the pictures")
     parser.add_argument("--question", action="append", help="may be given several times")
     args = parser.parse_intermixed_args(arguments)
-    if not os.path.isfile(args.photo):
-        raise UserError(f"photo not found: {shortened(args.photo)}")
+    for photo in args.photo:
+        if not os.path.isfile(photo):
+            raise UserError(f"photo not found: {shortened(photo)}")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,7 +20,10 @@ from errors import UserError
 
 PREFIX = "vqa-photos-"
 # The same sentence for existing and missing files, because the page must not reveal what is on the server's disk.
-NOT_UPLOADED = "This photo was not uploaded here, or is gone: choose it again. 照片未在此上传或已被清除，请重新选择。"
+NOT_UPLOADED = (
+    "A photo was not uploaded here, or is gone: press Clear and add it again. "
+    "有照片未在此上传或已被清除，请清空后重新添加。"
+)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,9 @@ pytestmark = [
 ]
 
 
+THUMBNAILS = "#question .thumbnail-wrapper"
+
+
 class TellingAnswerer:
     """Answers with the questions it was sent; some questions make it fail or slow."""
 
@@ -29,6 +32,7 @@ class TellingAnswerer:
         self.closed_early = False
 
     def stream(self, image, messages):
+        assert image is None
         question = messages[-1]["content"]
         if question == "memory":
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
@@ -39,8 +43,8 @@ class TellingAnswerer:
         if question == "defect":
             raise KeyError("something of ours")
         try:
-            yield f"{image.size} "
-            yield " + ".join(message["content"] for message in messages[::2])
+            asked = messages[::2]
+            yield " + ".join(" ".join([*(str(p.size) for p in m["images"]), m["content"]]) for m in asked)
             if question == "slow":
                 for _ in range(400):
                     time.sleep(0.05)
@@ -62,9 +66,14 @@ def answerer():
 
 
 @pytest.fixture(scope="module")
-def address(answerer, tmp_path_factory):
+def uploads(tmp_path_factory):
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def address(answerer, uploads):
     patch = pytest.MonkeyPatch()
-    patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+    patch.setenv("GRADIO_TEMP_DIR", str(uploads))
     patch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there: the page must not need a proxy
     patch.delenv("no_proxy", raising=False)
     patch.delenv("NO_PROXY", raising=False)
@@ -109,8 +118,11 @@ def photos(tmp_path):
     return tmp_path
 
 
-def upload(page, file):
-    page.set_input_files("#photo input[type=file]", str(file))
+def upload(page, *files):
+    """Attach files to the question; wait for their pictures."""
+    before = page.locator(THUMBNAILS).count()
+    page.set_input_files("#question input[type=file]", [str(file) for file in files])
+    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(before + len(files))
 
 
 def ask(page, question):
@@ -124,7 +136,6 @@ def expect_text(page, selector, text):
 
 def test_asked_and_answered_with_history_and_kept_photo(page, photos, answerer):
     upload(page, photos / "red.png")
-    page.wait_for_selector("#photo img")
     ask(page, "What is it?")
     expect_text(page, "#chat", "(64, 48) What is it?")
     expect_text(page, "#status", "characters")
@@ -143,38 +154,104 @@ def test_asked_and_answered_with_history_and_kept_photo(page, photos, answerer):
     page.click("#clear")
     sync_api.expect(page.locator("#chat")).not_to_contain_text("What is it?")
     ask(page, "Fresh?")
-    expect_text(page, "#chat", "(64, 48) Fresh?")
+    expect_text(page, "#status", "No photo yet")
 
 
-def test_new_photo_starts_a_new_chat_and_says_so(page, photos):
-    upload(page, photos / "red.png")
-    page.wait_for_selector("#photo img")
+def test_photos_stand_beside_their_messages(page, photos):
+    upload(page, photos / "red.png", photos / "蓝色 blue.jpg")
     ask(page, "first")
-    expect_text(page, "#chat", "(64, 48) first")
-    page.click("#photo button[aria-label='Remove Image']")
-    sync_api.expect(page.locator("#chat")).not_to_contain_text("first")
+    expect_text(page, "#chat", "(64, 48) (33, 22) first")
+    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(0)
     upload(page, photos / "蓝色 blue.jpg")
-    page.wait_for_selector("#photo img")
     ask(page, "second")
-    expect_text(page, "#chat", "(33, 22) second")
-    upload(page, photos / "red.png")
-    expect_text(page, "#status", "New photo, new chat")
-    sync_api.expect(page.locator("#chat")).not_to_contain_text("second")
+    expect_text(page, "#chat", "(64, 48) (33, 22) first + (33, 22) second")
     ask(page, "third")
-    expect_text(page, "#chat", "(64, 48) third")
+    expect_text(page, "#chat", "(64, 48) (33, 22) first + (33, 22) second + third")
+    asked = page.locator("#chat .user-row")
+    assert [asked.nth(number).locator("img").count() for number in range(3)] == [2, 1, 0]
+    for number in range(3):  # the browser shows them
+        picture = page.locator("#chat .user-row img").nth(number)
+        sync_api.expect(picture).to_have_js_property("naturalWidth", [64, 33, 33][number])
+    first, second = (page.locator("#chat .user-row img").nth(number).bounding_box() for number in (0, 1))
+    assert first["y"] < second["y"] + second["height"]
+    assert second["y"] < first["y"] + first["height"]  # side by side
+
+    page.click("#again")
+    expect_text(page, "#status", "characters")
+    sync_api.expect(page.locator("#ask")).to_be_enabled()
+    expect_text(page, "#chat", "(64, 48) (33, 22) first + (33, 22) second + third")
+    assert page.locator("#chat .user-row img").count() == 3
 
 
-def test_new_photo_while_an_answer_grows_ends_it(page, photos):
+def test_retry_sends_the_photos_of_the_question_again(page, photos):
+    upload(page, photos / "red.png", photos / "red.png")
+    ask(page, "twice")
+    expect_text(page, "#chat", "(64, 48) (64, 48) twice")
+    upload(page, photos / "蓝色 blue.jpg")  # waits for the next question
+    page.click("#again")
+    expect_text(page, "#status", "characters")
+    sync_api.expect(page.locator("#ask")).to_be_enabled()
+    expect_text(page, "#chat", "(64, 48) (64, 48) twice")
+    assert page.locator("#chat .user-row").count() == 1
+    ask(page, "next")
+    expect_text(page, "#chat", "(64, 48) (64, 48) twice + (33, 22) next")
+
+
+def test_a_photo_taken_away_before_asking_is_not_sent(page, photos):
+    upload(page, photos / "red.png", photos / "蓝色 blue.jpg")
+    page.locator("#question button[aria-label='Remove file']").first.click()
+    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(1)
+    ask(page, "What?")
+    expect_text(page, "#chat", "(33, 22) What?")
+
+
+def test_a_photo_added_while_an_answer_grows_waits_for_the_next_question(page, photos):
     upload(page, photos / "red.png")
-    page.wait_for_selector("#photo img")
     ask(page, "slow")
     expect_text(page, "#chat", "slow on on on")
     upload(page, photos / "蓝色 blue.jpg")
-    expect_text(page, "#status", "New photo, new chat")
-    page.wait_for_timeout(1000)
-    sync_api.expect(page.locator("#chat")).not_to_contain_text("slow")
+    page.click("#stop")
+    expect_text(page, "#status", "Stopped")
     ask(page, "now")
-    expect_text(page, "#chat", "(33, 22) now")
+    expect_text(page, "#chat", "(64, 48) slow + (33, 22) now")
+
+
+def test_a_photo_that_is_gone_is_said(page, photos, uploads):
+    upload(page, photos / "red.png")
+    ask(page, "first")
+    expect_text(page, "#chat", "(64, 48) first")
+    for file in uploads.rglob("red.png"):
+        file.unlink()
+    upload(page, photos / "蓝色 blue.jpg")
+    ask(page, "second")
+    expect_text(page, "#chat", "is gone: press Clear and add it again")
+    sync_api.expect(page.locator("#question textarea")).to_have_value("second")
+    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(1)
+    page.click("#clear")
+    sync_api.expect(page.locator("#chat")).not_to_contain_text("is gone")
+    page.click("#ask")
+    expect_text(page, "#chat", "(33, 22) second")
+
+
+def test_an_example_leaves_the_photos_in_the_box(page, photos):
+    upload(page, photos / "red.png", photos / "蓝色 blue.jpg")
+    page.get_by_text(test_gui.EXAMPLES[1]).click()
+    sync_api.expect(page.locator("#question textarea")).to_have_value(test_gui.EXAMPLES[1])
+    page.click("#ask")
+    expect_text(page, "#chat", f"(64, 48) (33, 22) {test_gui.EXAMPLES[1]}")
+
+
+def test_a_long_pasted_text_stays_text(page, photos):
+    upload(page, photos / "red.png")
+    page.focus("#question textarea")
+    page.evaluate("""text => {
+        const data = new DataTransfer(); data.setData('text/plain', text)
+        const event = new ClipboardEvent('paste', {clipboardData: data, cancelable: true})
+        window.taken = !document.querySelector('#question textarea').dispatchEvent(event)
+    }""", "word " * 1000)  # fmt: skip
+    page.wait_for_timeout(500)
+    assert not page.evaluate("window.taken")  # so the browser puts the text in the box
+    assert page.locator(THUMBNAILS).count() == 1
 
 
 def test_missing_photo_and_empty_question_are_said(page, photos):
@@ -182,7 +259,6 @@ def test_missing_photo_and_empty_question_are_said(page, photos):
     expect_text(page, "#status", "No photo yet")
     assert page.input_value("#question textarea") == "What?"
     upload(page, photos / "red.png")
-    page.wait_for_selector("#photo img")
     ask(page, "   ")
     expect_text(page, "#status", "The question is empty")
     page.click("#again")
@@ -191,16 +267,20 @@ def test_missing_photo_and_empty_question_are_said(page, photos):
 
 @pytest.mark.parametrize(("name", "sentence"), [("broken.jpg", "fetch the photo again"), ("not.png", "not an image")])
 def test_broken_photo_is_said_and_taken_away(page, photos, name, sentence):
-    upload(page, photos / name)
-    expect_text(page, "#status", f"{name}: ")
-    expect_text(page, "#status", sentence)
-    assert "/" not in page.inner_text("#status")
+    upload(page, photos / "red.png", photos / name, photos / "蓝色 blue.jpg")
     ask(page, "What?")
-    expect_text(page, "#status", "No photo yet")
+    expect_text(page, "#chat", f"⚠ {name}: ")
+    expect_text(page, "#chat", sentence)
+    assert "/" not in page.inner_text("#chat")
+    sync_api.expect(page.locator("#question textarea")).to_have_value("What?")
+    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(2)
+    page.click("#ask")
+    expect_text(page, "#chat", "(64, 48) (33, 22) What?")
+    sync_api.expect(page.locator("#chat")).not_to_contain_text("⚠")
 
 
 def test_too_large_photo_is_refused(page, photos):
-    upload(page, photos / "large.png")
+    page.set_input_files("#question input[type=file]", str(photos / "large.png"))
     expect_text(page, "body", "exceed the maximum allowed size of 1.0 Mb")
     ask(page, "What?")
     expect_text(page, "#status", "No photo yet")
@@ -208,21 +288,21 @@ def test_too_large_photo_is_refused(page, photos):
 
 def test_control_tokens_and_html_are_letters(page, photos):
     upload(page, photos / "red.png")
-    page.wait_for_selector("#photo img")
     text = "<|im_end|> <|extra_0|> <img src=x onerror=alert(1)> <script>alert(2)</script> &lt; **b** $$x$$"
     ask(page, text)
     expect_text(page, "#chat", f"(64, 48) {text}")
-    assert page.locator("#chat .message img, #chat .message script, #chat .katex").count() == 0
+    assert page.locator("#chat .message [onerror], #chat .message script, #chat .katex").count() == 0
+    assert page.locator("#chat .message img").count() == 1  # the photo
     ask(page, "and now?")
     expect_text(page, "#chat", f"{text} + and now?")
 
 
 def test_errors_stand_in_the_chat_and_the_question_comes_back(page, photos):
     upload(page, photos / "red.png")
-    page.wait_for_selector("#photo img")
     ask(page, "memory")
     expect_text(page, "#chat", "Out of memory: lower")
     sync_api.expect(page.locator("#question textarea")).to_have_value("memory")
+    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(1)
     ask(page, "long")
     expect_text(page, "#chat", "the dialogue is <b>too long</b>")
     ask(page, "defect")
@@ -234,7 +314,6 @@ def test_errors_stand_in_the_chat_and_the_question_comes_back(page, photos):
 
 def test_stop_keeps_what_was_said_and_ends_the_work(page, photos, answerer):
     upload(page, photos / "red.png")
-    page.wait_for_selector("#photo img")
     answerer.closed_early = False
     ask(page, "slow")
     expect_text(page, "#chat", "slow on on on")
@@ -253,20 +332,24 @@ def test_stop_keeps_what_was_said_and_ends_the_work(page, photos, answerer):
 
 def test_stop_before_the_first_word_gives_the_question_back(page, photos):
     upload(page, photos / "red.png")
-    page.wait_for_selector("#photo img")
     ask(page, "silent")
     expect_text(page, "#status", "Looking at the photo")
     page.click("#stop")
     expect_text(page, "#status", "Stopped")
     assert page.input_value("#question textarea") == "silent"
+    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(1)
     page.click("#again")
     expect_text(page, "#status", "no answer to repeat")
     ask(page, "next")
     expect_text(page, "#chat", "(64, 48) next")
 
 
-def test_phone_width_has_no_sideways_scrolling(page, address):
+def test_phone_width_has_no_sideways_scrolling(page, photos):
     page.set_viewport_size({"width": 390, "height": 844})
+    upload(page, *[photos / "red.png"] * 12)
+    ask(page, "What?")
+    expect_text(page, "#status", "characters")
+    upload(page, *[photos / "red.png"] * 12)
     page.wait_for_timeout(300)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     for name in ["ask", "stop", "again", "clear"]:
@@ -276,7 +359,6 @@ def test_phone_width_has_no_sideways_scrolling(page, address):
 def test_empty_answer_is_shown_as_such(page, photos, answerer, monkeypatch):
     monkeypatch.setattr(answerer, "stream", lambda image, messages: (piece for piece in []))
     upload(page, photos / "red.png")
-    page.wait_for_selector("#photo img")
     ask(page, "What?")
     expect_text(page, "#chat", "(no answer")
     expect_text(page, "#status", "0 characters")
@@ -288,7 +370,9 @@ def test_screenshots_of_a_real_checkpoint(tmp_path, photos, browser, tiny_checkp
     with screenshots.running_page(
         tiny_checkpoint, [f"model_root={model_root}", "generate.max_new_tokens=8"]
     ) as address:
-        screenshots.take_screenshots(browser, address, photos / "red.png", ["一？", "Two?"], tmp_path / "docs")
+        screenshots.take_screenshots(
+            browser, address, [photos / "red.png", photos / "蓝色 blue.jpg"], ["一？", "Two?"], tmp_path / "docs"
+        )
     for name, (width, _) in screenshots.SIZES.items():
         with Image.open(tmp_path / "docs" / name) as picture:
             assert picture.width == width

@@ -1,6 +1,7 @@
 """The command line: one question, a file of questions, and what it says about bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,20 +11,41 @@ import pytest
 from PIL import Image
 
 import predict
+from answering.answer import Answerer
+from dataset.image_caption_dataset import entry_messages
+from dataset.raw import process_coco
+from dataset.records import read_records
 from errors import UserError
+from model.checkpoint import load_checkpoint
 from visual.transform import load_image
 
 
+class FakeChat:
+    """Messages are texts; photos stand at their tags."""
+
+    @staticmethod
+    def question(text, photos):
+        assert text.count("<|extra_0|>") >= photos
+        return text.replace("<|extra_0|>", "[photo]", photos).removeprefix("[photo]\n")
+
+    @staticmethod
+    def answer(text):
+        return f"({text})"
+
+
 class FakeAnswerer:
+    """Answers with the whole dialogue and the sizes of its photos."""
+
     def __init__(self, model):
-        self.model = model
+        self.model = SimpleNamespace(processor=SimpleNamespace(chat=FakeChat))
 
     def stream(self, image, messages):
-        size = "no photo" if image is None else load_image(image).size
-        yield from [messages[-1]["content"], " ", str(size)]
+        assert image is None
+        yield from self.stream_messages(messages[-1]["images"], [message["content"] for message in messages])
 
-    def answer(self, image, question):
-        return "".join(self.stream(image, [{"role": "user", "content": question}]))
+    def stream_messages(self, photos, messages):
+        sizes = [str(load_image(photo).size) for photo in photos]
+        yield from [" ".join(messages), " ", " ".join(sizes or ["no photo"])]
 
 
 @pytest.fixture
@@ -54,6 +76,90 @@ def test_one_question_is_streamed(loaded, folder, capsys):
     )
     assert capsys.readouterr().out == "什么？ (30, 20)\n"
     assert loaded == [(Path("here").absolute(), {"generate.max_new_tokens": 5, "llm.path": "a=b"})]
+
+
+def test_several_photos_of_one_question(loaded, folder, capsys):
+    Image.new("RGB", (5, 6)).save(folder / "b.png")
+    photos = ["--image", str(folder / "b.png"), "--image", str(folder / "红 photo.png")]
+    predict.main(["--checkpoint", "here", *photos, "--question", "Same?"])
+    assert capsys.readouterr().out == "Same? (5, 6) (30, 20)\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"image": ["a.png", "b.png"], "question": "?"}, "[photo][photo]? (1, 2) (3, 4)"),
+        ({"images": ["b.png"], "question": "?"}, "? (3, 4)"),
+        ({"images": "b.png", "image": "b.png", "q": "?", "a": "old"}, "? (3, 4)"),
+        ({"image_id": "a.png", "question": "?"}, "? (1, 2)"),
+        ({"image": ["a.png", "b.png"], "question": "Is <image> in <image>?"}, "Is [photo] in [photo]? (1, 2) (3, 4)"),
+        ({"question": "<|extra_0|>", "image": "a.png"}, "<|extra_0|> (1, 2)"),
+        (
+            {"image": "a.png", "turns": [{"question": "1", "answer": "x"}, {"question": "2", "image": "b.png"}]},
+            "1 (x) 2 (1, 2) (3, 4)",
+        ),
+        (
+            {"turns": [{"q": "1", "a": ["x", "y"]}, {"q": "2", "a": "z", "images": ["b.png", "a.png"]}]},
+            "1 (x) [photo][photo]2 (3, 4) (1, 2)",
+        ),
+        (
+            {"image": ["b.png"], "turns": [{"question": "1", "answer": "<image>"}, {"question": "2 <image>"}]},
+            "1 (<image>) 2 [photo] (3, 4)",
+        ),
+        ({"conversations": [{"from": "human", "value": "<image>\n1"}], "image": "a.png"}, "1 (1, 2)"),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "1"},
+                    {"from": "gpt", "value": "x"},
+                    {"from": "human", "value": "2 <image>"},
+                    {"from": "gpt", "value": "y"},
+                ],
+                "image": "a.png",
+            },
+            "1 (x) 2 [photo] (1, 2)",
+        ),
+    ],
+)
+def test_rows_with_photos_of_several_turns(folder, row, expected):
+    Image.new("RGB", (1, 2)).save(folder / "a.png")
+    Image.new("RGB", (3, 4)).save(folder / "b.png")
+    (folder / "in.jsonl").write_text(json.dumps(row))
+    assert predict.answer_file(FakeAnswerer(None), folder / "in.jsonl", folder / "out.jsonl") == (1, 0)
+    answer = json.loads((folder / "out.jsonl").read_text())["answer"]
+    assert answer.replace("[photo]\n", "[photo]") == expected
+
+
+ROWS = [
+    {"image": "0.png", "question": "Which?", "answer": "A"},
+    {"image": ["0.png", "1.png"], "question": "Is <image> like <image>?", "answer": "B"},
+    {"image": ["0.png", "1.png"], "question": "Same?", "answer": "B"},
+    {"turns": [{"question": "Hi", "answer": "C"}, {"question": "This?", "answer": "D", "images": ["1.png", "1.png"]}]},
+    {"image": "1.png", "turns": [{"question": "1?", "answer": "E"}, {"question": "<image> 2?", "answer": "F"}]},
+    {"image": "2.png", "conversations": [
+        {"from": "human", "value": "1?"}, {"from": "gpt", "value": "G"},
+        {"from": "human", "value": "2?"}, {"from": "gpt", "value": "H"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
+def test_a_row_of_the_training_data_gets_its_prompt(tiny_checkpoint, tmp_path, monkeypatch, row):
+    root = tiny_checkpoint.parent.parent
+    answerer = Answerer(load_checkpoint(tiny_checkpoint, overrides={"model_root": str(root)}))
+    chat, asked = answerer.model.processor.chat, []
+    monkeypatch.setattr(answerer, "_generate", lambda photos, messages: asked.append((photos, messages)) or iter(()))
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
+    shutil.copytree(root / "photos", tmp_path, dirs_exist_ok=True)
+    assert predict.answer_file(answerer, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == (1, 0)
+
+    image_map, captions = process_coco([row], tmp_path, 0)
+    (tmp_path / "map.json").write_text(json.dumps(image_map))
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    known, [entry] = read_records(tmp_path / "map.json", tmp_path / "captions.json")
+    trained = entry_messages(entry, chat, [turn.answers[0] for turn in entry.turns][:-1])
+    [(photos, messages)] = asked
+    assert chat.render(messages) == chat.render(trained)
+    assert [photo.name for photo in photos] == [known[ID].image_file for ID in entry.images]
 
 
 def test_a_question_without_photo(loaded, capsys):
@@ -102,23 +208,24 @@ def test_each_row_is_on_disk_before_the_next_is_asked(folder):
     lines_before = []
 
     class Watching(FakeAnswerer):
-        def answer(self, image, question):
+        def stream_messages(self, photos, messages):
             lines_before.append(len((folder / "out.jsonl").read_text().splitlines()))
-            return question
+            yield messages[-1]
 
     assert predict.answer_file(Watching(None), folder / "in.jsonl", folder / "out.jsonl") == (2, 0)
     assert lines_before == [0, 1]
 
 
 class ChoosyAnswerer(FakeAnswerer):
-    def answer(self, image, question):
+    def stream_messages(self, photos, messages):
+        question = messages[-1]
         if question == "defect":
             raise IndexError("of ours " + "x" * 1000)
         if question == "memory":
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
         if question == "stop":
             raise KeyboardInterrupt
-        return super().answer(image, question)
+        return super().stream_messages(photos, messages)
 
 
 ODD_ROWS = [
@@ -133,6 +240,26 @@ ODD_ROWS = [
     '{"question": 5}',
     '{"question": true}',
     '{"question": "?", "image": ""}',
+    '{"question": "?", "image": ["in.jsonl", ""]}',
+    '{"question": "?", "image": [["a"]]}',
+    '{"question": "?", "images": {"a": "b"}}',
+    '{"question": "?", "image": "a", "images": ["b"]}',
+    '{"question": "?", "image_id": 5}',
+    '{"question": "<image> ?"}',
+    '{"question": "<image> <|extra_0|>", "image": "in.jsonl"}',
+    '{"turns": []}',
+    '{"turns": "?"}',
+    '{"turns": ["?"]}',
+    '{"turns": [{"question": "?"}, {"question": "?"}]}',
+    '{"turns": [{"question": "?", "answer": []}, {"question": "?"}]}',
+    '{"turns": [{"question": "?", "answer": "\\ud800"}, {"question": "?"}]}',
+    '{"turns": [{"question": "?", "image": "a"}], "image": "b"}',
+    '{"turns": [{"question": "?", "answer": "a"}, {"question": "<image> <image>", "image": "b"}]}',
+    '{"conversations": []}',
+    '{"conversations": {"from": "human"}}',
+    '{"conversations": [{"from": "gpt", "value": "?"}]}',
+    '{"conversations": [{"from": "human", "value": "?"}, {"from": "human", "value": "?"}]}',
+    '{"conversations": [{"from": "human"}]}',
     '{"question": "?", "image": {}}',
     '{"question": "?", "image": "."}',
     '{"question": "?", "image": "/"}',

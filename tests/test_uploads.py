@@ -2,11 +2,13 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -26,7 +28,7 @@ class SizeAnswerer:
     settings = Generate()
 
     def stream(self, image, messages):
-        yield f"{image.size} {messages[-1]['content']}"
+        yield " ".join([*(str(photo.size) for photo in messages[-1]["images"]), messages[-1]["content"]])
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,9 @@ def fetch(url, content=None):
 
 def call(address, endpoint, *data):
     """The last event of an API call and its data."""
-    event = json.loads(fetch(f"{address}/call/{endpoint}", {"data": data, "session_hash": "a"}))["event_id"]
+    event = json.loads(fetch(f"{address}/call/{endpoint}", {"data": data, "session_hash": secrets.token_hex(4)}))[
+        "event_id"
+    ]
     lines = fetch(f"{address}/call/{endpoint}/{event}").strip().splitlines()
     return lines[-2].removeprefix("event: "), json.loads(lines[-1].removeprefix("data: "))
 
@@ -73,8 +77,16 @@ def upload(address, file):
         return json.loads(response.read())[0]
 
 
-def answer_of(data):
-    return data[1][-1]["content"][0]["text"], data[3]
+def photo(path, **more):
+    """What a browser sends of an upload; Gradio takes it for a file by its `meta`."""
+    return {"path": str(path), "orig_name": "my.png", "meta": {"_type": "gradio.FileData"}} | more
+
+
+def ask(address, *uploads, text="What?", longest=40, temperature=0):
+    """What the page shows last, and what is in the question box after it."""
+    kind, data = call(address, "on_ask", {"text": text, "files": list(uploads)}, longest, temperature)
+    assert kind == "complete"
+    return data[1][-1]["content"][-1]["text"], data[3]
 
 
 @pytest.fixture
@@ -83,76 +95,106 @@ def secret(tmp_path):
     return tmp_path / "secret.png"
 
 
-def test_an_upload_is_answered_and_kept_for_an_hour(served, secret):
+def test_uploads_are_answered_and_kept_for_an_hour(served, secret):
     address, _ = served
     path = upload(address, secret)
     os.utime(path, (0, 0))
-    kind, data = call(address, "on_ask", {"path": path, "orig_name": "my.png"}, "What?", 40, 0)
-    assert kind == "complete"
-    assert answer_of(data)[0] == "(64, 48) What?"
+    assert ask(address, photo(path), photo(path))[0] == "(64, 48) (64, 48) What?"
     assert os.stat(path).st_mtime > 0  # its age counts from its last use
     assert test_gui.KEEP_SECONDS == 3600
 
 
 @posix
-@pytest.mark.parametrize("endpoint", ["on_ask", "on_photo"])
-def test_no_other_file_is_opened_and_none_is_told_of(served, secret, endpoint):
+@pytest.mark.parametrize("meta", [True, False])
+@pytest.mark.parametrize("after", [False, True], ids=["alone", "after a sound one"])
+def test_no_other_file_is_opened_and_none_is_told_of(served, secret, after, meta):
+    """What is outside the folder, Gradio refuses; the rest is refused in one sentence."""
     address, uploads = served
+    sound = [photo(upload(address, secret))] * after
     (uploads / "link.png").unlink(missing_ok=True)
     (uploads / "link.png").symlink_to(secret)
-    rest = ["What?", 40, 0] if endpoint == "on_ask" else []
+    before = sorted(uploads.rglob("*"))
+    outside = [secret, secret.with_name("none.png"), "/etc/passwd", "/etc/none", REPO_ROOT / "README.md"]
     told = set()
-    for path in (
-        secret,
-        "/etc/passwd",
-        "/etc/nonexistent",
-        f"{uploads}/../x",
-        uploads,
-        uploads / "link.png",
-        "a\0b",
-        "e",
-    ):
-        kind, data = call(address, endpoint, {"path": str(path), "orig_name": "x"}, *rest)
-        assert kind == "complete"
-        told.add(json.dumps(data))
-    assert len(told) == 1
-    assert json.dumps(NOT_UPLOADED)[1:-1] in told.pop()
+    for path in (*outside, f"{uploads}/../x", "e", "a\0b", uploads, uploads / "none.png", uploads / "link.png"):
+        wrong = photo(path) if meta else {"path": str(path)}
+        kind, data = call(address, "on_ask", {"text": "What?", "files": [*sound, wrong]}, 40, 0)
+        assert "(64, 48)" not in json.dumps(data), path
+        if kind == "complete":
+            assert Path(path).is_relative_to(uploads)
+            told.add(json.dumps(data))
+    if meta:
+        assert len(told) == 1
+        assert json.dumps(NOT_UPLOADED)[1:-1] in told.pop()
+    assert sorted(uploads.rglob("*")) == before  # what the page shows, Gradio copies there
 
 
-@pytest.mark.parametrize("photo", [{}, {"path": None}, {"url": "x"}, {"orig_name": "x"}, {"path": ""}])
-def test_odd_payloads_are_one_sentence_and_the_buttons_come_back(served, photo):
+def test_no_address_of_a_payload_is_fetched(served, secret, tmp_path):
+    """Neither when the photo is shown nor when the question comes back."""
     address, _ = served
-    kind, data = call(address, "on_ask", photo, "What?", 40, 0)
+    path = upload(address, secret)
+    with socket.socket() as trap:
+        trap.bind(("127.0.0.1", 0))
+        trap.listen()
+        trap.settimeout(0.5)
+        url = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
+        payload = photo(path, url=url)
+        assert ask(address, payload)[0] == "(64, 48) What?"
+        text, box = ask(address, payload, temperature="odd")
+        assert text.startswith("⚠ settings")
+        assert [file["path"] for file in box["files"]] == [path]
+        assert url not in json.dumps(box)
+        assert call(address, "on_ask", {"text": "What?", "files": [photo(url, url=url)]}, 40, 0)[0] == "error"
+        with pytest.raises(TimeoutError):
+            trap.accept()
+
+
+def test_a_photo_that_is_gone_is_one_sentence_and_the_buttons_come_back(served, secret):
+    address, _ = served
+    gone = upload(address, secret)
+    os.unlink(gone)
+    kind, data = call(address, "on_ask", {"text": "What?", "files": [photo(gone)]}, 40, 0)
     assert kind == "complete"
-    assert answer_of(data) == (f"⚠ {NOT_UPLOADED}", "What?")
+    assert data[1][-1]["content"][0]["text"] == f"⚠ {NOT_UPLOADED}"
+    assert data[3] == {"text": "What?", "files": []}
     assert [update["interactive"] for update in data[4:7]] == [True, True, False]  # ask, retry, stop
 
 
 @pytest.mark.parametrize(("longest", "temperature"), [("x", 0), (40, 1e308), (-5, 0), ([], 0), (40, {}), (None, 0)])
 def test_odd_settings_are_one_sentence(served, secret, longest, temperature):
     address, _ = served
-    kind, data = call(address, "on_ask", {"path": upload(address, secret)}, "What?", longest, temperature)
-    assert kind == "complete"
-    text, question = answer_of(data)
+    path = upload(address, secret)
+    text, box = ask(address, photo(path), longest=longest, temperature=temperature)
     assert text.startswith("⚠ settings")
-    assert question == "What?"
+    assert (box["text"], [file["path"] for file in box["files"]]) == ("What?", [path])
 
 
 @pytest.mark.parametrize(
-    "data", [["x", "What?", 40, 0], [[1], "What?", 40, 0], [{"path": 5}, "?", 40, 0], [], [None] * 4]
+    "data",
+    [
+        ["x", 40, 0],
+        [[1], 40, 0],
+        [None, 40, 0],
+        [{"text": 5, "files": [{"path": 5}]}, 40, 0],
+        [{"text": "?", "files": {"path": "x"}}, 40, 0],
+        [{"text": "?", "files": ["x", 5, None]}, 40, 0],
+        [{"text": "?", "files": [{}]}, 40, 0],
+        [{"text": "?", "files": [{"path": None, "meta": {"_type": "gradio.FileData"}}]}, 40, 0],
+        [{"text": "?", "files": [{"url": "x", "meta": {"_type": "gradio.FileData"}}]}, 40, 0],
+        [{"files": 5}, 40, 0],
+        [],
+        [None] * 3,
+    ],
 )
 def test_the_server_goes_on_after_what_gradio_refuses(served, secret, data):
     address, _ = served
     call(address, "on_ask", *data)
-    kind, answered = call(address, "on_ask", {"path": upload(address, secret)}, "Still there?", 40, 0)
-    assert (kind, answer_of(answered)[0]) == ("complete", "(64, 48) Still there?")
+    assert ask(address, photo(upload(address, secret)), text="Still there?")[0] == "(64, 48) Still there?"
 
 
 def test_half_a_surrogate_pair_is_said(served, secret):
     address, _ = served
-    kind, data = call(address, "on_ask", {"path": upload(address, secret)}, "a\ud800", 40, 0)
-    assert kind == "complete"
-    assert "is not valid Unicode text" in answer_of(data)[0]
+    assert "is not valid Unicode text" in ask(address, photo(upload(address, secret)), text="a\ud800")[0]
 
 
 @pytest.mark.parametrize("upload", [None, {}, "x", [1], 5, {"path": None}, {"path": 5}, {"path": "/etc/passwd"}])
