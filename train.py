@@ -1,4 +1,4 @@
-"""Trains projector and LoRA.
+"""Trains what `train.parts` names: projector, language model, encoder.
 
     python train.py --config my.yaml --dry-run        # try the longest sample; print memory and time by setting
     python train.py --config my.yaml train.max_steps=100
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = load_config(args.config, args.overrides)
 
     from training.agreement import lost_processes
-    from training.stages import describe, train
+    from training.stages import describe, stages
 
     resume = args.resume if args.resume in (None, "auto") else str(Path(args.resume).absolute())
     with lost_processes():
@@ -44,7 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
             for text in describe(config):
                 print(text)
         else:
-            train(config, resume, args.accept_changes)
+            for trainer in stages(config, resume, args.accept_changes):
+                trainer.run()
+                del trainer  # its memory is needed for the next stage
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains the stages of `train.stages` one after the other; a run without stages is one stage. Called by `train.py`.
+"""The stages of `train.stages`, one after the other; a run without stages is one stage. Called by `train.py`.
 
 A stage is a run of its own: it has its own schedule, log and checkpoints. Stage k of several writes into
 `<train.output_dir>/<k>-<name>/`, the last one into `train.output_dir` itself, where the finished model is as always.
@@ -35,8 +35,9 @@ FIXED = ("train.stages", "train.output_dir", "train.init_from", "train.precision
 NAME = re.compile(r"[\w-]{1,50}")  # part of a folder's name on any system
 
 
-def train(config: Config, resume: str | None = None, accept_changes: bool = False) -> Path:
-    """Train all stages that are not finished and return the last checkpoint folder.
+def stages(config: Config, resume: str | None = None, accept_changes: bool = False) -> Iterator[Trainer]:
+    """The trainer of each stage that is not finished, for the caller to `run` and then to forget: the next one is built
+    when it is asked for, and the memory of two models may be too much.
 
     Args:
         config: the run.
@@ -51,18 +52,20 @@ def train(config: Config, resume: str | None = None, accept_changes: bool = Fals
     configs = stage_configs(config)
     folders = [resolve_path(stage.train.output_dir) for stage in configs]
     first, origin = (0, None) if len(configs) == 1 else _first_stage(configs, folders, resume)
-    checkpoint = Path()
     for number in range(first, len(configs)):
         stage = configs[number] if origin is None else _starting_from(configs[number], origin)
-        resumed = resume if number == first else None
-        checkpoint = _train_stage(stage, resumed, accept_changes, stage_title(config, number), folders[number + 1 :])
-        origin = checkpoint
+        trainer = Trainer(stage, resume if number == first else None, accept_changes)
+        later = folders[number + 1 :]
+        _introduce(trainer, stage_title(config, number), later)
+        yield trainer
+        origin = trainer.output_dir / f"checkpoint-{trainer.progress.step}"
+        _conclude(trainer, origin, later)
+        del trainer
         _forget_models()
-    return checkpoint
 
 
 def describe(config: Config) -> Iterator[str]:
-    """What `describe_run` says of each stage; errors as `train`."""
+    """What `describe_run` says of each stage; errors as `stages`."""
     for number, stage in enumerate(stage_configs(config)):
         title = stage_title(config, number)
         yield (f"{title}\n" if title else "") + describe_run(Trainer(stage, dry_run=True))
@@ -211,9 +214,8 @@ def _starting_from(config: Config, checkpoint: Path) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"init_from": str(checkpoint)})})
 
 
-def _train_stage(config: Config, resume: str | None, accept_changes: bool, title: str, later: list[Path]) -> Path:
-    """Train one stage; `later` are the folders of those after it. Returns its last checkpoint."""
-    trainer = Trainer(config, resume, accept_changes)
+def _introduce(trainer: Trainer, title: str, later: list[Path]) -> None:
+    """Say what is about to be trained; `later` are the folders of the stages after it."""
     if title:
         trainer.say(title)
     trainer.say(trainer.model.parameter_summary())
@@ -223,16 +225,18 @@ def _train_stage(config: Config, resume: str | None, accept_changes: bool, title
         f"{trainer.setting.accumulation} samples a step on each process"
     )
     on_main(trainer.accelerator, lambda: _set_aside(trainer, later))
-    folder = trainer.run()
+
+
+def _conclude(trainer: Trainer, folder: Path, later: list[Path]) -> None:
+    """Say where the trained model is, and end the program if a signal came in the last step."""
     # in quotes: a folder's name may hold spaces
     how_to_ask = "" if later else f'\nask it:  python predict.py --checkpoint "{folder}" --image FILE --question TEXT'
     trainer.say(f"trained: {folder}{how_to_ask}")
-    # a signal that came after the last step, which ended by itself
+    # the last step ended by itself
     received = [number for number in gather_object([trainer.stop.received]) if number]
     if later and received:
         trainer.say("stopped by a signal before the next stage: continue with --resume auto")
         raise SystemExit(128 + received[0])
-    return folder
 
 
 def _set_aside(trainer: Trainer, later: list[Path]) -> None:

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 
 from config import Config
 from errors import UserError
+from tests.training.runs import train
 from training import loop, stages, state
 from training.agreement import lost_processes
 from training.loop import Trainer
@@ -68,7 +69,7 @@ def train_stages(config, case):
                 FAULTS[case["fault"]](self)
 
     stages.Trainer = Faulty
-    return stages.train(config, case.get("resume"))
+    return train(config, case.get("resume"))
 
 
 def run(case):

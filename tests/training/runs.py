@@ -5,6 +5,8 @@ import json
 import torch
 from safetensors.torch import load_file
 
+from training.stages import stages
+
 
 def weights(folder):
     """The trained tensors of a checkpoint by name."""
@@ -25,6 +27,15 @@ def lines(folder):
 def losses(folder):
     """The logged losses of a run by step."""
     return {line["step"]: line["loss"] for line in lines(folder)}
+
+
+def train(config, resume=None, accept_changes=False):
+    """Train all stages of a run as `train.py` does; the last checkpoint folder."""
+    folder = None
+    for trainer in stages(config, resume, accept_changes):
+        folder = trainer.run()
+        del trainer
+    return folder
 
 
 def names(folder):

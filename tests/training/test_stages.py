@@ -16,11 +16,11 @@ from errors import UserError
 from model.checkpoint_folder import damage
 from tests.tiny import tiny_config
 from tests.training.conftest import DROPOUT
-from tests.training.runs import at_step, lines, names, same
+from tests.training.runs import at_step, lines, names, same, train
 from training import stages, state
 from training.build import make_accelerator
 from training.loop import Trainer
-from training.stages import describe, stage_configs, train
+from training.stages import describe, stage_configs
 
 ALIGN = {"name": "align", "train.parts.llm.lr": 0, "train.max_steps": 2}
 ALL = {"name": "all", "train.max_steps": 3, "data.seed": 7}
