@@ -1,4 +1,4 @@
-"""What `CONTRIBUTING.md` promises: a tower, a projector and a trained part are one class or function and one line each.
+"""A new tower, projector or trained part is one class or function and one line of a table; nothing else changes.
 
 The three toys are registered here alone; a run trains, validates, saves, resumes and answers with them.
 """
@@ -92,12 +92,22 @@ def toys(workshop):
     settings = {"image_processor_type": "SiglipImageProcessor", "size": {"height": EDGE, "width": EDGE}}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     torch.manual_seed(7)
-    save_file({name: torch.randn_like(tensor) for name, tensor in ToyTower().state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: torch.randn_like(tensor) for name, tensor in ToyTower().state_dict().items()},
+        folder / "model.safetensors",
+    )
     return workshop
 
 
 def configured(toys, output, vision=None, data=None, **train):
-    settings = {"output_dir": str(output), "max_steps": 4, "eval_steps": 2, "save_steps": 2, "log_steps": 1, "trackers": []}
+    settings = {
+        "output_dir": str(output),
+        "max_steps": 4,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "log_steps": 1,
+        "trackers": [],
+    }
     rates = {"projector": {"lr": 1e-2}, "llm": {"lr": 1e-2}, "toy": {"lr": 3e-2}, "vision": vision or {}}
     return tiny_config(
         toys,
@@ -167,5 +177,7 @@ def test_toys_take_every_setting_that_the_others_take(toys, tmp_path):
 def test_a_part_that_nobody_registered_is_one_sentence(toys, tmp_path, monkeypatch):
     monkeypatch.setitem(parts.PARTS, "toys", toy_parts)
     config = tiny_config(toys, train={"parts": {"toy": {"lr": 1e-2}}})
-    with pytest.raises(UserError, match=r"^'train.parts.toy' is not a part that can be trained, did you mean 'toys'\?$"):
+    with pytest.raises(
+        UserError, match=r"^'train.parts.toy' is not a part that can be trained, did you mean 'toys'\?$"
+    ):
         Trainer(config)

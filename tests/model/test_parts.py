@@ -1,4 +1,4 @@
-"""Every way to train a part: what learns and what stays, what a checkpoint holds, and that it comes back bit for bit."""
+"""Every way to train a part: what learns, what a checkpoint holds, and that it comes back bit for bit."""
 
 import json
 import re
@@ -95,7 +95,9 @@ def configured(backbones, output, parts, **train):
         backbones,
         llm={"path": str(backbones / "qwen"), "lora": lora},
         visual={"path": str(backbones / "siglip"), "lora": lora},
-        train=settings | {"micro_batch": 2, "workers": 0, "log_steps": 1, "parts": parts, "precision": "float32"} | train,
+        train=settings
+        | {"micro_batch": 2, "workers": 0, "log_steps": 1, "parts": parts, "precision": "float32"}
+        | train,
     ).model_copy(update={"model_root": str(backbones)})
 
 
@@ -111,7 +113,9 @@ def files_of(folder):
 def tensors_of(folder):
     """All trained tensors of a checkpoint by file and name."""
     return {
-        (file.name, name): tensor for file in sorted(folder.rglob("*.safetensors")) for name, tensor in load_file(file).items()
+        (file.name, name): tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
     }
 
 
@@ -268,7 +272,9 @@ def test_mistakes_are_one_sentence(backbones, tmp_path):
     assert near == "'train.parts.visoin' is not a part that can be trained, did you mean 'vision'?"
 
 
-@pytest.mark.parametrize("settings", [{"mode": "full"}, {"mode": "full", "layers": [0]}, {"mode": "lora", "layers": [0]}])
+@pytest.mark.parametrize(
+    "settings", [{"mode": "full"}, {"mode": "full", "layers": [0]}, {"mode": "lora", "layers": [0]}]
+)
 def test_quantised_weights_are_not_trained(backbones, settings):
     config = tiny_config(backbones, llm={"path": "qwen", "quantization": "nf4"})
     network = SimpleNamespace(config=config, LLM=AutoModelForCausalLM.from_pretrained(backbones / "qwen"))

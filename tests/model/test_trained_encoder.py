@@ -41,7 +41,9 @@ def build(backbones, parts, visual=None):
 def photos_and_text(model, count=2):
     """Pixels, ids and labels of `count` questions with an answer, as a padded batch."""
     chat = model.processor.chat
-    rows = [chat.render([chat.typed_question("What?" * number, 1), chat.answer("that")]) for number in range(1, count + 1)]
+    rows = [
+        chat.render([chat.typed_question("What?" * number, 1), chat.answer("that")]) for number in range(1, count + 1)
+    ]
     length = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
@@ -62,7 +64,11 @@ def whole_weights(leaves, root, module):
             continue
         name = name.removeprefix(root)
         if ".base_layer." in name:
-            A, B = (leaves[root + name.replace("base_layer", f"lora_{factor}.default")] for factor in "AB") if name.endswith("weight") else (None, None)
+            A, B = (
+                (leaves[root + name.replace("base_layer", f"lora_{factor}.default")] for factor in "AB")
+                if name.endswith("weight")
+                else (None, None)
+            )
             weight = weight if A is None else weight + SCALE * B @ A
             name = name.replace(".base_layer", "")
         weights[name] = weight
@@ -114,7 +120,9 @@ def test_recomputed_activations_give_the_same_gradients(backbones, tmp_path, tow
     config = tiny_config(backbones, visual={"path": str(visual or backbones / "siglip"), "lora": lora}, train=train)
     trainer = Trainer(config)
     model, found, calls = trainer.model.train(), [], []
-    layer = next(module for name, module in model.encoder.named_modules() if name.endswith(".0") and name.count("layer"))
+    layer = next(
+        module for name, module in model.encoder.named_modules() if name.endswith(".0") and name.count("layer")
+    )
     norm = next(module for module in layer.modules() if isinstance(module, nn.LayerNorm))
     norm.register_forward_hook(lambda *_: calls.append(1))
     batch = as_packed(*(tensor if tensor.dtype == torch.int64 else tensor.float() for tensor in photos_and_text(model)))
@@ -131,7 +139,7 @@ def test_recomputed_activations_give_the_same_gradients(backbones, tmp_path, tow
 
 @pytest.mark.parametrize("tower", ["clip", "dinov2"])
 def test_weights_that_the_output_does_not_need_get_a_gradient_too(backbones, tmp_path, tower):
-    """CLIP's last norm, DINOv2's mask token: a run of several processes waits for the gradient of every trained weight."""
+    """CLIP's last norm, DINOv2's mask token: several processes wait for the gradient of every trained weight."""
     visual = write_clip(tmp_path / "clip") if tower == "clip" else write_tower(tmp_path / "dinov2", "dinov2")
     model = build(backbones, MODES["full"], visual)
     pixels, ids, labels, mask = photos_and_text(model)

@@ -8,9 +8,7 @@ from safetensors.torch import load_file
 
 def weights(folder):
     """The trained tensors of a checkpoint by name."""
-    return {
-        name: tensor for file in sorted(folder.rglob("*.safetensors")) for name, tensor in load_file(file).items()
-    }
+    return {name: tensor for file in sorted(folder.rglob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def same(first, second):
