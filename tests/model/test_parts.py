@@ -218,6 +218,7 @@ def assert_same_features(model, theirs, bare):
     assert not settings.base_model_name_or_path.startswith("/")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
 def test_peft_loads_the_adapter_of_a_tower_that_holds_its_model(backbones, tmp_path):
     write_tower(tmp_path / "vit", "vit")
     config = configured(backbones, tmp_path / "run", MODES["vision lora"][-1], max_steps=2)
