@@ -104,12 +104,21 @@ class Lora(Section):
     )
 
 
+# what differs from `Lora` for an encoder, which is smaller, and whose layers have other names
+VISUAL_LORA = {"r": 16, "alpha": 32, "target_modules": None}
+
+
 class Visual(Section):
     path: str
     drop: Literal["first", "leading", "none"] = "first"
     tiles: int = Field(0, ge=0, le=64)
     image_tokens: int | None = Field(None, ge=1, le=2**20)
-    lora: Lora = Field(default_factory=lambda: Lora(r=16, alpha=32, dropout=0.05, target_modules=None))
+    lora: Lora = Field(default_factory=lambda: Lora.model_validate(VISUAL_LORA))
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _defaults_of_an_encoder(cls, lora: Any) -> Any:
+        return VISUAL_LORA | lora if isinstance(lora, dict) else lora
 
 
 class Llm(Section):

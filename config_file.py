@@ -16,7 +16,7 @@ RENAMED: dict[str, tuple[str, dict[Any, Any]]] = {
     "train.projector_lr": ("train.parts.projector.lr", {}),
     "train.lora_lr": ("train.parts.llm.lr", {}),
 }
-# keys of earlier versions that are not needed any more, and the one value with which they meant what happens today
+# keys of earlier versions that have no effect any more, and what happens instead; nothing is said where they asked for it
 REMOVED = {"train.attention": "sdpa"}
 
 logger = logging.getLogger(__name__)
@@ -64,16 +64,12 @@ def put_in(raw: dict[str, Any], values: dict[str, Any], where: str) -> None:
 
 
 def _translated(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same values under the keys of today.
-
-    Raises:
-        UserError: a removed key with a value that meant something else than what happens today.
-    """
+    """The same values under the keys of today."""
     now = {}
     for key, value in values.items():
         if key in REMOVED:
             if value != REMOVED[key]:
-                raise UserError(f"{where}: '{key}' = {shortened(value)} does not exist any more: remove the key")
+                logger.warning("%s: '%s' = %s has no effect any more: %s is used", where, key, value, REMOVED[key])
             continue
         if key in RENAMED:
             today, meanings = RENAMED[key]

@@ -216,14 +216,15 @@ class ImageCaptionDataset(Dataset):
             )
         else:
             shared = self.entries[self.groups[index][0]].turns[0].images
-            placeholders = sum(self._plan(ID).tokens for ID in shared)
+            placeholders = sum(self.plan(ID).tokens for ID in shared)
             places = (place for place, token in enumerate(first.input_ids) if token == self.chat.image_token_id)
             prefix_length = next(itertools.islice(places, placeholders - 1, None)) + 1
             input_ids, labels, lengths = pack([(one.input_ids, one.labels) for one in rendered], prefix_length)
             photo_ids = shared + tuple(ID for one in rendered for ID in one.photo_ids[len(shared) :])
         return Sample(torch.tensor(input_ids), torch.tensor(labels), lengths, photo_ids, {})
 
-    def _plan(self, ID: int) -> VisualPlan:
+    def plan(self, ID: int) -> VisualPlan:
+        """What photo `ID` becomes; UserError where that depends on its size, which cannot be read."""
         if self.plan_photo is None:
             return self.chat.plan
         plan_photo = self.plan_photo
@@ -234,7 +235,7 @@ class ImageCaptionDataset(Dataset):
         entry = self.entries[number]
         choose = random.Random(f"{self.seed} {int(self.epoch)} {number}")  # the same whichever worker draws it
         answers = [choose.choice(turn.answers) for turn in entry.turns]
-        plans = {ID: self._plan(ID) for ID in set(entry.images)}
+        plans = {ID: self.plan(ID) for ID in set(entry.images)}
         turns, input_ids, labels = 0, [], []
         for turns in range(len(answers), 0, -1):
             messages = entry_messages(entry, self.chat, answers[:turns], plans)[: 2 * turns]

@@ -83,9 +83,9 @@ def load_checkpoint(
     config = read_config(folder, overrides)
     model = MMultiModal.from_config(config, device, dtype, run_folder=folder.parent)
     restore_weights(model, folder)
-    # the trained parts only: `.to(dtype)` of all would round the frequencies of the rotary embedding too
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    # the parts only: `.to(dtype)` of all would round the frequencies of the rotary embedding too
+    for part in model.parts:
+        for parameter in part.parameters.values():
             parameter.data = parameter.data.to(dtype)
     return model.eval()
 
@@ -265,7 +265,8 @@ def _read_weights(folder: Path) -> dict[str, _Weights]:
     weights = {}
     for name in required_files(folder):
         if name.endswith(".safetensors"):
-            settings = _saved_lora((folder / name).with_name(ADAPTER_CONFIG_FILE)) if "adapter" in name else None
+            adapter = Path(name).name == ADAPTER_FILE
+            settings = _saved_lora((folder / name).with_name(ADAPTER_CONFIG_FILE)) if adapter else None
             weights[name] = _Weights(name, _read_tensors(folder / name), settings)
     return weights
 

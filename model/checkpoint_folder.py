@@ -36,7 +36,9 @@ def required_files(folder: Path) -> list[str]:
         ]
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError):  # format 1, or a damaged file
         weights = list(FORMER_FILES)
-    adapters = [Path(name).with_name(ADAPTER_CONFIG_FILE).as_posix() for name in weights if "adapter_model" in name]
+    adapters = [
+        Path(name).with_name(ADAPTER_CONFIG_FILE).as_posix() for name in weights if Path(name).name == FORMER_FILES[1]
+    ]
     return [CONFIG_FILE, PROVENANCE_FILE, *adapters, *weights]
 
 

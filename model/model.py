@@ -209,8 +209,9 @@ class MMultiModal(nn.Module):
         """
         embeddings, images = self._embed(batch)
         loss = self.language_model.packed_loss(embeddings, batch.labels, batch.position_ids, batch.samples, num_items)
-        if images is None and self.training:
-            # all processes of a distributed run must have gradients for the same weights, also with text alone
+        if self.training and (images is None or self.trains_encoder):
+            # all processes of a distributed run must have gradients for the same weights: also with text alone, and of
+            # those that the encoder's output does not need (CLIP's last norm, DINOv2's mask token)
             visual = (*self.feature_proj.parameters(), *self.encoder.parameters())
             loss = loss + 0.0 * sum(weight.flatten()[:1].sum() for weight in visual if weight.requires_grad)
         weight = self.config.train.contrastive_weight

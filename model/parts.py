@@ -19,6 +19,7 @@ from compat import use_lora_layer
 from config import Config, LlmSettings, Lora, PartSettings, VisionSettings
 from errors import UserError, shortened
 from qwen.lora import LoraLinear
+from visual.tower import Tower
 
 PROJECTOR_FILE = "feature_proj.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -31,7 +32,7 @@ class Network(Protocol):
     """What of a model its parts are made of; `model.model.MMultiModal`, which holds them."""
 
     config: Config
-    encoder: nn.Module
+    encoder: Tower
     feature_proj: nn.Module
     LLM: Any
 
@@ -66,7 +67,8 @@ def llm_parts(model: Network, settings: LlmSettings) -> list[Part]:
     With `lora` and `layers`, these layers are trained whole and the others get LoRA.
 
     Raises:
-        UserError: a layer or a target module that does not exist, or quantised weights that would be trained.
+        UserError: a layer or a target module that does not exist, quantised weights that would be trained, or no layer
+            that is left for LoRA.
     """
     if settings.mode == "frozen":
         return []
@@ -90,6 +92,11 @@ def llm_parts(model: Network, settings: LlmSettings) -> list[Part]:
         parts.append(Part("llm", settings.lr, {name: names[name] for name in whole}, LLM_FILE))
     if settings.mode == "lora":
         others = [layer for layer in range(count) if layer not in (settings.layers or ())]
+        if not others:  # to peft, an empty list means all layers
+            raise UserError(
+                "'train.parts.llm.layers' names every layer, and no layer is left for LoRA: set "
+                "train.parts.llm.mode=full, or name fewer layers"
+            )
         arguments = {} if settings.layers is None else {"layers_to_transform": others, "layers_pattern": "layers"}
         adapter = _lora_config(
             lora,
@@ -112,12 +119,12 @@ def vision_parts(model: Network, settings: VisionSettings) -> list[Part]:
         return []
     if settings.mode == "full":
         return [Part("vision", settings.lr, dict(model.encoder.named_parameters()), VISION_FILE)]
-    lora = model.config.visual.lora
-    adapter = _lora_config(lora, _linear_names(model.encoder, lora.target_modules, "visual.lora.target_modules"))
+    lora, encoder = model.config.visual.lora, model.encoder.library_model
+    adapter = _lora_config(lora, _linear_names(encoder, lora.target_modules, "visual.lora.target_modules"))
     use_lora_layer(adapter, LoraLinear, nn.Linear)
-    inject_adapter_in_model(adapter, model.encoder)
+    inject_adapter_in_model(adapter, encoder)
     # peft saves an adapter under the names of its wrapper
-    parameters = _adapter_parameters(model.encoder, "base_model.model.")
+    parameters = _adapter_parameters(encoder, "base_model.model.")
     return [Part("vision_lora", settings.lr, parameters, VISION_ADAPTER_FILE, adapter)]
 
 

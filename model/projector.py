@@ -38,12 +38,16 @@ class FeatureProjector(nn.Module):
         """`(C, R, Dv)` encoder features of any dtype → `(C, M, Dl)` tokens."""
         raise NotImplementedError
 
-    def operations(self, grid: Grid, trained: bool) -> int:
-        """Floating-point operations of one crop in a training step whose gradients end at the projector.
+    def operations(self, grid: Grid, trained: bool, passes_on: bool = False) -> int:
+        """Floating-point operations of one crop in a training step.
 
         Counted as `training/costs.py` does: a matrix with P weights costs 2·P for each position in the forward pass,
         2·P more for its own gradient and 2·P for that of its input where that needs one. A projector that is not
-        trained costs its forward pass, since below it nothing needs gradients.
+        trained and passes nothing on costs its forward pass.
+
+        Args:
+            trained: its weights get gradients.
+            passes_on: so do its rows, because the encoder is trained.
         """
         raise NotImplementedError
 
@@ -90,9 +94,10 @@ class Mlp(FeatureProjector, nn.Sequential):
     def forward(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
         return nn.Sequential.forward(self, self.cast(rows, grid))
 
-    def operations(self, grid: Grid, trained: bool) -> int:
+    def operations(self, grid: Grid, trained: bool, passes_on: bool = False) -> int:
         first, second = self[0].weight.numel(), self[2].weight.numel()
-        return self.tokens(grid) * (4 * first + 6 * second if trained else 2 * (first + second))
+        own, inner = 2 + 2 * trained, 2 * (trained or passes_on)
+        return self.tokens(grid) * ((own + 2 * passes_on) * first + (own + inner) * second)
 
     def llava_tensors(self) -> dict[str, torch.Tensor]:
         layers = {"linear_1": self[0], "linear_2": self[2]}
@@ -190,14 +195,13 @@ class Resampler(FeatureProjector):
         attended = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)  # (C, M, Dl)
         return self.mlp(self.token_norm(self.queries + attended))
 
-    def operations(self, grid: Grid, trained: bool) -> int:
+    def operations(self, grid: Grid, trained: bool, passes_on: bool = False) -> int:
         rows = self.key.weight.numel() + self.value.weight.numel()
         tokens = self.mlp[0].weight.numel() + self.mlp[2].weight.numel()
         # scores, and sums of values: each row meets M · Dl numbers twice, and both factors need gradients
-        attention = 2 * self.queries.numel()
-        if not trained:
-            return grid.rows * 2 * (rows + attention) + self.tokens(grid) * 2 * tokens
-        return grid.rows * (4 * rows + 6 * attention) + self.tokens(grid) * 6 * tokens
+        own, inner = 2 + 2 * trained, 2 * (trained or passes_on)
+        attention = (own + inner + 2 + 2 * inner) * self.queries.numel()
+        return grid.rows * ((own + 2 * passes_on) * rows + attention) + self.tokens(grid) * (own + inner) * tokens
 
 
 def sine_positions(grid: Grid, width: int, device: torch.device) -> torch.Tensor:

@@ -289,3 +289,9 @@ def test_what_cannot_become_a_folder_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match="no permission to write in"):
         check_folder(tmp_path / "a", "train.output_dir")
+
+
+def test_lora_of_the_encoder_has_defaults_of_its_own():
+    lora = parse_config(GOOD | {"visual": {"path": "v", "lora": {"r": 4}}}, "my.yaml").visual.lora
+    assert (lora.r, lora.alpha, lora.target_modules) == (4, 32, None)
+    assert parse_config(GOOD, "my.yaml").visual.lora.r == 16

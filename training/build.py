@@ -16,6 +16,7 @@ import torch
 import transformers
 from accelerate.utils import gather_object
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from batch import Batch
 from compat import send_no_gradients_of, set_activation_checkpointing
@@ -188,8 +189,9 @@ class Run:
     def set_checkpointing(self, on: bool) -> None:
         """Recompute the activations of whatever passes a gradient on in the backward pass, or keep them."""
         set_activation_checkpointing(self.model.language_model, on)
-        if self.model.trains_encoder:
-            set_activation_checkpointing(self.model.encoder, on)
+        encoder = self.model.encoder.library_model
+        if self.model.trains_encoder and isinstance(encoder, PreTrainedModel):  # of other libraries' they are kept
+            set_activation_checkpointing(encoder, on)
 
     def cut(
         self, dataset: ImageCaptionDataset, order: list[int], processes: int = 1, start: int = 0
@@ -243,8 +245,14 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
 
 
 def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Module:
-    """Wrap the loss for several processes. Frozen tensors are equal on all of them, so they are not sent."""
+    """Wrap the loss for several processes. Frozen tensors are equal on all of them, so they are not sent.
+
+    Raises:
+        UserError: all tensors are frozen.
+    """
     loss = LossOf(model)
+    if not any(parameter.requires_grad for parameter in loss.parameters()):
+        raise UserError("'train.parts': nothing is trained: give a part a learning rate above 0")
     frozen = [name for name, parameter in loss.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in loss.named_buffers()]
     send_no_gradients_of(loss, [*frozen, *buffers])

@@ -27,8 +27,11 @@ class Arithmetic:
     of its input; one that is trained costs 2·P more for its own gradient (Kaplan et al. 2020, arXiv 2001.08361, section
     2.1). So frozen weights of the language model count 4·P·T, LoRA and projector 6·P·T, `lm_head` and the MLP of the
     last layer the same for supervised positions alone, a frozen encoder 2·P for each row, since nothing flows back
-    into it. Attention scores of the language model are left out: they add about 1 % at T = 800 and the widths of a 7B
-    model. Otherwise it equals the matrix products that run (`tests/training/test_costs.py`).
+    into it, and one with LoRA 4·P. Attention scores are left out: those of the language model add about 1 % at T = 800
+    and the widths of a 7B model. So are convolutions. Gradients are counted down to the first matrix of the encoder and
+    of the language model, also where nothing below it is trained (LoRA on the encoder; LoRA behind a frozen projector):
+    of 27 layers, that is 0.5 % too many. Otherwise it equals the matrix products that run
+    (`tests/training/test_costs.py`).
     """
 
     def __init__(self, model: MMultiModal) -> None:
@@ -38,7 +41,7 @@ class Arithmetic:
         self.per_supervised = last_mlp + (6 if head.weight.requires_grad else 4) * head.in_features * head.out_features
         self.per_token = _linear_operations(language_model, frozen=4, trained=6) - self.per_supervised
         trained = next(model.feature_proj.parameters()).requires_grad
-        self.per_crop = model.feature_proj.operations(model.encoder.grid, trained)
+        self.per_crop = model.feature_proj.operations(model.encoder.grid, trained, model.trains_encoder)
         rows = model.encoder.all_rows
         frozen = 4 if model.trains_encoder else 2
         self.per_encoded_crop = rows * _linear_operations(model.encoder, frozen=frozen, trained=6)

@@ -6,7 +6,7 @@ trial. Called by `build.py` and `dry_run.py`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -169,16 +169,25 @@ def usable_memory(device: torch.device) -> int:
 
 
 def longest_sample(dataset: ImageCaptionDataset) -> int:
-    """Index of the sample with most tokens among the 32 with most text; to count the tokens of all would take long."""
+    """Index of the sample with most tokens, or nearly so; to count the tokens of all would take long.
+
+    Of the samples whose photos have most tokens, it is the longest of the 32 with most text.
+    """
 
     def characters(index: int) -> int:
         entries = [dataset.entries[number] for number in dataset.groups[index]]
         return sum(len(turn.question) + max(map(len, turn.answers)) for entry in entries for turn in entry.turns)
 
+    def tokens_of(images: Sequence[int]) -> int:
+        try:
+            return sum(dataset.plan(ID).tokens for ID in images)
+        except UserError:  # training reports it when it comes to this photo
+            return 0
+
     def photos_of(group: list[int]) -> int:
         entries = [dataset.entries[number] for number in group]
         shared = len(entries[0].turns[0].images)
-        return shared + sum(len(entry.images) - shared for entry in entries)
+        return tokens_of(entries[0].images) + sum(tokens_of(entry.images[shared:]) for entry in entries[1:])
 
     # photos cost more tokens than text
     photos = {index: photos_of(group) for index, group in enumerate(dataset.groups)}

@@ -200,6 +200,11 @@ def _digest(model: MMultiModal, photos: list[Photo], config: Config) -> str:
         f"{backbone_fingerprint(model.visual_folder)} {model.processor.transform.fingerprint()} "
         f"{model.encoder.grid} {config.visual.tiles} {model.encoder.dtype}".encode()
     )
+    inside = {id(weight) for weight in model.encoder.parameters()}
+    for part in model.parts:  # an encoder that an earlier run has trained is no longer its backbone
+        for name, weight in part.parameters.items():
+            if id(weight) in inside:
+                digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
     for photo in photos:
         try:
             state = photo.path.stat()

@@ -7,7 +7,6 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from config import Train
-from errors import UserError
 from model.model import MMultiModal
 
 
@@ -15,7 +14,6 @@ def build_optimizer(model: MMultiModal, train: Train) -> torch.optim.AdamW:
     """AdamW with the learning rate of each part; biases are not decayed.
 
     Raises:
-        UserError: no part has a learning rate above 0.
         AssertionError: something outside the parts would be trained.
     """
     groups: list[dict[str, Any]] = []
@@ -26,8 +24,6 @@ def build_optimizer(model: MMultiModal, train: Train) -> torch.optim.AdamW:
             if members:
                 decay = train.weight_decay if decayed else 0.0
                 groups.append({"params": members, "lr": part.lr, "weight_decay": decay, "name": part.name})
-    if not groups:
-        raise UserError("'train.parts': nothing is trained: give a part a learning rate above 0")
     count = sum(len(group["params"]) for group in groups)
     assert count == sum(parameter.requires_grad for parameter in model.parameters()), "a frozen part is trainable"
     return torch.optim.AdamW(groups, betas=train.betas, fused=model.device.type == "cuda")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import nn
 from transformers import Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, ViTModel
 
 from visual.tower import Tower, load_pretrained, pair
@@ -36,6 +37,10 @@ class LibraryTower(Tower):
     def load(cls, folder: Path, dtype: torch.dtype) -> tuple[Self, dict[str, Any]]:
         model, info = load_pretrained(cls.model_class, folder, dtype, cls.unread, **cls.settings)
         return cls(model, cls.picture_size(model.config, folder)), info
+
+    @property
+    def library_model(self) -> nn.Module:
+        return self.model
 
     @classmethod
     def picture_size(cls, config: Any, folder: Path) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from errors import UserError, shortened
 from visual.tower import Tower
@@ -56,6 +57,10 @@ class TimmViT(Tower):
         if not any(info.values()):
             model.load_state_dict(tensors)
         return cls(model.to(dtype)), info
+
+    @property
+    def library_model(self) -> nn.Module:
+        return self.model
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """`(C, 3, H, W)` → `(C, leading + N, Dv)`."""

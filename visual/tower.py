@@ -47,6 +47,11 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     @property
+    def library_model(self) -> nn.Module:
+        """The library's own model, by whose names of layers peft finds those of an adapter; here the tower itself."""
+        return self
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights, and so of the pixels it takes."""
         return next(self.parameters()).dtype

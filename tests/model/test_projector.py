@@ -221,6 +221,7 @@ def test_positions():
     assert len({tuple(row) for row in leading.tolist()}) == 14  # no two rows share a place
 
 
+@pytest.mark.parametrize("passes_on", [True, False])
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize(
     ("kind", "grid", "settings"),
@@ -233,14 +234,15 @@ def test_positions():
         ("resampler", LEADING, {}),
     ],
 )
-def test_operations_equal_the_products_that_run(kind, grid, settings, trained):
+def test_operations_equal_the_products_that_run(kind, grid, settings, trained, passes_on):
     projector = build(kind, grid, **settings).requires_grad_(trained)
+    rows = random_rows(grid, crops=3).requires_grad_(passes_on)
     # torch's plain attention: its fused kernels compute the scores again in the backward pass, which does not count
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        tokens = projector(random_rows(grid, crops=3), grid)
-        if trained:
+        tokens = projector(rows, grid)
+        if trained or passes_on:
             tokens.sum().backward()
-    assert 3 * projector.operations(grid, trained) == counter.get_total_flops()
+    assert 3 * projector.operations(grid, trained, passes_on) == counter.get_total_flops()
 
 
 class Toy(FeatureProjector):
@@ -256,8 +258,8 @@ class Toy(FeatureProjector):
     def forward(self, rows, grid):
         return self.out(self.cast(rows, grid).mean(1, keepdim=True))
 
-    def operations(self, grid, trained):
-        return (4 if trained else 2) * self.out.weight.numel()
+    def operations(self, grid, trained, passes_on=False):
+        return (2 + 2 * trained + 2 * passes_on) * self.out.weight.numel()
 
 
 def test_a_kind_of_your_own(monkeypatch):

@@ -10,7 +10,7 @@ from training.stages import stages
 
 def weights(folder):
     """The trained tensors of a checkpoint by name."""
-    return load_file(folder / "feature_proj.safetensors") | load_file(folder / "adapter_model.safetensors")
+    return {name: tensor for file in sorted(folder.rglob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def same(first, second):

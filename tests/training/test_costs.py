@@ -62,6 +62,41 @@ def test_arithmetic_equals_the_matrix_products_that_run(configure, cache, lora_l
     assert trainer.arithmetic.operations(tokens, supervised, 1, 0 if cache else 1) == counter.operations
 
 
+LLM_RATE, ENCODER_RATE = {"lr": 1e-2}, {"lr": 1e-3}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"vision": {"mode": "lora"} | ENCODER_RATE},
+        {"vision": {"mode": "full"} | ENCODER_RATE},
+        {"vision": {"mode": "full"} | ENCODER_RATE, "projector": {"lr": 0.0}},
+        {"llm": {"mode": "full"} | LLM_RATE},
+        {"llm": {"mode": "full", "layers": [1]} | LLM_RATE},
+        {"llm": {"mode": "lora", "layers": [0]} | LLM_RATE},
+        {"llm": {"mode": "lora", "layers": [1]} | LLM_RATE},
+        {"llm": {"mode": "frozen"}},
+    ],
+)
+def test_arithmetic_of_other_trained_parts(configure, parts):
+    trainer = Trainer(configure(micro_batch=1, parts={"projector": LLM_RATE, "llm": LLM_RATE} | parts))
+    model = trainer.model
+    batch = next(iter(make_loader(trainer.train_set, [[0]], 0, trainer.accelerator.device)))
+    with MatrixProducts() as counter:
+        trainer.forward(batch, None).backward()
+    tokens, supervised = batch.input_ids.numel(), supervised_tokens(batch)
+    expected = trainer.arithmetic.operations(tokens, supervised, 1, 1)
+    head = model.language_model.lm_head.weight
+    if head.requires_grad:  # its logits are computed again for the gradient, which is no arithmetic that is needed
+        expected += supervised * 2 * head.numel()
+    if parts.get("vision", {}).get("mode") == "lora":  # nothing flows back into the patches, which q, k and v read
+        layer = model.encoder.encoder.layers[0].self_attn
+        for linear in (layer.q_proj, layer.k_proj, layer.v_proj):
+            weights = linear.base_layer.weight.numel() + linear.lora_A["default"].weight.numel()
+            expected -= 2 * model.encoder.all_rows * weights
+    assert counter.operations == expected
+
+
 def test_workers_that_outlive_an_epoch_choose_the_answers_of_the_next(configure, workshop, tmp_path):
     captions = json.loads((workshop / "captions.json").read_text())
     for ID in range(6):

@@ -202,3 +202,18 @@ def test_text_alone_needs_no_features(run):
     model, _, config = run
     cached_features(model, [], config)
     assert cached_features(model, [], config, encode=False) is not None
+
+
+def test_an_encoder_that_was_trained_before_has_features_of_its_own(configure, tmp_path):
+    """`train.init_from` brings its weights, and a learning rate of 0 leaves them as they are."""
+    parts = {"projector": {"lr": 1e-2}, "vision": {"mode": "full", "lr": 0}}
+    config = configure(data={"cache_features": True, "feature_cache": str(tmp_path / "features")}, parts=parts)
+    photos = list(read_split(config)[0].values())
+    model = MMultiModal.from_config(config, "cpu")
+    first = cached_features(model, photos, config)
+    assert cached_features(model, photos, config).file == first.file
+    with torch.no_grad():
+        next(model.encoder.parameters()).mul_(2)
+    second = cached_features(model, photos, config)
+    assert second.file != first.file
+    assert torch.equal(torch.stack([second(photo) for photo in photos]), expected_features(model, photos))

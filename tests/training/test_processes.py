@@ -52,18 +52,24 @@ def launch(cases, processes, folder, launcher=TORCHRUN):
 @pytest.fixture(scope="module")
 def make_case(workshop, tmp_path_factory):
     """`make_case(name, data={…}, **train)`: a run of three steps in a folder of its own."""
-    from tests.tiny import tiny_config
+    from tests.tiny import tiny_config, write_clip
 
     root = tmp_path_factory.mktemp("processes")
     captions = json.loads((workshop / "captions.json").read_text())
     captions["0"].pop()  # leaves 12 samples, one with text only: as many micro-batches for one, two and three
     (root / "captions.json").write_text(json.dumps(captions))
 
-    def make(name, data=None, more=None, folder=None, **train):
+    write_clip(root / "clip")
+
+    def make(name, data=None, more=None, folder=None, visual=None, **train):
         settings = {"micro_batch": 1, "max_steps": 3, "log_steps": 1, "max_questions": 2, "trackers": []} | train
         config = tiny_config(
             workshop,
             data={"captions": str(root / "captions.json")} | (data or {}),
+            visual={
+                "path": str(workshop / "siglip" if visual is None else root / visual),
+                "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
+            },
             train=settings | {"output_dir": str(root / (folder or name))},
         )
         return {"name": name, "config": config.model_dump(mode="json")} | (more or {})
@@ -72,12 +78,16 @@ def make_case(workshop, tmp_path_factory):
     return make
 
 
+RATES = {"projector": {"lr": 1e-2}, "llm": {"lr": 1e-2}}
 EQUAL = {  # to one process that makes as many micro-batches itself
     "plain": {},  # some processes draw only text in some steps
     "budget": {"tokens_per_batch": 300, "max_steps": 2},
     "cache": {"data": {"cache_features": True}},
     "validation": {"data": {"val_fraction": 0.4}, "eval_steps": 1, "eval_samples": 2, "max_steps": 2},
     "several epochs": {"max_steps": 9, "micro_batch": 2},
+    # of CLIP, some weights do nothing for the output; its processes draw only text in some steps, too
+    "encoder": {"visual": "clip", "parts": RATES | {"vision": {"mode": "full", "lr": 1e-3}}},
+    "lora on the encoder": {"parts": RATES | {"vision": {"mode": "lora", "lr": 1e-3}}},
 }
 
 
