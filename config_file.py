@@ -16,7 +16,7 @@ RENAMED: dict[str, tuple[str, dict[Any, Any]]] = {
     "train.projector_lr": ("train.parts.projector.lr", {}),
     "train.lora_lr": ("train.parts.llm.lr", {}),
 }
-# keys of earlier versions that have no effect any more, and what happens instead; nothing is said where they asked for it
+# keys of earlier versions that have no effect any more, and what happens instead
 REMOVED = {"train.attention": "sdpa"}
 
 logger = logging.getLogger(__name__)
