@@ -5,22 +5,25 @@ It learns to answer about a scene that stands in the prompt, in two forms:
     object's centre gets the sum of the vectors of its colour, shape, size and cell, every other patch the vector of
     "none", all scaled and with noise. To save time most batches show only some patches, at their true positions.
   * text scenes: sentences that list the objects, in English or Chinese.
-Prompts come from `qwen/chat.py`, the same as in training; many questions share one scene, as in `dataset/packing.py`.
+Prompts, packing, attention and loss are those of training: a row is a `batch.Batch` in which scenes follow one another,
+each with all of its questions.
+
+Shapes: B scenes, K patches shown of each, T tokens of the row, D width.
 """
 
-import copy
 import time
 from collections import defaultdict
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from transformers import AttentionInterface, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from torch.nn.functional import pad
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
+from batch import Batch, sample_positions
 from config import IMAGE_TAG, Prompt
+from dataset.image_caption_dataset import Sample, collate, pack
 from demo.optimizers import make_optimizers, set_rate, take_step
 from demo.world import (
     CAPTION_QUESTIONS,
@@ -36,8 +39,11 @@ from demo.world import (
     questions,
     random_scene,
 )
+from qwen.attention import ATTENTION, register_attention
 from qwen.chat import IGNORE_INDEX, ChatFormat, Message
+from qwen.Mqwen import MQwen2ForCausalLM
 from qwen.tokenizer import image_token_id
+from visual_plan import VisualPlan
 
 IMAGE_TOKENS = GRID * GRID - 1  # the first patch is dropped, as in the full model
 NOISE = 0.15  # of the soft scenes, as a share of the vectors
@@ -51,10 +57,10 @@ QUESTION_STEPS = 500  # steps on questions alone at the start
 class SceneReader(nn.Module):
     """Qwen2 and the vectors of soft scenes (thrown away after pretraining: the projector takes their place)."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, tokenizer) -> None:
         super().__init__()
         config = Qwen2Config(
-            vocab_size=vocabulary,
+            vocab_size=len(tokenizer) + SPARE_ROWS,
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=6,
@@ -65,8 +71,10 @@ class SceneReader(nn.Module):
             tie_word_embeddings=True,
             initializer_range=0.06,
         )
-        self.language = Qwen2ForCausalLM(config)
-        self.language.set_attn_implementation("demo_branches")
+        register_attention()
+        self.language = MQwen2ForCausalLM(config)
+        self.language.set_attn_implementation(ATTENTION)
+        self.language.image_token_id = image_token_id(tokenizer)
         self.value_vectors = nn.Embedding(len(VALUES), config.hidden_size)
         self.none_vector = nn.Parameter(torch.randn(config.hidden_size) * 0.06)
         nn.init.normal_(self.value_vectors.weight, std=0.06)
@@ -80,51 +88,24 @@ class SceneReader(nn.Module):
         spread = noise * patches.detach().square().mean().sqrt()
         return scale * patches + spread * torch.randn_like(patches)
 
-    def forward(self, batch: dict[str, Tensor], noise: float) -> tuple[Tensor, Tensor]:
-        """Logits (S, V) at the supervised positions and the tokens they should name (S,)."""
-        embedded = self.language.get_input_embeddings()(batch["input_ids"])  # (B, T, D)
-        if "values" in batch:
-            rows, columns = batch["patch_mask"].nonzero(as_tuple=True)
-            patches = self.soft_patches(batch["values"], noise)
-            embedded = embedded.index_put((rows, columns), patches.flatten(0, 1).to(embedded.dtype))
-        hidden = self.language.model(
-            inputs_embeds=embedded,
-            attention_mask=batch["visible"],
-            position_ids=batch["position_ids"],
-            branch_length=batch["branch_length"],
-            use_cache=False,
-        ).last_hidden_state  # (B, T, D)
-        labels = batch["labels"][:, 1:]
-        asked = labels != IGNORE_INDEX
-        return self.language.lm_head(hidden[:, :-1][asked]), labels[asked]
+    def embed(self, batch: Batch, noise: float) -> Tensor:
+        """(1, T, D), with vectors where the placeholders stand."""
+        values = batch.image_features  # (B, K, 4); None: scenes in words
+        patches = None if values is None else self.soft_patches(values, noise)
+        return self.language.embed(batch.input_ids, patches)
 
+    def loss(self, batch: Batch, noise: float) -> Tensor:
+        """Mean over the supervised tokens of the row."""
+        return self.language.packed_loss(self.embed(batch, noise), batch.labels, batch.position_ids, batch.samples)
 
-def branch_attention(module, query, key, value, attention_mask, scaling, branch_length, **_) -> tuple[Tensor, None]:
-    """Attention over [prefix][branch 1][branch 2]…: each branch sees the prefix and itself, nothing else is computed.
-
-    Dense attention with a mask over the whole row takes eight times the work at these lengths.
-
-    Args:
-        query: (B, H, T, d); key and value have fewer heads; T = P + Q * L with the prefix P and Q branches of length L.
-        attention_mask: (B, 1, Q * L, P + L) bool, the prefix and own-branch tokens each branch token sees.
-        branch_length: L.
-    """
-    key, value = (part.repeat_interleave(module.num_key_value_groups, dim=1) for part in (key, value))
-    prefix = attention_mask.shape[-1] - branch_length
-    own_query, own_key, own_value = (
-        part[:, :, prefix:].unflatten(2, (-1, branch_length)) for part in (query, key, value)
-    )  # (B, H, Q, L, d)
-    to_prefix = query[:, :, prefix:] @ key[:, :, :prefix].transpose(-1, -2)  # (B, H, Q * L, P)
-    to_own = (own_query @ own_key.transpose(-1, -2)).flatten(2, 3)  # (B, H, Q * L, L)
-    scores = (torch.cat([to_prefix, to_own], dim=-1) * scaling).masked_fill(~attention_mask, -1e4)
-    weights = scores.float().softmax(-1).to(query.dtype)
-    from_own = weights[..., prefix:].unflatten(2, (-1, branch_length)) @ own_value
-    branches = weights[..., :prefix] @ value[:, :, :prefix] + from_own.flatten(2, 3)
-    prefixes = scaled_dot_product_attention(*(part[:, :, :prefix] for part in (query, key, value)), is_causal=True)
-    return torch.cat([prefixes, branches], dim=2).transpose(1, 2), None
-
-
-AttentionInterface.register("demo_branches", branch_attention)
+    def hits(self, batch: Batch, noise: float) -> Tensor:
+        """(T,) bool: the supervised tokens that are the likeliest ones given what stands before them."""
+        asked = batch.labels != IGNORE_INDEX  # (1, T)
+        predicts = pad(asked[:, 1:], (0, 1))
+        hidden = self.language.packed_states(self.embed(batch, noise), batch.position_ids, batch.samples, predicts)
+        hits = asked.clone()
+        hits[asked] = self.language.lm_head(hidden).argmax(-1) == batch.labels[asked]
+        return hits[0]
 
 
 class SceneWriter:
@@ -132,50 +113,51 @@ class SceneWriter:
 
     def __init__(self, tokenizer, rng: np.random.Generator) -> None:
         self.rng = rng
-        self.image_token_id = image_token_id(tokenizer)
-        self.formats = [ChatFormat(tokenizer, Prompt(system=system), crop_tokens=1) for system in SYSTEMS]
-        self.render = lru_cache(maxsize=200_000)(self._render)
+        self.formats = [ChatFormat(tokenizer, Prompt(system=system), IMAGE_TOKENS) for system in SYSTEMS]
 
-    def _render(self, format_index: int, shown: str | None, question: str, answer: str) -> tuple[list[int], list[int]]:
-        chat = self.formats[format_index]
-        asked = chat.question(question, 1) if shown is None else Message("user", (f"{shown}\n{question}",))
-        return chat.render([asked, chat.answer(answer)])
+    def batch(self, kind: str, size: int, patches: int) -> tuple[Batch, list[list[str]]]:
+        """`size` scenes shown by `patches` of their patches; also the question types of every scene's branches.
 
-    def batch(self, kind: str, size: int, patches: int) -> tuple[dict, list[list[str]]]:
-        """`size` scenes shown by `patches` of their patches; also the question types of every row's branches."""
-        prefixes, branches, types, values = [], [], [], []
-        for _ in range(size):
-            scene = random_scene(self.rng)
-            asked = self._questions(scene, kind)
-            chat = int(self.rng.integers(len(SYSTEMS)))
-            shown = text_scene(scene, self.rng) if kind == "text" else None
-            samples = [self.render(chat, shown, question, answer) for _, question, answer in asked]
-            if kind == "text":
-                columns = zip(*(ids for ids, _ in samples), strict=False)
-                length = next(index for index, column in enumerate(columns) if len(set(column)) > 1)
-                prefix = {"input_ids": samples[0][0][:length], "position_ids": list(range(length))}
-                first_position = length
-            else:
-                photo = samples[0][0].index(self.image_token_id)
-                length = photo + 1
-                places, row_values = self._show(scene, patches)
-                prefix = {
-                    "input_ids": samples[0][0][:photo] + [self.image_token_id] * patches,
-                    "position_ids": [*range(photo), *(photo + places).tolist()],
-                }
-                values.append(row_values)
-                first_position = photo + IMAGE_TOKENS
-            prefixes.append(prefix)
-            branches.append([(ids[length:], labels[length:], first_position) for ids, labels in samples])
-            types.append([name for name, _, _ in asked])
-        batch = _lay_out(prefixes, branches)
-        if values:
-            batch["values"] = torch.from_numpy(np.stack(values))
-            batch["patch_mask"] = batch["input_ids"] == self.image_token_id
-        return batch, types
+        `image_features` are the values of the patches shown, (B, K, 4), as in `SceneReader.soft_patches`.
+        """
+        scenes = [self._scene(number, kind, patches) for number in range(size)]
+        samples, positions, types = zip(*scenes, strict=True)
+        batch = collate(samples)
+        assert isinstance(batch, Batch), "no photo is read here, so none is broken"
+        batch.position_ids = torch.cat(positions)[None]
+        return batch, list(types)
+
+    def _scene(self, number: int, kind: str, patches: int) -> tuple[Sample, Tensor, list[str]]:
+        """One scene and its questions, the positions of its tokens, and the question types."""
+        scene = random_scene(self.rng)
+        asked = self._questions(scene, kind)
+        chat = self.formats[int(self.rng.integers(len(SYSTEMS)))]
+        if kind == "text":
+            shown = text_scene(scene, self.rng)
+            users = [Message("user", (f"{shown}\n{question}",)) for _, question, _ in asked]
+        else:
+            users = [chat.question(question, [VisualPlan(patches)]) for _, question, _ in asked]
+        answers = [chat.answer(answer) for _, _, answer in asked]
+        rendered = [chat.render([user, answer]) for user, answer in zip(users, answers, strict=True)]
+        if kind == "text":
+            columns = zip(*(ids for ids, _ in rendered), strict=False)
+            prefix = next(index for index, column in enumerate(columns) if len(set(column)) > 1)
+        else:
+            prefix = rendered[0][0].index(chat.image_token_id) + patches
+        input_ids, labels, lengths = pack(rendered, prefix)
+        sample = Sample(torch.tensor(input_ids), torch.tensor(labels), lengths, (), {})
+        positions = sample_positions(lengths)
+        if kind != "text":
+            places, values = self._show(scene, patches)
+            # the values stand where training has the cached features of a photo: `SceneReader` projects them
+            sample.photo_ids, sample.photos = (number,), {number: torch.from_numpy(values)[None]}
+            # the patches that are not shown keep their positions too
+            positions[prefix - patches : prefix] = prefix - patches + torch.from_numpy(places)
+            positions[prefix:] += IMAGE_TOKENS - patches
+        return sample, positions, [name for name, _, _ in asked]
 
     def _questions(self, scene: Scene, kind: str) -> list[tuple[str, str, str]]:
-        """(type, question, answer) of the branches. Short and long answers are kept apart, to pad little."""
+        """(type, question, answer) of the branches. Short and long answers are kept apart."""
         caption = captions(scene)[int(self.rng.integers(5))]
         chinese = CAPTION_QUESTIONS[int(self.rng.integers(2))]
         if kind == "caption first":  # the photo comes after the question
@@ -199,28 +181,6 @@ class SceneWriter:
                 thing = centres[place]
                 values[index] = [VALUES.index(name) for name in (thing.colour, thing.shape, thing.size, thing.place)]
         return places, values
-
-
-def _lay_out(prefixes: list[dict[str, list[int]]], branches: list[list[tuple[list[int], list[int], int]]]) -> dict:
-    """Rows of [prefix][branch 1][branch 2]…, prefixes padded to the longest, branches to the longest, on the right."""
-    size, width = len(prefixes), max(len(row["input_ids"]) for row in prefixes)
-    number = max(len(row) for row in branches)
-    length = max(len(ids) for row in branches for ids, _, _ in row)
-    zeros = torch.zeros(size, width + number * length, dtype=torch.int64)
-    columns = {"input_ids": zeros, "position_ids": zeros.clone(), "labels": torch.full_like(zeros, IGNORE_INDEX)}
-    visible = torch.zeros(size, 1, number, length, width + length, dtype=torch.bool)
-    visible[..., width:] = torch.ones(length, length, dtype=torch.bool).tril()
-    for index, (prefix, row) in enumerate(zip(prefixes, branches, strict=True)):
-        used = len(prefix["input_ids"])
-        visible[index, ..., :used] = True
-        for name, values in prefix.items():
-            columns[name][index, :used] = torch.tensor(values)
-        for branch, (ids, labels, first_position) in enumerate(row):
-            start = width + branch * length
-            columns["input_ids"][index, start : start + len(ids)] = torch.tensor(ids)
-            columns["labels"][index, start : start + len(ids)] = torch.tensor(labels)
-            columns["position_ids"][index, start : start + length] = torch.arange(length) + first_position
-    return {**columns, "visible": visible.flatten(2, 3), "branch_length": length}
 
 
 def text_scene(scene: Scene, rng: np.random.Generator) -> str:
@@ -250,16 +210,12 @@ def score(reader: SceneReader, tokenizer, seed: int, scenes: int, patches: int, 
     right, total = defaultdict(int), defaultdict(int)
     for _ in range(scenes // 16):
         batch, types = writer.batch(kind, 16, patches)
-        logits, targets = reader(batch, noise=NOISE)
-        asked = batch["labels"] != IGNORE_INDEX
-        hit = asked.clone()
-        hit[asked] = logits.argmax(-1) == targets
-        prefix = batch["visible"].shape[-1] - batch["branch_length"]
-        hit, asked = (part[:, prefix:].unflatten(1, (-1, batch["branch_length"])) for part in (hit, asked))  # (B, Q, L)
-        for row, row_types in enumerate(types):
-            for branch, name in enumerate(row_types):
-                hits = hit[row, branch][asked[row, branch]]
-                right[name] += bool(hits[1 if name == "caption" else 0 :].all())
+        parts = [length for lengths in batch.samples for length in lengths]
+        names = [name for row_types in types for name in (None, *row_types)]  # None: the prefix
+        hits, asked = reader.hits(batch, NOISE).split(parts), (batch.labels[0] != IGNORE_INDEX).split(parts)
+        for name, part_hits, part_asked in zip(names, hits, asked, strict=True):
+            if name is not None:
+                right[name] += bool(part_hits[part_asked][1 if name == "caption" else 0 :].all())
                 total[name] += 1
     scores = {name: round(right[name] / total[name], 4) for name in total}
     return scores | {"all": round(sum(right.values()) / sum(total.values()), 4)}
@@ -275,7 +231,7 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     writer = SceneWriter(tokenizer, rng)
-    reader = SceneReader(len(tokenizer) + SPARE_ROWS)
+    reader = SceneReader(tokenizer)
     optimizers = make_optimizers(reader, reader.language.model.layers, peak=4e-3)
     running = dict.fromkeys(("questions", *OTHER_KINDS), 5.0)  # smoothed losses, for the log
     for step in range(1, steps + 1):
@@ -289,8 +245,7 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
             patches = IMAGE_TOKENS if whole else int(rng.integers(8, 25))
             batch, _ = writer.batch(kind, 2 if whole else size, patches)
             with torch.autocast("cpu", torch.bfloat16):
-                logits, targets = reader(batch, NOISE)
-            losses.append(cross_entropy(logits.float(), targets))
+                losses.append(reader.loss(batch, NOISE))
             running[kind] = 0.95 * running[kind] + 0.05 * losses[-1].item()
         torch.stack(losses).sum().backward()
         take_step(optimizers, reader)
@@ -308,10 +263,12 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
     } | {"text": score(reader, tokenizer, seed + 1, 160, 32, "text")}
 
 
-def _store(model: Qwen2ForCausalLM, tokenizer, folder: Path) -> None:
+def _store(model: MQwen2ForCausalLM, tokenizer, folder: Path) -> None:
     """Write `model` in bf16, with the end and padding tokens that Qwen's own folders name."""
-    stored = copy.deepcopy(model).to(torch.bfloat16)
-    stored.set_attn_implementation("sdpa")
+    # of transformers' own class, whose name goes into config.json; it copies `config`
+    stored = Qwen2ForCausalLM.from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), dtype=torch.bfloat16
+    )
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     stored.config.eos_token_id, stored.config.bos_token_id = ends[0], ends[1]
     stored.generation_config = GenerationConfig(

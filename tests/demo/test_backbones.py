@@ -8,7 +8,6 @@ import torch
 from transformers import AutoModelForCausalLM, SiglipVisionModel
 
 from demo.encoder import pixel_values
-from demo.language import SceneReader, SceneWriter
 from demo.pretrain import BACKBONES
 from demo.words import CHAT_TEMPLATE, train_tokenizer
 from demo.world import CELLS, COLOURS, GRID, draw, random_scene
@@ -91,27 +90,6 @@ def test_language_model_writes_world_answers(tokenizer, language):
         )
         written = language.generate(**prompt, max_new_tokens=5, do_sample=False)[0, prompt["input_ids"].shape[1] :]
         assert tokenizer.decode(written, skip_special_tokens=True) in words
-
-
-def test_branch_attention_equals_plain_attention(tokenizer):
-    """Logits of a packed branch = logits of that question alone under transformers' own causal attention."""
-    torch.manual_seed(0)
-    reader = SceneReader(len(tokenizer) + 64).eval()
-    batch, types = SceneWriter(tokenizer, np.random.default_rng(0)).batch("text", 2, 0)
-    prefix = batch["visible"].shape[-1] - batch["branch_length"]
-    with torch.inference_mode():
-        packed, _ = reader(batch, noise=0.0)
-        reader.language.set_attn_implementation("sdpa")
-        alone = []
-        for row in range(2):
-            used = int(batch["visible"][row, 0, 0, :prefix].sum())
-            for branch in range(len(types[row])):
-                start = prefix + branch * batch["branch_length"]
-                columns = [*range(used), *range(start, start + batch["branch_length"])]
-                ids, labels = batch["input_ids"][row, columns], batch["labels"][row, columns]
-                logits = reader.language(input_ids=ids[None]).logits[0, :-1]
-                alone.append(logits[labels[1:] != -100])
-    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 def test_both_backbones_are_good_at_their_own_task():

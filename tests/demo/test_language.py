@@ -1,0 +1,150 @@
+"""Pretraining of the demo's language model: packed rows of scenes against transformers' own Qwen2."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2ForCausalLM
+
+from batch import sample_positions
+from demo.language import IMAGE_TOKENS, SceneReader, SceneWriter, _store, score
+from demo.pretrain import BACKBONES
+from qwen.attention import ATTENTION
+from qwen.chat import IGNORE_INDEX
+from qwen.tokenizer import load_tokenizer
+
+PATCHES = 9  # shown of a soft scene: enough for five objects
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(BACKBONES / "qwen")
+
+
+def make_reader(tokenizer):
+    torch.manual_seed(0)
+    return SceneReader(tokenizer)
+
+
+def visible_tokens(samples):
+    """(T, T) bool by the definition, token by token: the prefix of its own sample, and its own branch up to itself."""
+    owner = [
+        (sample, branch)
+        for sample, lengths in enumerate(samples)
+        for branch, length in enumerate(lengths)
+        for _ in range(length)
+    ]
+    visible = torch.zeros(len(owner), len(owner), dtype=torch.bool)
+    for row, (sample, branch) in enumerate(owner):
+        for column in range(row + 1):
+            visible[row, column] = owner[column] in ((sample, 0), (sample, branch))
+    return visible
+
+
+def plain_loss(reader, batch):
+    """The loss through transformers' own Qwen2, with a dense mask over the row and all its logits."""
+    stock = Qwen2ForCausalLM(reader.language.config)
+    stock.set_attn_implementation("eager")
+    stock.model, stock.lm_head = reader.language.model, reader.language.lm_head
+    embedded = reader.language.get_input_embeddings()(batch.input_ids)[0]  # (T, D)
+    if batch.image_features is not None:
+        patches = iter(reader.soft_patches(batch.image_features, 0.0).flatten(0, 1))
+        image = reader.language.image_token_id
+        embedded = torch.stack(
+            [
+                next(patches) if token == image else row
+                for token, row in zip(batch.input_ids[0].tolist(), embedded, strict=True)
+            ]
+        )
+    mask = torch.zeros(len(embedded), len(embedded)).masked_fill(~visible_tokens(batch.samples), -torch.inf)
+    reader.language.set_attn_implementation("eager")
+    logits = stock(
+        inputs_embeds=embedded[None], position_ids=batch.position_ids, attention_mask=mask[None, None], use_cache=False
+    ).logits[0]
+    reader.language.set_attn_implementation(ATTENTION)
+    return cross_entropy(logits[:-1], batch.labels[0, 1:])  # leaves out labels of -100
+
+
+@pytest.mark.parametrize("kind", ["questions", "sentences", "caption first", "text"])
+def test_loss_and_gradients_equal_the_definition(tokenizer, kind):
+    reader = make_reader(tokenizer)
+    batch, types = SceneWriter(tokenizer, np.random.default_rng(1)).batch(kind, 2, PATCHES)
+    assert len(batch.samples) == 2
+    assert [len(row) + 1 for row in types] == [len(lengths) for lengths in batch.samples]
+    loss, expected = reader.loss(batch, 0.0), plain_loss(reader, batch)
+    # float32 and sums in another order: relative in norm, the bar of packed training
+    torch.testing.assert_close(loss, expected, rtol=2e-5, atol=0)
+    learns = reader.language if kind == "text" else reader  # words do not use the vectors of soft scenes
+    names, weights = zip(*learns.named_parameters(), strict=True)
+    pairs = zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True)
+    for name, (ours, plain) in zip(names, pairs, strict=True):
+        assert plain.norm() > 0
+        assert (ours - plain).norm() <= 2e-5 * plain.norm(), name
+
+
+def test_patches_keep_their_positions(tokenizer):
+    """A row of which few patches are shown is a whole row without the columns of the others."""
+    writer = SceneWriter(tokenizer, np.random.default_rng(2))
+    state = writer.rng.bit_generator.state
+    few, _ = writer.batch("questions", 1, PATCHES)
+    writer.rng.bit_generator.state = state
+    whole, _ = writer.batch("questions", 1, IMAGE_TOKENS)
+    lengths = whole.samples[0]
+    assert whole.position_ids[0].equal(sample_positions(lengths))
+    image = writer.formats[0].image_token_id
+    first = whole.input_ids[0].tolist().index(image)
+    places = few.position_ids[few.input_ids == image]
+    assert len(places) == PATCHES
+    assert places.diff().min() > 0
+    text_columns = [*range(first), *range(first + IMAGE_TOKENS, sum(lengths))]
+    shown = few.input_ids[0] != image
+    for name in ("input_ids", "labels", "position_ids"):
+        assert getattr(few, name)[0, shown].equal(getattr(whole, name)[0, text_columns]), name
+    # every object is shown, at its own place
+    has_object = whole.image_features[0, :, 0] >= 0
+    seen = few.image_features[0, :, 0] >= 0
+    assert (places[seen] - first).equal(has_object.nonzero()[:, 0])
+    assert few.image_features[0, seen].equal(whole.image_features[0, has_object])
+
+
+def test_score_asks_each_question_by_itself(tokenizer):
+    """Shares of right answers = those of one row a question through transformers' own model."""
+    reader = make_reader(tokenizer)
+    stock = Qwen2ForCausalLM.from_pretrained(BACKBONES / "qwen", dtype=torch.float32)
+    reader.language.load_state_dict(stock.state_dict())
+    right, total = {}, {}
+    batch, types = SceneWriter(tokenizer, np.random.default_rng(3)).batch("text", 16, PATCHES)
+    start = 0
+    for lengths, names in zip(batch.samples, types, strict=True):
+        parts = torch.arange(start, start := start + sum(lengths)).split(lengths)
+        columns = [torch.cat([parts[0], branch]) for branch in parts[1:]]  # of each question
+        ids = pad_sequence([batch.input_ids[0, own] for own in columns], batch_first=True)  # on the right: no one looks
+        labels = pad_sequence([batch.labels[0, own] for own in columns], batch_first=True, padding_value=IGNORE_INDEX)
+        with torch.inference_mode():
+            best = stock(input_ids=ids).logits[:, :-1].argmax(-1)
+        hits = (best == labels[:, 1:]) | (labels[:, 1:] == IGNORE_INDEX)
+        for name, hit in zip(names, hits.all(1).tolist(), strict=True):
+            right[name] = right.get(name, 0) + hit
+            total[name] = total.get(name, 0) + 1
+    scores = score(reader, tokenizer, 3, 16, PATCHES, "text")
+    assert {name: scores[name] for name in total} == {name: round(right[name] / total[name], 4) for name in total}
+    assert scores["all"] == round(sum(right.values()) / sum(total.values()), 4) > 0
+
+
+def test_stored_folder_is_a_stock_checkpoint(tokenizer, tmp_path):
+    reader = make_reader(tokenizer)
+    before = torch.random.get_rng_state()
+    settings = reader.language.config.to_dict()
+    _store(reader.language, tokenizer, tmp_path)
+    assert reader.language.config.to_dict() == settings
+    assert torch.random.get_rng_state().equal(before)  # so that storing now and then does not change the run
+    for name in ("config.json", "generation_config.json"):
+        ours, shipped = (json.loads((folder / name).read_text()) for folder in (tmp_path, BACKBONES / "qwen"))
+        assert ours | {"transformers_version": ""} == shipped | {"transformers_version": ""}
+    stock, info = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    assert not any(info.values())
+    written = stock.state_dict()
+    assert all(weight.bfloat16().equal(written[name]) for name, weight in reader.language.state_dict().items())
