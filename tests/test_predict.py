@@ -1,7 +1,6 @@
 """The command line: one question, a file of questions, and what it says about bad input."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +10,7 @@ import pytest
 from PIL import Image
 
 import predict
-from answering.answer import Answerer
-from dataset.image_caption_dataset import entry_messages
-from dataset.raw import process_coco
-from dataset.records import read_records
 from errors import UserError
-from model.checkpoint import load_checkpoint
 from visual.transform import load_image
 
 
@@ -128,38 +122,6 @@ def test_rows_with_photos_of_several_turns(folder, row, expected):
     assert predict.answer_file(FakeAnswerer(None), folder / "in.jsonl", folder / "out.jsonl") == (1, 0)
     answer = json.loads((folder / "out.jsonl").read_text())["answer"]
     assert answer.replace("[photo]\n", "[photo]") == expected
-
-
-ROWS = [
-    {"image": "0.png", "question": "Which?", "answer": "A"},
-    {"image": ["0.png", "1.png"], "question": "Is <image> like <image>?", "answer": "B"},
-    {"image": ["0.png", "1.png"], "question": "Same?", "answer": "B"},
-    {"turns": [{"question": "Hi", "answer": "C"}, {"question": "This?", "answer": "D", "images": ["1.png", "1.png"]}]},
-    {"image": "1.png", "turns": [{"question": "1?", "answer": "E"}, {"question": "<image> 2?", "answer": "F"}]},
-    {"image": "2.png", "conversations": [
-        {"from": "human", "value": "1?"}, {"from": "gpt", "value": "G"},
-        {"from": "human", "value": "2?"}, {"from": "gpt", "value": "H"}]},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
-def test_a_row_of_the_training_data_gets_its_prompt(tiny_checkpoint, tmp_path, monkeypatch, row):
-    root = tiny_checkpoint.parent.parent
-    answerer = Answerer(load_checkpoint(tiny_checkpoint, overrides={"model_root": str(root)}))
-    chat, asked = answerer.model.processor.chat, []
-    monkeypatch.setattr(answerer, "_generate", lambda photos, messages: asked.append((photos, messages)) or iter(()))
-    (tmp_path / "in.jsonl").write_text(json.dumps(row))
-    shutil.copytree(root / "photos", tmp_path, dirs_exist_ok=True)
-    assert predict.answer_file(answerer, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == (1, 0)
-
-    image_map, captions = process_coco([row], tmp_path, 0)
-    (tmp_path / "map.json").write_text(json.dumps(image_map))
-    (tmp_path / "captions.json").write_text(json.dumps(captions))
-    known, [entry] = read_records(tmp_path / "map.json", tmp_path / "captions.json")
-    trained = entry_messages(entry, chat, [turn.answers[0] for turn in entry.turns][:-1])
-    [(photos, messages)] = asked
-    assert chat.render(messages) == chat.render(trained)
-    assert [photo.name for photo in photos] == [known[ID].image_file for ID in entry.images]
 
 
 def test_a_question_without_photo(loaded, capsys):
