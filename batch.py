@@ -1,6 +1,6 @@
 """One micro-batch: a single row in which samples follow one another, and the crops of their photos.
 
-`dataset/image_caption_dataset.py` makes it, `MMultiModal.loss` learns from it, and `qwen/attention.py` reads its `samples`.
+`dataset/image_caption_dataset.py` makes it, `MMultiModal.loss` learns from it, `qwen/attention.py` reads `samples`.
 
 Shapes: T tokens of the row, C crops, R rows of a crop, Dv encoder width.
 """
