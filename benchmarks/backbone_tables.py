@@ -1,7 +1,7 @@
-"""Prints the tables of `docs/backbones.md` and `docs/backbones_zh.md`: `python -m benchmarks.backbone_tables`.
+"""Tables of `docs/backbones.md` and `docs/backbones_zh.md`, printed by `python -m benchmarks.backbone_tables`.
 
-The dimensions are those of each repository's public config.json; parameters are counted on the meta device, where they
-take no memory. A test compares the tables with the documents, and loads each row's layout in miniature.
+The dimensions come from the public config.json of each repository. Parameters are counted on the meta device, which
+needs no memory. A test compares the tables with the documents and loads a small model for each row.
 """
 
 import functools
@@ -19,7 +19,7 @@ BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, 
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 SIZES = {"base": BASE, "large": LARGE, "so400m": SO400M}
-# google/<name>: the name says size, patch and pixels, as config.json does
+# google/<name>: the name contains size, patch and pixels of config.json
 SIGLIP = [
     *(f"siglip-base-patch16-{pixels}" for pixels in (224, 256, 384, 512)),
     *(f"siglip-large-patch16-{pixels}" for pixels in (256, 384)),
@@ -34,9 +34,9 @@ CLIP = {"openai/clip-vit-large-patch14": 224, "openai/clip-vit-large-patch14-336
 
 class Language(NamedTuple):
     name: str
-    kind: str  # qwen2 or qwen3: the class that reads it
+    kind: str  # qwen2 or qwen3: the model class
     width: int
-    intermediate: int  # real width of gate and up; config.json of Qwen v1 gives twice that
+    intermediate: int  # real width of gate and up; config.json of Qwen v1 has twice this value
     layers: int
     heads: int
     groups: int  # num_key_value_heads
@@ -70,7 +70,7 @@ def parameters(model: torch.nn.Module) -> int:
 
 @functools.cache
 def vision_rows() -> list[str]:
-    """Checkpoint | pixels | patch | grid | tokens of a photo, first dropped | width | type on disk | bf16."""
+    """Rows: checkpoint | pixels | patch | grid | tokens of a photo, first dropped | width | type on disk | bf16."""
     rows = []
     encoders: list[tuple[str, type, Any]] = []
     for name in SIGLIP:
@@ -93,7 +93,7 @@ def vision_rows() -> list[str]:
 
 
 def language_rows() -> list[str]:
-    """Checkpoint | width | layers | rows of the embedding | tied | parameters | bf16."""
+    """Rows: checkpoint | width | layers | rows of the embedding | tied | parameters | bf16."""
     rows = []
     for model in LANGUAGE:
         settings = {

@@ -42,17 +42,17 @@ FAILURES = {
     "foreign program": "a photo started an external program",
 }
 LONGEST_MESSAGE = 5000  # characters; ten mistakes of one config, each with a shortened value
-EXAMPLES = 3  # of each kind of failure; of a traceback, of each exception and place
+EXAMPLES = 3  # per kind of failure; for tracebacks, per exception and place
 LIBRARIES = ("orjson", "pillow", "pydantic", "PyYAML", "tokenizers", "torch", "transformers")
 
-Case = Callable[[random.Random, Path], str]  # (draw, an empty folder) -> what became of it, in a word
-Outcome = tuple[str, str]  # what became of it (a key of FAILURES, or any other word where all is well), details
+Case = Callable[[random.Random, Path], str]  # (draw, an empty folder) -> outcome in one word
+Outcome = tuple[str, str]  # (a key of FAILURES, or any other word for success; details)
 
 
 class Target(NamedTuple):
     case: Case
-    count: int  # of cases in a whole run
-    limit: float  # seconds a case may take
+    count: int  # cases in a whole run
+    limit: float  # seconds per case
 
 
 TARGETS = {
@@ -64,7 +64,7 @@ TARGETS = {
 
 
 def run_case(case: Case, name: str, seed: int, number: int) -> Outcome:
-    """Run one case in a new folder; `name` of the target goes into its random numbers."""
+    """Run one case in a new folder; `name` of the target is part of its random seed."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             return case(random.Random(f"{seed}/{name}/{number}"), Path(folder)), ""
@@ -80,7 +80,7 @@ def run_case(case: Case, name: str, seed: int, number: int) -> Outcome:
 
 
 def _work(case: Case, name: str, seed: int, numbers: list[int], pipe: Connection) -> None:
-    """A worker process: sends None when it is ready, and (number, outcome) after each case."""
+    """Run cases in a worker process; send None when it is ready, and (number, outcome) after each case."""
     os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when a case imports it
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - the process ends with it
     pipe.send(None)
@@ -90,7 +90,7 @@ def _work(case: Case, name: str, seed: int, numbers: list[int], pipe: Connection
 
 
 class _Worker:
-    """One process at a time for `numbers`; after a hang or a crash a new one takes what is left."""
+    """One process for the cases `numbers`; after a hang or a crash, a new process continues."""
 
     def __init__(self, case: Case, name: str, seed: int, numbers: list[int]) -> None:
         self.arguments = (case, name, seed)
@@ -103,10 +103,10 @@ class _Worker:
         self.process = context.Process(target=_work, args=(*self.arguments, self.left, theirs))
         self.process.start()
         theirs.close()
-        self.since: float | None = None  # None: it imports its libraries, which no case is to blame for
+        self.since: float | None = None  # start of the current case; None while the process imports libraries
 
     def outcome(self, limit: float) -> Outcome | None:
-        """That of the first case in `left`, or None: not known yet."""
+        """Return the outcome of the first case in `left`, or None if it is not known yet."""
         if self.pipe.poll():
             try:
                 message = self.pipe.recv()
@@ -174,7 +174,7 @@ def run_target(name: str, target: Target, seed: int, count: int, processes: int)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """A line per target: cases, seconds, what became of the sound ones, failures; then the examples."""
+    """Return a line per target with cases, seconds, failures and outcomes; then the examples."""
     lines = [f"{'target':12} {'cases':>7} {'seconds':>8} {'failures':>9}  outcomes"]
     for name, result in results.items():
         failed = sum(result["failures"].values())
@@ -229,7 +229,7 @@ def _counts() -> str:
 
 
 def _run_again(name: str, seed: int, number: int) -> None:
-    """Run one case and let its exception through; its files stay for a look."""
+    """Run one case without catching its exception; keep its files."""
     folder = Path(tempfile.gettempdir()) / f"fuzz-{name}-{seed}-{number}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -1,7 +1,7 @@
-"""Cases of `benchmarks/fuzz.py` in files: mutated annotations and damaged photos; and how values and bytes are mutated.
+"""File cases of `benchmarks/fuzz.py`: mutated annotations and damaged photos; mutation of values and bytes.
 
-A case takes (draw, an empty folder) and returns what became of it in a word. It lets every exception of the product
-through, and raises `FoundError` for what the product did wrong without one.
+A case takes (draw, an empty folder) and returns its outcome in one word. It does not catch exceptions of the product,
+and raises `FoundError` for a failure without an exception.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ from process_image import process_sources
 
 
 class FoundError(Exception):
-    """A failure that is no exception of the product; `kind` is a key of `benchmarks.fuzz.FAILURES`."""
+    """A failure without an exception of the product; `kind` is a key of `benchmarks.fuzz.FAILURES`."""
 
     def __init__(self, kind: str, details: object) -> None:
         super().__init__(str(details))
         self.kind = kind
 
 
-DEEP = "\N{BALLOT X}deep"  # becomes 3,000 nested lists, which no writer of JSON or YAML would write
+DEEP = "\N{BALLOT X}deep"  # replaced by 3,000 nested lists, which JSON and YAML writers cannot write
 CONTROL = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", IMAGE_TAG, "<|extra_1|>"]
-CONTROL += ["<think>", "</think>", "<tool_call>"]  # which are not special, see qwen/tokenizer.py
+CONTROL += ["<think>", "</think>", "<tool_call>"]  # not special tokens, see qwen/tokenizer.py
 NAMES = ["../secret.png", "/etc/passwd", "a/../../secret.png", "..\\secret.png", "C:\\x.png", "b\0.png", "x" * 300, "."]
 NUMBERS = [0, -1, 1e308, -1e-320, 2**63, 2**64, 10**400, 0.5, float("nan"), float("inf"), True]
 TEXTS = ["", " ", "\u200b", "\ud800", "null", "2026-02-31", "yes", "图", "<image>", "<image><image>", *CONTROL]
@@ -78,7 +78,7 @@ JSONL += [
     {"turns": [{"q": "Hello", "a": "Hi"}, {"q": "What?", "a": "a dog", "image": "1.png"}]},
 ]
 COCO_ID = {"0.png": 0, "1.png": 1, "2.png": 2}
-# format → (annotations, questions or None) as it should be
+# format → valid (annotations, questions or None)
 SOUND: dict[str, tuple[Any, Any]] = {
     "ai_challenger": ([{"url": "u", "image_id": name, "caption": ["一只狗", "狗在跑"]} for name in PHOTOS], None),
     "llava": (LLAVA, None),
@@ -100,14 +100,14 @@ SOUND: dict[str, tuple[Any, Any]] = {
         {"questions": [{"question_id": n, "image_id": n % 3, "question": f"Which {n}?"} for n in range(4)]},
     ),
 }
-PARTS = {  # lists with a row for each item, or more
+PARTS = {  # lists with at least one row per item
     "coco_captions": ["images", "annotations"],
     "vqav2": ["questions", "annotations"],
 }
 
 
 def annotations(draw: random.Random, folder: Path) -> str:
-    """A mutated annotation file of one format through reading, writing, and reading back."""
+    """Read a mutated annotation file of one format, write the records, and read them back."""
     kind = draw.choice(list(SOUND))
     (folder / "photos").mkdir()
     for name in ["photos/" + photo for photo in PHOTOS] + ["secret.png", "photos/000000000001.jpg"]:
@@ -126,7 +126,7 @@ def annotations(draw: random.Random, folder: Path) -> str:
                 content = mutate(draw, content)
         data = _dump(content, lines=kind == "jsonl")
         file.write_bytes(data if sound else mutate_bytes(draw, data))
-    # "open" decodes in worker processes, which take seconds to start
+    # "open" starts worker processes, which takes seconds
     check = draw.choices(["none", "exists", "open"], [30, 69, 1])[0]
     image_map, captions, reports, *_ = process_sources(
         Data.model_validate({"sources": [source], "check_images": check})
@@ -153,7 +153,7 @@ def annotations(draw: random.Random, folder: Path) -> str:
     if lost:
         raise FoundError("unaccounted", f"{kind}: no entry shows the photos {lost}")
     back = len(entries)
-    if kind == "coco_captions":  # the captions of a photo are rows, and answers of one entry
+    if kind == "coco_captions":  # each caption is a row, but all captions of a photo are answers of one entry
         back = sum(len(entry.turns[0].answers) for entry in entries)
     if back != sum(report.kept for report in reports):
         raise FoundError("unaccounted", f"{kind}: {back} rows read back of {[report.kept for report in reports]} kept")
@@ -161,7 +161,7 @@ def annotations(draw: random.Random, folder: Path) -> str:
 
 
 def mutate(draw: random.Random, value: Any) -> Any:
-    """`value` with one random change somewhere: a key or item lost, doubled, renamed, of another type, or junk."""
+    """Return `value` with one random change: a key or item lost, doubled, renamed, of another type, or junk."""
     if isinstance(value, dict | list) and value and draw.random() < 0.8:  # go deeper
         key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
         return _change(draw, value, key) if draw.random() < 0.4 else _replace(value, key, mutate(draw, value[key]))
@@ -201,7 +201,7 @@ def _replace(value: Any, key: Any, new: Any) -> Any:
 
 
 def mutate_bytes(draw: random.Random, data: bytes) -> bytes:
-    """`data` with a random damage: bits flipped, cut, a piece doubled or lost, junk inside, or another encoding."""
+    """Return `data` with random damage: flipped bits, truncation, a piece doubled or lost, junk, or re-encoding."""
     damaged = bytearray(data)
     low, high = sorted(draw.randrange(len(data) + 1) for _ in range(2))
     damage = draw.choice(["flip", "cut", "lose", "double", "junk", "encoding"])
@@ -227,11 +227,11 @@ def mutate_bytes(draw: random.Random, data: bytes) -> bytes:
 def _dump(content: Any, lines: bool = False) -> bytes:
     rows = content if lines and isinstance(content, list) else [content]
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).replace(f'"{DEEP}"', "[" * 3000 + "]" * 3000)
-    return text.replace("\ud800", "\\ud800").encode("utf-8")  # half a surrogate pair: legal JSON in this form only
+    return text.replace("\ud800", "\\ud800").encode("utf-8")  # half a surrogate pair is valid JSON only when escaped
 
 
 def _count_rows(kind: str, files: list[Path]) -> int | None:
-    """Rows that the files hold at least, counted by themselves; None where that cannot be told."""
+    """Count the least number of rows in the files, independent of the product; None if unknown."""
     try:
         if kind == "jsonl":
             return sum(bool(line.strip()) for line in files[0].read_text("utf-8-sig").split("\n"))
@@ -252,7 +252,7 @@ SUFFIXES = [".jpg", ".png", ".gif", ".tif", ".webp", ".eps", ".pdf", ".txt", "",
 
 
 def photos(draw: random.Random, folder: Path) -> str:
-    """A damaged or strange photo through `load_image` and both kinds of transform."""
+    """Read a damaged or unusual photo with `load_image` and apply both kinds of transform."""
     from visual.transform import load_image
 
     programs = folder / "bin"
@@ -301,7 +301,7 @@ def _strange_file(draw: random.Random, folder: Path) -> str | Path:
 
 
 def _encoded(draw: random.Random) -> bytes:
-    """A small picture of random size, mode and format; a mode that the format does not know is converted."""
+    """Encode a small picture of random size, mode and format; replace modes that the format does not support."""
     size, kind, mode = (
         draw.choice([(24, 16), (1, 1), (1, 500), (64, 48)]),
         draw.choice(FORMATS.split()),
@@ -310,7 +310,7 @@ def _encoded(draw: random.Random) -> bytes:
     options = draw.choice([{}, {}, {"quality": 5}, {"exif": b"Exif\0\0MM"}])
     for attempt in (mode, "RGB", "L", "1"):
         picture = Image.new(attempt, size, 1)
-        with contextlib.suppress(Exception):  # whatever Pillow raises for what a format cannot hold
+        with contextlib.suppress(Exception):  # Pillow raises various errors for unsupported modes
             buffer = io.BytesIO()
             picture.save(buffer, kind, **options)
             return buffer.getvalue()
@@ -318,7 +318,7 @@ def _encoded(draw: random.Random) -> bytes:
 
 
 def _bomb(draw: random.Random) -> bytes:
-    """A header that promises up to 4 billion pixels, with nothing behind it."""
+    """Return a file header with up to 4 billion pixels and no pixel data."""
     width, height = draw.choice([(60_000, 60_000), (13_000, 13_000), (2**31 - 1, 1), (1, 2**31 - 1), (0, 5)])
     if draw.random() < 0.5:
         return b"P6 %d %d 255\n" % (width, height)

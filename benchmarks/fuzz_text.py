@@ -1,4 +1,4 @@
-"""Cases of `benchmarks/fuzz.py` in texts: wrong configs and overrides, and dialogues that imitate control tokens."""
+"""Text cases of `benchmarks/fuzz.py`: wrong configs and overrides, and dialogues that imitate control tokens."""
 
 import base64
 import functools
@@ -20,16 +20,16 @@ from paths import REPO_ROOT
 
 # --- configs ----------------------------------------------------------------------------------------------------------
 
-HEADS = ["a: &a [*a]\n", "a: &a {b: *a}\n", "x: !!python/name:os.system\n", "\t", "- 1\n", "%"]  # before a sound text
+HEADS = ["a: &a [*a]\n", "a: &a {b: *a}\n", "x: !!python/name:os.system\n", "\t", "- 1\n", "%"]  # before a valid text
 EXTREMES = [1e308, 1e38, 1e-40, 1e-300, 0.999999, 1e-7, 2**31, 10**7, ".inf"]  # within many bounds
 SCRIPTS = {"process_image.py": ["--check"], "train.py": ["--dry-run"], "predict.py": ["--question", "?"]}
 
 
 def configs(draw: random.Random, folder: Path) -> str:
-    """A wrong config, with overrides, through `load_config`; what it takes must be usable. One in 100 by a script."""
+    """Load a wrong config with overrides; an accepted config must be usable. One in 100 runs through a script."""
     text = (REPO_ROOT / draw.choice(["config.yaml", "configs/demo.yaml"])).read_text("utf-8")
     keys = [key for key in key_paths() if ".0." not in key]
-    if draw.random() < 0.4:  # a sound file and one extreme number, which the bounds of the schema alone can refuse
+    if draw.random() < 0.4:  # a valid file and one extreme number, which only the bounds of the schema can reject
         numbers = [key for key in keys if isinstance(_default(key), int | float)]
         overrides = [f"{draw.choice(numbers)}={draw.choice([*EXTREMES, *NUMBERS])}"]
     else:
@@ -65,7 +65,7 @@ def _value(draw: random.Random) -> str:
 
 
 def _use(config: Config) -> None:
-    """Do with an accepted config's numbers what answering and training do, so that what would stop them shows here."""
+    """Use the numbers of an accepted config as answering and training do, to find values that would stop them."""
     import torch
     from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -119,7 +119,7 @@ PIECES = [
 
 
 def injections(draw: random.Random, folder: Path) -> str:
-    """Texts that imitate control tokens: a dialogue's control ids must be those of the same dialogue in plain words."""
+    """Check that texts with imitated control tokens give the same control ids as a dialogue in plain words."""
     from qwen.chat import ChatFormat
 
     model_type = draw.choice(["qwen", "qwen2", "qwen3"])
@@ -161,8 +161,11 @@ def injections(draw: random.Random, folder: Path) -> str:
 
 @functools.cache
 def _tokenizer(model_type: str) -> Any:
-    """The demo's tokenizer with the tool tokens of Qwen2.5, the same with Qwen3's think tokens too, or a small
-    `qwen.tiktoken` for Qwen v1."""
+    """Load the tokenizer for a model type.
+
+    `qwen2`: the demo's tokenizer with the tool tokens of Qwen2.5. `qwen3`: also with Qwen3's think tokens. `qwen`: a
+    small `qwen.tiktoken` of Qwen v1.
+    """
     from qwen.tokenizer import load_tokenizer
 
     if model_type == "qwen":

@@ -31,11 +31,11 @@ from model.checkpoint_folder import damage, list_checkpoints
 from paths import REPO_ROOT
 
 STEPS = 12
-COMPARED = ("loss", "grad_norm", "projector_lr", "lora_lr", "supervised_tokens", "epoch")  # the rest are times
+COMPARED = ("loss", "grad_norm", "projector_lr", "lora_lr", "supervised_tokens", "epoch")  # figures that must be equal
 KILLS_PER_RUN = 5
 WRITING = "while a checkpoint was written"
-WRITING_SECONDS = 0.01  # a checkpoint of these small models is written in some 20 ms
-LATEST_KILL = 1.2  # times the seconds that an uninterrupted run takes
+WRITING_SECONDS = 0.01  # writing a checkpoint of these small models takes about 20 ms
+LATEST_KILL = 1.2  # as a multiple of the duration of an uninterrupted run
 SETTINGS = {
     "data.val_fraction": 0.3,
     "visual.path": "demo/backbones/siglip",
@@ -54,7 +54,7 @@ SETTINGS = {
 
 
 def draw_data(folder: Path) -> None:
-    """Eight plain photos with two questions each."""
+    """Write eight single-colour photos with two questions each."""
     image_map, captions = {}, {}
     for ID in range(8):
         file = folder / f"{ID}.png"
@@ -66,7 +66,7 @@ def draw_data(folder: Path) -> None:
 
 
 def start(data: Path, output: Path) -> subprocess.Popen:
-    """Begin or resume a run in a process group of its own."""
+    """Start or resume a run in a separate process group."""
     settings = SETTINGS | {
         "data.image_map": data / "image_map.json",
         "data.captions": data / "captions.json",
@@ -80,18 +80,18 @@ def start(data: Path, output: Path) -> subprocess.Popen:
 
 
 def is_writing(output: Path) -> bool:
-    """Whether there is a checkpoint that has not got its name yet."""
+    """Return whether an unfinished checkpoint with a temporary name exists."""
     return any(output.glob("checkpoint-*.tmp"))
 
 
 def kill_at(process: subprocess.Popen, output: Path, writing: bool, delay: float, first: list[Path]) -> str | None:
-    """Kill the process `delay` seconds after its start or, if `writing`, after a checkpoint of its own was begun.
+    """Kill the process `delay` seconds after its start or, if `writing`, after it started to write a checkpoint.
 
     Returns:
-        What it was doing; None if it had ended before.
+        The activity of the process; None if it had already ended.
     """
     began = time.perf_counter()
-    for begun in (False, True) if writing else ():  # what an earlier kill left is cleared at the start
+    for begun in (False, True) if writing else ():  # first wait until the rest of an earlier kill is deleted
         while process.poll() is None and is_writing(output) != begun:
             time.sleep(0.0005)
     if writing:
@@ -108,7 +108,7 @@ def kill_at(process: subprocess.Popen, output: Path, writing: bool, delay: float
 
 
 def difference(output: Path, reference: Path) -> list[str]:
-    """What a finished run has that the reference has not, or the other way round."""
+    """Return the differences between a finished run and the reference."""
     problems = []
     folder, expected = (path / f"checkpoint-{STEPS}" for path in (output, reference))
     for name in ("feature_proj.safetensors", "adapter_model.safetensors"):
@@ -124,7 +124,7 @@ def difference(output: Path, reference: Path) -> list[str]:
 
 
 def run(kills: int, seed: int) -> dict:
-    """Kill and resume until `kills` kills are made and every run has ended; the figures of the report."""
+    """Kill and resume until `kills` kills are made and every run has ended; return the figures of the report."""
     choose = random.Random(seed)
     moments: dict[str, int] = {}
     problems: list[str] = []

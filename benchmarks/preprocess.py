@@ -31,7 +31,7 @@ COCO_PHOTOS = 118_287  # of train2017
 CHINESE_WORDS = "一个 穿着 白色 衣服 的 男人 站在 绿色 草地 上 女人 拿着 手机 道路 宽阔 两个 孩子 舞台 唱歌".split()  # noqa: SIM905
 ENGLISH_WORDS = "the image shows a person near several objects which suggests that they might be outside".split()  # noqa: SIM905
 
-# what the report's script does: every file whole, one caption of a photo, both results written as they are
+# same work as the report's script: read every file whole, build both dictionaries, write them without checks
 PLAIN_LOOP = """
 import json, random, sys
 image_map, captions = {}, {}
@@ -55,7 +55,7 @@ for path, content in ((sys.argv[4], image_map), (sys.argv[5], captions)):
 
 
 def write_annotations(folder: Path, share: float) -> list[Path]:
-    """The three annotation files, `share` of their rows, written row by row: a small parent keeps the figures clean."""
+    """Write the three annotation files with `share` of their rows, row by row to keep this process small."""
     draw = random.Random(0)
 
     def text(words: Sequence[str], count: int, space: str) -> str:
@@ -88,7 +88,7 @@ def write_annotations(folder: Path, share: float) -> list[Path]:
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak MiB of a process that must succeed."""
+    """Run a command that must succeed; return its seconds and peak MiB."""
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=REPO_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -32,7 +32,7 @@ from benchmarks.train_step import (
 )
 from model.model import DTYPES, pick_precision
 
-# photos, questions of each, tokens of a question with its answer, supervised ones of them
+# photos, questions per photo, tokens of a question with its answer, supervised tokens of these
 START = {"photos": 1, "questions": 1, "text_tokens": 80, "answer_tokens": 40}
 AXES: dict[str, tuple[dict[str, int], list[int]]] = {
     "text_tokens": ({}, [80, 400, 800, 1600]),
@@ -41,11 +41,11 @@ AXES: dict[str, tuple[dict[str, int], list[int]]] = {
     "photos": ({}, [1, 2, 4, 8]),
 }
 
-LEAST_MIB = 16  # of growth that can be told from what an allocator holds for later
+LEAST_MIB = 16  # smaller growth cannot be distinguished from memory that the allocator keeps
 
 
 def work(backbones: Path, options: argparse.Namespace, pipe) -> None:
-    """A process of its own, for its memory: sends seconds of every point and its peak bytes above the weights."""
+    """Measure all points in a separate process; send seconds and peak bytes above the weights of each."""
     torch.set_num_threads(options.threads)
     model = build_model(backbones, options).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -73,7 +73,7 @@ def work(backbones: Path, options: argparse.Namespace, pipe) -> None:
     step(batches["photos", 1])
     seconds: dict[tuple, list[float]] = {point: [] for point in batches}
     memory = {}
-    for _ in range(options.rounds):  # all points in turn, so that a noisy machine hits all
+    for _ in range(options.rounds):  # all points in turn, so noise of the machine affects all
         for point, batch in batches.items():
             reset_peak(options.device)
             before = peak_bytes(options.device)
@@ -83,12 +83,12 @@ def work(backbones: Path, options: argparse.Namespace, pipe) -> None:
 
 
 def fit_memory(values: list[int], mib: list[float]) -> dict[str, float] | None:
-    """As `fit`, or None where a point is too small to tell it from memory that was held before."""
+    """Fit as `fit`; None if a point is below `LEAST_MIB`."""
     return fit(values, mib) if min(mib) >= LEAST_MIB else None
 
 
 def fit(values: list[int], measured: list[float]) -> dict[str, float]:
-    """Slope of the best straight line, and how far off it a point is at most, relative to the point."""
+    """Fit a straight line; return its slope and the largest relative deviation of a point."""
     slope, start = numpy.polyfit(values, measured, 1)
     off = max(abs(start + slope * x - y) / y for x, y in zip(values, measured, strict=True))
     return {"per_unit": float(slope), "worst_fit": round(float(off), 3)}
@@ -106,7 +106,7 @@ def main() -> None:
     if options.shape in NEEDS_CUDA and options.device != "cuda":
         raise SystemExit(f"error: shape {options.shape} needs a CUDA GPU; --shape half-b runs on a CPU")
     options.precision = pick_precision(options.precision, torch.device(options.device))
-    # as in train_step.py: memory is that of tensors, not what glibc keeps for later; both figures then hold page faults
+    # as in train_step.py, measure the memory of tensors without glibc's cache; times then include page faults
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

@@ -37,7 +37,7 @@ def run(*command: str | Path) -> None:
 
 
 def prepare(folder: Path, small: bool) -> list[str]:
-    """Draw a world into `folder` and read it; returns the overrides that name it."""
+    """Draw a world into `folder` and prepare it; return the overrides for this data set."""
     photos = SMALL_PHOTOS if small else PHOTOS
     run("-m", "demo.make_data", "--output", folder, "--photos", str(photos), *(["--small"] if small else []))
     sources = [{"name": "questions", "format": "llava", "annotations": str(folder / "llava/annotations.json"),
@@ -56,7 +56,7 @@ def prepare(folder: Path, small: bool) -> list[str]:
 
 
 def measure(folder: Path, overrides: list[str]) -> dict:
-    """Train and score one side in `folder`."""
+    """Train and score one side in `folder`; return its figures."""
     run("train.py", "--config", "configs/demo.yaml", f"train.output_dir={folder}", "train.log_steps=1", *overrides)
     checkpoint = list_checkpoints(folder)[-1]
     data = [override for override in overrides if override.startswith("data.")]

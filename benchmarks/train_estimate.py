@@ -25,13 +25,13 @@ from training.signals import StopSignals
 
 def measure(trainer: Trainer, micro_batch: int, checkpointing: bool) -> dict:
     """Estimated and measured figures of one optimiser step with one micro-batch, and their relative error."""
-    vars(trainer).pop("estimate", None)  # it is kept once made, and this one is to be measured anew
+    vars(trainer).pop("estimate", None)  # clear the cached property to measure again
     estimate = trainer.estimate
     tokens = micro_batch * estimate.longest
     estimated = (estimate.memory(tokens, checkpointing) / 2**20, estimate.seconds(tokens, checkpointing))
     batch, stop = estimate.copies(micro_batch), StopSignals()
     indices = [list(range(micro_batch))]
-    optimizer_step(trainer, [batch], indices, False, stop)  # the first one makes the optimiser's state
+    optimizer_step(trainer, [batch], indices, False, stop)  # warm-up: creates the optimizer state
     seconds = []
     with PeakMemory(trainer.accelerator.device) as peak:
         for _ in range(3):
@@ -65,7 +65,7 @@ def main() -> None:
         for checkpointing in (True, False):
             name = f"gradient checkpointing {'on' if checkpointing else 'off'}"
             rounds = [measure(trainer, options.micro_batch, checkpointing) for _ in range(options.rounds)]
-            # of each figure the round in the middle: other programs on the machine spoil times
+            # use the median round of each figure, because other programs disturb times
             result[name] = {
                 figure: sorted((made[figure] for made in rounds), key=lambda made: made["relative_error"])[
                     len(rounds) // 2

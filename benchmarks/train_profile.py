@@ -20,7 +20,7 @@ from model.precision import DTYPES, pick_precision
 from training.batches import supervised_tokens
 from training.costs import Arithmetic
 
-# kind → parts of the names of its operators, looked for in this order
+# kind → substrings of operator names; the first matching kind counts
 KINDS = {
     "matrix products": ("mm", "linear", "mkldnn"),
     "attention": ("scaled_dot_product", "flash"),
@@ -33,7 +33,7 @@ SIZES, PRODUCTS = (1024, 2048, 4096), 3
 
 
 def peak(dtype: torch.dtype) -> float:
-    """Operations a second of the fastest square matrix product."""
+    """Measure the operations per second of the fastest square matrix product."""
     best = 0.0
     for size in SIZES:
         left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
@@ -49,7 +49,7 @@ def kind_of(name: str) -> str:
 
 
 def profile(backbones: Path, options: argparse.Namespace, questions: int) -> dict:
-    """Seconds of a forward and backward pass, its share of the peak, and the share of each kind of operator."""
+    """Measure seconds of a forward and backward pass, its share of the peak, and the share of each operator kind."""
     dtype = DTYPES[options.precision]
     model = build_model(backbones, options).train()
     dataset = build_dataset(model, options.photos, questions, max_questions=questions)

@@ -61,8 +61,8 @@ from training.costs import peak_memory
 
 DEMO = REPO_ROOT / "demo" / "backbones"
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
-# Widths and vocabularies of the model cards: Qwen2.5-0.5B with 6 of its 24 layers behind a small encoder, so that a
-# step takes seconds on a CPU; Qwen2.5-1.5B; Qwen2.5-7B. Random weights: what they are changes neither time nor memory.
+# Widths and vocabularies of the model cards: Qwen2.5-0.5B with 6 of its 24 layers and a small encoder, so a step takes
+# seconds on a CPU; Qwen2.5-1.5B; Qwen2.5-7B. Weights are random, because their values change neither time nor memory.
 SHAPES: dict[str, dict[str, dict]] = {
     "half-b": {
         "vision": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6},
@@ -101,17 +101,17 @@ SHAPES: dict[str, dict[str, dict]] = {
         },
     },
 }
-# the model card's depth: here the language model's layers are most of a step, as they are in use
+# depth of the model card: the layers of the language model then take most of a step, as in practice
 SHAPES["half-b-24"] = SHAPES["half-b"] | {"language": SHAPES["half-b"]["language"] | {"num_hidden_layers": 24}}
 NEEDS_CUDA = {"so400m-1.5b", "qwen-7b"}
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0}
-TEXT_TOKENS = 80  # of a question with its answer and the prompt around them
-ANSWER_TOKENS = 40  # of them, the end token included
-Losses = list[Callable[[], torch.Tensor]]  # one function for each micro-batch of a step; their sum is the step's loss
+TEXT_TOKENS = 80  # tokens of question, answer and prompt text
+ANSWER_TOKENS = 40  # supervised tokens of these, including the end token
+Losses = list[Callable[[], torch.Tensor]]  # one function per micro-batch of a step; the loss of the step is their sum
 
 
 def write_backbones(folder: Path, shape: str) -> Path:
-    """Random weights of a shape with the demo's tokenizer and preprocessor; `tiny` is the demo's own folder."""
+    """Write random weights with the demo's tokenizer and preprocessor; for `tiny`, return the demo's folder."""
     if shape == "tiny":
         return DEMO
     torch.manual_seed(0)
@@ -128,13 +128,13 @@ def write_backbones(folder: Path, shape: str) -> Path:
 
 
 def build(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[MMultiModal, ImageCaptionDataset]:
-    """Our model and a data set of `photos` × `questions` questions on random pictures."""
+    """Build our model and a data set of `photos` × `questions` questions on random pictures."""
     model = build_model(backbones, options)
     return model, build_dataset(model, options.photos, questions)
 
 
 def build_model(backbones: Path, options: argparse.Namespace) -> MMultiModal:
-    """Our model with new LoRA and projector weights."""
+    """Build our model with new LoRA and projector weights."""
     config = parse_config(
         {
             "visual": {"path": str(backbones / "siglip")},
@@ -154,13 +154,13 @@ def build_dataset(
     answer_tokens: int = ANSWER_TOKENS,
     max_questions: int = 1,
 ) -> ImageCaptionDataset:
-    """`questions` questions on each of `num_photos` random pictures, all of the same length."""
+    """Build `questions` questions of equal length on each of `num_photos` random pictures."""
     pixels = torch.randn(num_photos, 1, 3, *model.encoder.size, generator=torch.Generator().manual_seed(0))
     photos = {ID: Photo(ID, str(ID), str(ID), Path()) for ID in range(num_photos)}
     chat = model.processor.chat
 
     def entry(ID: int, number: int) -> Entry:
-        """A question that is `text_tokens` long with its answer, whatever the tokenizer makes of words."""
+        """Make a question that has `text_tokens` tokens with its answer, for any tokenizer."""
         words, filler = 1, 0
         while True:
             question = f"<|extra_0|>\nQuestion {number}" + " a" * filler
@@ -180,7 +180,7 @@ def build_dataset(
 
 
 def padded_batches(dataset: ImageCaptionDataset, options: argparse.Namespace) -> list[dict]:
-    """Micro-batches of `photos` questions the usual way: right-padded rows, a photo for each."""
+    """Make micro-batches of `photos` questions in the usual form: right-padded rows with one photo each."""
     batches = []
     for start in range(0, len(dataset), options.photos):
         samples = [checked(dataset[index]) for index in range(start, min(start + options.photos, len(dataset)))]
@@ -199,7 +199,7 @@ def padded_batches(dataset: ImageCaptionDataset, options: argparse.Namespace) ->
 
 
 def as_batch(samples: list[Sample | str]) -> Batch:
-    """The collated samples, none of which can be an error here."""
+    """Collate samples; no sample may be an error message."""
     batch = collate(samples)
     assert isinstance(batch, Batch), batch
     return batch
@@ -254,11 +254,11 @@ def naive_step(backbones: Path, options: argparse.Namespace, questions: int) -> 
 
 
 def llava_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
-    """The same weights in transformers' class; LoRA on the language model, projector trained, all logits."""
+    """Load the same weights into transformers' class; LoRA on the language model, trained projector, all logits."""
     model, dataset = build(backbones, options, questions)
     count, batches = supervised_count(dataset), padded_batches(dataset, options)
     vision_config = SiglipVisionConfig(**model.encoder.config.to_dict())
-    vision_config.tie_last_hidden_states = True  # without it, LLaVA leaves out SigLIP's post layer norm
+    vision_config.tie_last_hidden_states = True  # otherwise LLaVA omits SigLIP's post layer norm
     language_model = model.LLM.unload()
     text_config = Qwen2Config(**language_model.config.to_dict())
     config = LlavaConfig(
@@ -329,7 +329,7 @@ DEFAULT_SIDES = ["ours", "unpacked", "llava", "liger", "naive"]
 
 
 def peak_bytes(device: str) -> int:
-    """Most memory this process held since `reset_peak`: of the GPU, else of the machine."""
+    """Return the peak memory of this process since `reset_peak`: of the GPU, else resident memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
@@ -342,12 +342,12 @@ def peak_bytes(device: str) -> int:
 def reset_peak(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":  # elsewhere the peak of loading counts too
+    elif sys.platform == "linux":  # on other systems, the peak includes loading
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def work(side: str, backbones: Path, options: argparse.Namespace, questions: int, pipe) -> None:
-    """A process of its own: makes one optimiser step whenever asked, and at last reports its peak memory."""
+    """Run a side in a separate process: one optimizer step per request; send the peak memory at the end."""
     torch.set_num_threads(options.threads)
     before = 0 if options.device == "cuda" else peak_bytes("cpu")  # Python and its libraries
     model, losses = SIDES[side](backbones, options, questions)
@@ -373,10 +373,10 @@ def work(side: str, backbones: Path, options: argparse.Namespace, questions: int
 
 
 def measure_memory(side: str, backbones: Path, options: argparse.Namespace, questions: int) -> int:
-    """Peak bytes of two steps of a side, in a process of its own that gives freed memory back at once.
+    """Measure the peak bytes of two steps of a side, in a process that returns freed memory at once.
 
-    By itself, glibc keeps freed blocks of up to 32 MiB for later, on CPUs as much as a third of the peak, and how much
-    is chance. Giving it back takes time, so this process is not the one whose steps are timed.
+    By default, glibc keeps freed blocks of up to 32 MiB. On a CPU they are up to a third of the peak, and the amount
+    varies. Returning memory takes time, so another process measures the time of the steps.
     """
     glibc = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     os.environ.update(glibc)
@@ -387,7 +387,7 @@ def measure_memory(side: str, backbones: Path, options: argparse.Namespace, ques
     for name in glibc:
         del os.environ[name]
     pipe.recv()
-    for _ in range(2):  # the second holds the optimiser's states from its beginning
+    for _ in range(2):  # the second step starts with the optimizer state
         pipe.send("step")
         pipe.recv()
     pipe.send("stop")
@@ -397,14 +397,14 @@ def measure_memory(side: str, backbones: Path, options: argparse.Namespace, ques
 
 
 def measure(backbones: Path, options: argparse.Namespace, questions: int) -> dict:
-    """Losses, seconds per step and peak memory of all sides, and the ratios to ours."""
+    """Measure losses, seconds per step and peak memory of all sides, and the ratios to ours."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for side in options.sides:
         pipes[side], theirs = context.Pipe()
         processes.append(context.Process(target=work, args=(side, backbones, options, questions, theirs)))
         processes[-1].start()
-        pipes[side].recv()  # one after the other, so that loading needs no memory for all
+        pipes[side].recv()  # load one side after another, to limit memory
     seconds: dict[str, list[float]] = {side: [] for side in options.sides}
     first_loss = {}
     for turn in range(options.pairs + 1):
@@ -440,7 +440,7 @@ def measure(backbones: Path, options: argparse.Namespace, questions: int) -> dic
 
 
 def why_no_liger(device: str) -> str | None:
-    """Why the side `liger` cannot run here, or None."""
+    """Return the reason why the side `liger` cannot run here, or None."""
     for package in ("triton", "liger_kernel"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"

@@ -1,4 +1,4 @@
-"""A list that costs worker processes no memory of their own. Used by `image_caption_dataset.py`."""
+"""A list in memory that worker processes share. Used by `image_caption_dataset.py` and `training/data.py`."""
 
 import itertools
 import pickle
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class CompactList(Sequence):
-    """A list as one block of bytes, decoded item by item.
+    """A list stored as one block of bytes; items are decoded on access.
 
-    Reading a Python object changes its reference count, so each forked worker ends with its own copy of every page that
-    holds one: 540 MiB a worker for 310,000 entries and their photos. A block has no counts: 84 MiB. Spawned workers get
-    the block as it is, while pickling and reading the objects takes 10 s for each worker.
+    Reading a Python object changes its reference count, so each forked worker gets its own copy of the memory pages:
+    540 MiB per worker for 310,000 entries and their photos. A block has no reference counts and takes 84 MiB. Spawned
+    workers receive the block directly; pickling the objects would take 10 s per worker.
     """
 
     def __init__(self, items: Iterable[Any]) -> None:
@@ -24,7 +24,7 @@ class CompactList(Sequence):
         return len(self.ends)
 
     def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < len(self):  # `for item in …` ends here
+        if not 0 <= index < len(self):  # IndexError ends a `for` loop
             raise IndexError(index)
         start = self.ends[index - 1] if index else 0
         return pickle.loads(self.block[start : self.ends[index]])

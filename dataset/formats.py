@@ -1,14 +1,14 @@
-"""Annotation files of five public formats → the rows that `dataset/raw.py` turns into photos and questions.
+"""Loaders of annotation files in five public formats; `dataset/raw.py` converts their rows to photos and questions.
 
-What counts as one row, so that kept + rejected = read:
+Definition of a row, with kept + rejected = read:
 
 * `ai_challenger`, `llava`: an item of the list.
 * `jsonl`: a line that is not blank.
-* `coco_captions`: an item of `annotations`, that is, a caption; and an item of `images` that no caption names, that
-  has no id or that repeats the id of an earlier one. All captions of a photo become one entry with several answers.
-* `vqav2`: an item of `questions`, with its annotation; and an item of `annotations` that has no question of its own.
+* `coco_captions`: an item of `annotations`, that is, a caption. Also an item of `images` that has no caption, has no
+  id or repeats an earlier id. All captions of a photo become one entry with several answers.
+* `vqav2`: an item of `questions`, with its annotation. Also an item of `annotations` without a question of its own.
 
-`dataset/turns.py` shows rows of `llava` and `jsonl` with several turns and photos.
+`dataset/turns.py` has examples of `llava` and `jsonl` rows with several turns and photos.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,8 +20,8 @@ from dataset.json_files import parse_json, read_content
 from dataset.rows import DropRowError, Part, Row, check_text, shown
 from errors import UserError, shortened
 
-# Loaders take the paths of annotations, questions (vqav2 only) and photos, and a dict in which they note the encoding
-# of each file that is not UTF-8. They give `Row`s, or the items of a list as they are: those are row 1, row 2, …
+# Arguments: paths of annotations, questions (vqav2 only) and photos, and a dict for the encoding of each file that is
+# not UTF-8. Returns `Row`s, or the unchanged items of a list, which are row 1, row 2, …
 Loader = Callable[[Path, Path | None, Path, dict[str, str]], list[Any]]
 
 
@@ -54,8 +54,8 @@ def load_jsonl(annotations: Path, questions: Path | None, images: Path, encoding
 @dataclass(slots=True)
 class _CocoPhoto:
     part: Part
-    named: bool = False  # by at least one caption
-    ambiguous: bool = False  # its id is also that of another file
+    named: bool = False  # at least one caption has its id
+    ambiguous: bool = False  # another file has the same id
     captions: list[Part] = field(default_factory=list)
 
 
@@ -94,13 +94,13 @@ def load_coco_captions(annotations: Path, questions: Path | None, images: Path, 
     return rows
 
 
-QUESTION_FIELDS = ("image_id", "question")  # items of one question_id that agree in them are the same question
+QUESTION_FIELDS = ("image_id", "question")  # items of one question_id with equal fields are the same question
 
 
 @dataclass(slots=True)
 class _VqaQuestion:
     part: Part
-    ambiguous: bool = False  # its id is also that of another question
+    ambiguous: bool = False  # another question has the same id
     annotation: Part | None = None
 
 
@@ -160,7 +160,10 @@ def _vqav2_row(question: _VqaQuestion, photo_name: Callable[[Any], Any]) -> Row:
 
 
 def _photo_namer(asked: dict[str, Any], IDs: list[Any], images: Path) -> Callable[[Any], Any]:
-    """How image_ids become file names: 000000000009.jpg in COCO 2017, COCO_train2014_000000000009.jpg in COCO 2014."""
+    """Return the function from image_id to file name.
+
+    COCO 2017 uses 000000000009.jpg, COCO 2014 uses COCO_train2014_000000000009.jpg.
+    """
     numbers = [ID for ID in IDs if type(ID) is int]
     plain = any((images / f"{ID:012}.jpg").is_file() for ID in numbers[:100])
     prefix = "" if plain else f"COCO_{asked.get('data_subtype', images.name)}_"

@@ -1,12 +1,12 @@
-"""Records to training samples and batches: photos, prompt, labels, packing. Called by `training/`.
+"""Training samples and batches from records: photos, prompt, labels, packing. Called by `training/`.
 
 Shared-image packing puts several questions on one photo into one sequence,
 
     [prefix + photo][question 1 + answer 1][question 2 + answer 2] …
 
-Every branch sees the prefix and itself, and its positions continue where the prefix ends (`qwen/attention.py`), so loss
-and gradients equal those of the separate samples while the photo's tokens pass the language model once. `collate` lets
-samples follow one another in one row, without padding.
+Each branch attends to the prefix and to itself, and its positions continue after the prefix (`qwen/attention.py`). Loss
+and gradients therefore equal those of separate samples, but the photo's tokens pass the language model only once.
+`collate` concatenates samples in one row without padding.
 
 Shapes: T tokens, C crops of a photo, R rows of a crop, Dv encoder width.
 """
@@ -28,7 +28,7 @@ from errors import UserError
 from qwen.chat import IGNORE_INDEX, ChatFormat, Message
 from visual_plan import VisualPlan
 
-REPLACEMENTS = 8  # other samples tried in place of one whose photo cannot be read
+REPLACEMENTS = 8  # other samples to try if a photo cannot be read
 
 
 class BrokenPhotoError(UserError):
@@ -36,7 +36,7 @@ class BrokenPhotoError(UserError):
 
 
 class Rendered(NamedTuple):
-    """An entry as tokens; `photo_ids` are those of the turns that were not cut off, in reading order."""
+    """Tokens of an entry; `photo_ids` are the photos of the turns that fit, in reading order."""
 
     input_ids: list[int]
     labels: list[int]
@@ -45,14 +45,14 @@ class Rendered(NamedTuple):
 
 @dataclass
 class Sample:
-    """One photo with one of its questions, or, packed, with all that share the tokens up to the photo.
+    """One training sample: one entry or, with packing, several entries with a common prefix.
 
     Attributes:
         input_ids, labels: (T,) int64.
-        lengths: of the shared prefix and of each question behind it; of the whole where there is one question.
-        photo_ids: of the photos in reading order of their placeholders.
-        photos: by ID, pixels (C, 3, H, W) float32 or features (C, R, Dv); empty before they are loaded.
-        replaced: a sentence for each photo that could not be read and was given up.
+        lengths: tokens of the prefix and of each branch; with one entry, tokens of the sample.
+        photo_ids: photo IDs in the order of their placeholders.
+        photos: by ID, pixels (C, 3, H, W) float32 or features (C, R, Dv); empty before loading.
+        replaced: an error message for each unreadable photo that this sample replaces.
     """
 
     input_ids: torch.Tensor
@@ -66,11 +66,12 @@ class Sample:
 def entry_messages(
     entry: Entry, chat: ChatFormat, answers: Sequence[str], plans: Mapping[int, VisualPlan] | None = None
 ) -> list[Message]:
-    """The dialogue of an entry, with one of the accepted answers per turn.
+    """Return the dialogue of an entry with one answer per turn.
 
     Args:
-        answers: the chosen answer of each turn; one fewer than there are turns leaves the last question open.
-        plans: of its photos, by ID; None: each is one crop.
+        answers: the chosen answer of each turn. If there are fewer answers than turns, the dialogue ends with the next
+            question.
+        plans: plans of the photos, by ID; None: each photo is one crop.
     """
     messages = []
     for index, turn in enumerate(entry.turns[: len(answers) + 1]):
@@ -82,24 +83,24 @@ def entry_messages(
 
 
 class ImageCaptionDataset(Dataset):
-    """Samples of photos and dialogues.
+    """Data set of training samples.
 
     Args:
         photos: by ID, from 0 without gaps.
-        entries: the records to learn from.
+        entries: the records.
         chat: prompt format of the model.
-        load_photo: photo and epoch → pixels (C, 3, H, W) float32 or cached features (C, R, Dv); UserError for a broken
-            photo.
-        plan_photo: photo → its plan, without decoding it; None: each photo is one crop.
-        max_length: longest dialogue in tokens; longer ones lose whole turns from the end, then the end of the answer.
-        max_questions: most questions of a photo in one sequence; 1: no packing.
-        seed: of the choice among several accepted answers, together with epoch and index.
+        load_photo: photo and epoch → pixels (C, 3, H, W) float32 or cached features (C, R, Dv); raises UserError for an
+            unreadable photo.
+        plan_photo: photo → its plan, without decoding the photo; None: each photo is one crop.
+        max_length: longest entry in tokens. A longer entry loses whole turns from the end, then the end of the answer.
+        max_questions: most entries in one sequence; 1: no packing.
+        seed: seed of the choice of answers, together with epoch and index.
         keep_apart: see `group_entries`.
-        replace_broken: draw another sample where a photo cannot be read.
+        replace_broken: return another sample if a photo cannot be read.
 
     Attributes:
-        groups: the numbers of the entries of each sample.
-        sources: names of the sources; `source(index)` is that of a sample.
+        groups: the entry numbers of each sample.
+        sources: names of the sources; `source(index)` is the source of a sample.
     """
 
     def __init__(
@@ -133,29 +134,29 @@ class ImageCaptionDataset(Dataset):
         self.replace_broken = replace_broken
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose anew among accepted answers."""
+        """Set the epoch, which determines the choice of answers and the augmentation."""
         self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def source(self, index: int) -> str:
-        """Source of sample `index`: that of its first question."""
+        """Return the source of sample `index`, which is the source of its first entry."""
         return self.sources[int(self._source_numbers[index])]
 
     def samples_by_source(self) -> dict[str, list[int]]:
-        """Indices of the samples of each source, in rising order."""
+        """Return the sample indices of each source, in ascending order."""
         return {
             source: (self._source_numbers == number).nonzero().flatten().tolist()
             for number, source in enumerate(self.sources)
         }
 
     def __getitem__(self, index: int) -> Sample | str:
-        """Sample `index` with its photos.
+        """Return sample `index` with its photos.
 
-        Where a photo cannot be read and `replace_broken` is on, this is another sample that lists in `replaced` what
-        was given up. If all are broken, or the dialogue is too long, it is a sentence, which the training process
-        raises: an error raised in a worker would arrive with a traceback.
+        With `replace_broken`, an unreadable photo causes another sample, which lists the errors in `replaced`. If all
+        candidates are unreadable, or the question is too long, the result is an error message. The training process
+        raises it, because an exception in a worker would include the worker's traceback.
         """
         broken: list[str] = []
         for candidate in itertools.chain([index], self._replacements(index)):
@@ -172,9 +173,10 @@ class ImageCaptionDataset(Dataset):
         return broken[0]
 
     def _replacements(self, index: int) -> Iterator[int]:
-        """Other samples of the same source, the same ones for an epoch and index; none without `replace_broken`.
+        """Yield other samples of the same source; epoch and index determine them. Empty without `replace_broken`.
 
-        Those no longer than sample `index` come first, then the shortest: a token budget counted on its length.
+        Samples that are at most as long as sample `index` come first, then the others by length. The token budget was
+        computed with the length of sample `index`.
         """
         if not self.replace_broken:
             return
@@ -186,7 +188,7 @@ class ImageCaptionDataset(Dataset):
         yield from sorted(drawn, key=excess.__getitem__)
 
     def _length(self, index: int) -> int:
-        """Tokens of a sample; 0 where the size of one of its photos cannot be read."""
+        """Return the tokens of a sample; 0 if the size of a photo cannot be read."""
         try:
             return len(self.tokens(index).input_ids)
         except BrokenPhotoError:
@@ -199,11 +201,10 @@ class ImageCaptionDataset(Dataset):
             raise BrokenPhotoError(str(error)) from error
 
     def tokens(self, index: int) -> Sample:
-        """Sample `index` before its photos are loaded.
+        """Return sample `index` without its photos.
 
         Raises:
-            UserError: photo and first question alone exceed `max_length`, or, with tiles, the size of a photo cannot be
-                read.
+            UserError: photo and first question exceed `max_length`; or, with tiles, the size of a photo cannot be read.
         """
         rendered = [self.render_entry(number) for number in self.groups[index]]
         first = rendered[0]
@@ -224,16 +225,16 @@ class ImageCaptionDataset(Dataset):
         return Sample(torch.tensor(input_ids), torch.tensor(labels), lengths, photo_ids, {})
 
     def plan(self, ID: int) -> VisualPlan:
-        """What photo `ID` becomes; UserError where that depends on its size, which cannot be read."""
+        """Return the plan of photo `ID`; raise UserError if it needs the size of the photo and cannot read it."""
         if self.plan_photo is None:
             return self.chat.plan
         plan_photo = self.plan_photo
         return self._of_photo(ID, lambda photo, _: plan_photo(photo))
 
     def render_entry(self, number: int) -> Rendered:
-        """Entry `number` by itself, cut to `max_length`; errors as `tokens`."""
+        """Return the tokens of entry `number`, cut to `max_length`; errors as `tokens`."""
         entry = self.entries[number]
-        choose = random.Random(f"{self.seed} {int(self.epoch)} {number}")  # the same whichever worker draws it
+        choose = random.Random(f"{self.seed} {int(self.epoch)} {number}")  # equal in all workers
         answers = [choose.choice(turn.answers) for turn in entry.turns]
         plans = {ID: self.plan(ID) for ID in set(entry.images)}
         turns, input_ids, labels = 0, [], []
@@ -258,12 +259,13 @@ def group_entries(
     max_questions: int,
     keep_apart: Mapping[str, Hashable] | None = None,
 ) -> list[list[int]]:
-    """Indices of entries that can share one sequence: same photos in the first turn, same text before the last of them.
+    """Group the entries that can share one sequence; return their indices.
 
-    Entries without a photo in their first turn stay alone: there is no photo whose cost they could share.
+    Entries of a group have the same photos in the first turn, and the same text before the last of these photos.
+    Entries without a photo in the first turn stay alone, because packing would save nothing.
 
     Args:
-        keep_apart: a value for each source; entries of sources with different values share no sequence.
+        keep_apart: a value for each source; entries with different values are in different groups.
     """
     groups: list[list[int]] = []
     open_groups: dict[tuple, list[int]] = {}
@@ -284,11 +286,11 @@ def group_entries(
 def pack(
     samples: list[tuple[list[int], list[int]]], prefix_length: int
 ) -> tuple[list[int], list[int], tuple[int, ...]]:
-    """Lay samples with a common prefix out as one sequence.
+    """Pack token sequences with a common prefix into one sequence.
 
     Args:
-        samples: (input_ids, labels) of each question; the first `prefix_length` ids are the same in all.
-        prefix_length: up to and including the last shared photo token.
+        samples: (input_ids, labels) of each question; the first `prefix_length` ids are equal.
+        prefix_length: tokens up to and including the last shared photo token.
 
     Returns:
         `input_ids` and `labels` (T,), and the lengths of the prefix and of each branch.
@@ -297,7 +299,7 @@ def pack(
     input_ids, labels, lengths = list(prefix), samples[0][1][:prefix_length], [prefix_length]
     for sample_ids, sample_labels in samples:
         assert sample_ids[:prefix_length] == prefix, "packed samples must share their prefix"
-        # the token before a branch in the sequence is not its predecessor, so it must not be asked to predict it
+        # the token before a branch belongs to another branch, so it must not predict the first token of this one
         assert sample_labels[prefix_length] == IGNORE_INDEX, "the first token of a branch cannot be supervised"
         input_ids += sample_ids[prefix_length:]
         labels += sample_labels[prefix_length:]
@@ -306,15 +308,15 @@ def pack(
 
 
 def collate(samples: Sequence[Sample | str]) -> Batch | str:
-    """Let samples follow one another in one row; each distinct photo of theirs is in the batch once.
+    """Concatenate samples in one row; the batch contains each distinct photo once.
 
-    If one of them is a sentence, so is the result.
+    If a sample is an error message, return it.
     """
     sound: list[Sample] = []
     for sample in samples:
         if isinstance(sample, str):
             return sample
-        # the token before a sample in the row is not its predecessor
+        # the token before a sample belongs to another sample, so it must not predict the first token of this one
         assert sample.labels[0] == IGNORE_INDEX, "the first token of a sample cannot be supervised"
         sound.append(sample)
     batch = Batch(

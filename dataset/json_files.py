@@ -1,6 +1,6 @@
-"""JSON files, with errors that say where the mistake is; `dataset/formats.py` and `dataset/records.py` read with it.
+"""JSON reader with error positions; used by `dataset/formats.py`, `dataset/records.py` and `process_image.py`.
 
-Files are UTF-8. UTF-16 and UTF-32 with a byte order mark and GB18030 (GBK, GB2312) are read as well.
+It reads UTF-8, UTF-16 and UTF-32 with a byte order mark, and GB18030 (GBK, GB2312).
 """
 
 import codecs
@@ -24,7 +24,7 @@ UTF8_CHARACTER = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|
 
 
 class Content(NamedTuple):
-    """What a file holds: its text as UTF-8 without byte order mark, which may be damaged, and what it was stored in."""
+    """Content of a file: text as UTF-8 without byte order mark, possibly damaged, and the encoding of the file."""
 
     text: bytes
     encoding: str  # UTF-8 | UTF-16 | UTF-32 | GB18030
@@ -38,13 +38,13 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file in UTF-8, UTF-16 or UTF-32 with a byte order mark, or GB18030.
 
     Raises:
-        UserError: no such file, empty, of another encoding or not JSON; one sentence with file, line and column.
+        UserError: the file is missing, empty, in another encoding or not JSON; one sentence with file, line and column.
     """
     return parse_json(read_content(path).text, str(path))
 
 
 def read_content(path: str | Path) -> Content:
-    """The whole file as UTF-8. Raises as `read_json` does, except that damaged UTF-8 is given back as it is."""
+    """Read the whole file as UTF-8; damaged UTF-8 is returned unchanged. Other errors as `read_json`."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{file}: file not found")
@@ -66,10 +66,10 @@ def read_content(path: str | Path) -> Content:
 
 
 def parse_json(text: bytes, name: str, line: int = 1) -> Any:
-    """The value of a UTF-8 text, for example one line of a file; `line` is its number there.
+    """Parse a UTF-8 text, for example one line of a file; `line` is the line number of its start.
 
     Raises:
-        UserError: not UTF-8 or not JSON; one sentence with file, line and column.
+        UserError: the text is not UTF-8 or not JSON; one sentence with file, line and column.
     """
     try:
         return orjson.loads(text)
@@ -112,12 +112,12 @@ def _is_utf8(content: bytes) -> bool:
 
 
 def _gb18030(content: bytes) -> bytes | None:
-    """`content` as UTF-8 if it is Chinese text in GB18030, else None.
+    """Return `content` as UTF-8 if it is Chinese text in GB18030, else None.
 
-    Strict decoding is not enough: most pairs of bytes above 127 decode to some Chinese character, also in Western,
-    Japanese and Korean encodings and in damaged UTF-8. So the characters must also be common ones. GB2312 has
-    punctuation in rows A1 to A3 and the 3,755 common characters, nearly all of a modern text, in rows B0 to D7. Korean
-    syllables end at row C8, so a longer text with hardly any character of later rows is taken for Korean.
+    Strict decoding is not enough: most pairs of bytes above 127 decode to a Chinese character, also in Western,
+    Japanese and Korean encodings and in damaged UTF-8. The characters must therefore also be common. GB2312 has
+    punctuation in rows A1 to A3 and the 3,755 common characters in rows B0 to D7; they are nearly all of a modern text.
+    Korean syllables end at row C8. A longer text with almost no character of later rows is classified as Korean.
     """
     if _share_of_utf8(content) > 0.7:
         return None
@@ -140,7 +140,7 @@ def _gb18030(content: bytes) -> bytes | None:
 
 
 def _share_of_utf8(content: bytes) -> float:
-    """Share of the bytes above 127 that are part of well-formed UTF-8 characters."""
+    """Return the share of the bytes above 127 that belong to well-formed UTF-8 characters."""
     ascii_only = bytes(range(128))
     total = len(content.translate(None, ascii_only))
     rest = len(UTF8_CHARACTER.sub(b"", content).translate(None, ascii_only))

@@ -1,7 +1,7 @@
-"""Checks whether the photos of a source can be used (`data.check_images`). `process_image.py` calls it once a source.
+"""Check of the photos of a source (`data.check_images`). `process_image.py` calls it once per source.
 
-Photos are decoded in other processes, because a decoder may crash its process and keeps the interpreter's lock.
-The processes are started by "spawn" on every system, so that tests on Linux run what Windows runs.
+Worker processes decode the photos, because a decoder may crash its process and holds the interpreter lock. They are
+started by "spawn" on every system, so tests on Linux cover the behaviour on Windows.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ from errors import UserError, shortened
 from paths import resolve_path
 from visual.photo import load_image
 
-CHUNK = 16  # photos given to a process at a time
-MOST_PROCESSES = 8  # each may need 0.8 GB for a large photo; 8 decode about as fast as a disk reads
+CHUNK = 16  # photos per task of a process
+MOST_PROCESSES = 8  # a process may need 0.8 GB for a large photo; 8 processes decode about as fast as a disk reads
 
 Problem = tuple[str, str]  # reason, detail
-Check = Callable[[list[str]], dict[str, Problem]]  # photo paths -> {path that cannot be used: problem}
+Check = Callable[[list[str]], dict[str, Problem]]  # photo paths -> {unusable path: problem}
 
-_stop: Event | None = None  # in a worker process: set when the results are no longer wanted
+_stop: Event | None = None  # in a worker process: set when the results are no longer needed
 
 
 def photo_check(mode: str, source: str, processes: int | None = None) -> Check | None:
-    """The check for one value of `data.check_images`: none, exists or open (decode).
+    """Return the check for one value of `data.check_images`: none, exists or open (decode).
 
     Args:
         mode: the value.
         source: name of the source, for the progress bar.
-        processes: that decode; None: as many as cores, at most `MOST_PROCESSES`.
+        processes: number of decoding processes; None: number of cores, at most `MOST_PROCESSES`.
     """
     if mode == "none":
         return None
@@ -47,7 +47,7 @@ def photo_check(mode: str, source: str, processes: int | None = None) -> Check |
         found = {}
         chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
         results = _decode_all(chunks, processes or _cores()) if mode == "open" else _stat_all(chunks)
-        # closing ends the processes at once where the loop is left by Ctrl-C
+        # closing the generator ends the processes at once if Ctrl-C stops the loop
         with tqdm(desc=f"{source}: photos", total=len(paths), unit="photo") as bar, contextlib.closing(results):
             for chunk, problems in zip(chunks, results, strict=True):
                 found |= {path: problem for path, problem in zip(chunk, problems, strict=True) if problem is not None}
@@ -64,7 +64,7 @@ def _cores() -> int:
 
 def _missing(path: str) -> Problem | None:
     file = resolve_path(path)
-    if not os.path.isfile(file):  # unlike Path.is_file it takes names that are too long
+    if not os.path.isfile(file):  # Path.is_file raises an error for names that are too long
         return "photo not found", shortened(path)
     if file.stat().st_size == 0:
         return "photo file is empty", shortened(path)
@@ -98,7 +98,7 @@ def _decode_all(chunks: list[list[str]], processes: int) -> Generator[list[Probl
         for chunk in chunks:
             with _interrupts_held():
                 pending.append((chunk, pool.submit(_decode_chunk, chunk)))
-            if len(pending) > 2 * processes:  # so that memory does not grow with the number of photos
+            if len(pending) > 2 * processes:  # limits memory, independent of the number of photos
                 yield _result(*pending.popleft())
         while pending:
             yield _result(*pending.popleft())
@@ -119,8 +119,8 @@ def _result(chunk: list[str], future: Future[Any]) -> list[Problem | None]:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Start processes in this block so that Ctrl-C, which the terminal sends to all, interrupts the parent only."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows: `_start_worker` alone has to do
+    """Block SIGINT while processes start, because the terminal sends Ctrl-C to all; only the parent handles it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: workers ignore it from `_start_worker` on
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -140,7 +140,7 @@ def _start_worker(stop: Event) -> None:
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "only a worker ends with its parent"
-    parent.join()  # a parent that is killed ends nothing by itself
+    parent.join()  # a killed parent does not end its workers
     os._exit(1)
 
 

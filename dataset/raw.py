@@ -1,7 +1,7 @@
 """Readers of raw annotations: rows of five public formats → photos and questions in the form of `dataset/records.py`.
 
-`process_image.py` finds them in `READERS` by the config's `format` and re-exports `process_ali` and `process_coco`.
-A row that cannot be used is rejected with a reason, and `Report` keeps it; nothing is lost silently.
+`process_image.py` selects a reader from `READERS` by `format` and re-exports `process_ali` and `process_coco`.
+`Report` stores every rejected row with a reason; no row is lost silently.
 """
 
 import functools
@@ -38,20 +38,20 @@ def process_ali(
     check: Check | None = None,
     questions: tuple[str, str] | None = CHINESE_QUESTIONS,
 ) -> tuple[ImageMap, Captions]:
-    """Rows of captioned photos: the photo under `image_id` or `image`, texts under `caption` or `conversations`.
+    """Read rows of captioned photos: photos under `image_id` or `image`, texts under `caption` or `conversations`.
 
     All captions of a row that are not blank become answers to one of two questions, each with probability 1/2.
 
     Args:
-        rows: the parsed annotations, or what a loader of `dataset/formats.py` gives.
-        image_path: folder of the photos; a relative one counts from the repository root.
+        rows: the parsed annotations, or the result of a loader of `dataset/formats.py`.
+        image_path: folder of the photos; a relative path starts at the repository root.
         start_ID: ID of the first new photo = number of photos before it.
-        image_map: photos of earlier sources; those keep their IDs.
-        seed: of the choice of questions.
-        source: goes into each entry, and in front of a key that is taken by another photo.
-        report: is filled.
-        check: called once with the paths of the new photos; rows of a photo it gives back are dropped.
-        questions: the two questions; None asks in the language of the captions, Chinese or English.
+        image_map: photos of earlier sources; they keep their IDs.
+        seed: seed of the choice of questions.
+        source: name in each entry, and prefix of a key that another photo already has.
+        report: filled with the counts and the rejected rows.
+        check: called once with the paths of the new photos; rows with a photo in its result are dropped.
+        questions: the two questions; None: in the language of the captions, Chinese or English.
 
     Returns:
         The new photos only, and the captions of these rows (`merge_captions` adds them to those of other sources).
@@ -79,7 +79,7 @@ def process_ali(
 def process_captions(
     rows: Iterable[Any], image_path: str | Path, start_ID: int, **options: Any
 ) -> tuple[ImageMap, Captions]:
-    """As `process_ali`, asked in the language of the captions."""
+    """Read rows as `process_ali`, with questions in the language of the captions."""
     return process_ali(rows, image_path, start_ID, questions=None, **options)
 
 
@@ -94,10 +94,10 @@ def process_coco(
     report: Report | None = None,
     check: Check | None = None,
 ) -> tuple[ImageMap, Captions]:
-    """Rows with `conversations` (LLaVA), with `turns`, or with `question`/`q` and `answer`/`a`.
+    """Read rows with `conversations` (LLaVA), with `turns`, or with `question`/`q` and `answer`/`a`.
 
-    `dataset/turns.py` says where their photos stand; a row without photo is text only. Nothing is drawn at random:
-    `seed` is there so that all readers are called alike. Arguments as in `process_ali`.
+    `dataset/turns.py` defines the positions of the photos; a row without photo is text only. `seed` is not used; it
+    gives all readers the same signature. Arguments as in `process_ali`.
     """
 
     def parse(row: dict[str, Any], notes: Notes) -> Turns:
@@ -112,7 +112,7 @@ def process_coco(
 
 
 def merge_captions(captions: Captions, new: Captions) -> None:
-    """Add `new` to `captions` in place; a photo that is in both keeps all its entries."""
+    """Add `new` to `captions` in place; a photo in both keeps all its entries."""
     for key, entries in new.items():
         captions.setdefault(key, []).extend(entries)
 
@@ -158,7 +158,7 @@ def _process(
 def _parse_rows(
     parse: Callable[[dict[str, Any], Notes], Turns], rows: Iterable[Any], report: Report
 ) -> list[tuple[int, Any, Turns, Notes | None]]:
-    """(number, row, turns, notes) of each usable row; the others go to the report."""
+    """Return (number, row, turns, notes) of each usable row; the report gets the other rows."""
     parsed = []
     for number, row in enumerate(rows, start=1):
         report.rows += len(row.parts) if isinstance(row, Row) else 1
@@ -180,7 +180,7 @@ def _parts(number: int, row: Any) -> tuple[Part, ...]:
 
 
 class _Register:
-    """Gives each photo of a source its ID and key. The file decides whether a photo is a known one, not its name."""
+    """IDs and keys of the photos of a source. The absolute path identifies a known photo, not its key."""
 
     def __init__(self, image_path: str | Path, source: str, start_ID: int, known: ImageMap) -> None:
         self.folder = Path(image_path).as_posix()
@@ -193,11 +193,11 @@ class _Register:
         self.ID_of_path: dict[str, int] = {}
 
     def paths(self, turns: Turns) -> list[str]:
-        """The photo files of a row, in reading order."""
+        """Return the photo files of a row, in reading order."""
         return [f"{self.folder}/{name}" for turn in turns for name in turn.get("images", ())]
 
     def enter(self, turns: Turns, entry: dict[str, Any]) -> str:
-        """Put IDs in place of the photos' names, as `write_records` describes; gives the key of `entry` in captions."""
+        """Replace photo names by IDs, as `write_records` describes; return the key of `entry` in captions."""
         IDs = [[self.get(path) for path in self.paths([turn])] for turn in turns]
         first = next(itertools.chain.from_iterable(IDs), None)
         if first is not None and IDs[0] != [first]:
@@ -236,7 +236,7 @@ def _absolute_folder(folder: str) -> str:
 
 
 class Reader(NamedTuple):
-    """`load` gives the rows of a source, `process` is called as `process_ali`."""
+    """Functions of one format: `load` returns the rows of a source, `process` has the signature of `process_ali`."""
 
     load: Loader
     process: Callable[..., tuple[ImageMap, Captions]]

@@ -1,4 +1,4 @@
-"""The two files of a prepared data set, `image_map.json` and `captions.json`: written, read and checked here only.
+"""Writing, reading and checking of the two files of a prepared data set, `image_map.json` and `captions.json`.
 
 `process_image.py` writes them; training and evaluation read them. `write_records` describes their form.
 """
@@ -20,8 +20,8 @@ from dataset.json_files import read_json
 from errors import UserError, file_error
 from paths import REPO_ROOT
 
-TEXT_KEY = "text"  # key in captions.json of the rows without a photo
-UNNAMED_SOURCE = "unnamed"  # of entries in the report's form, which name no source
+TEXT_KEY = "text"  # key in captions.json of the entries without a photo
+UNNAMED_SOURCE = "unnamed"  # source of entries in the report's form, which have no source
 
 ImageMap = dict[str, dict[str, Any]]
 Captions = dict[str, list[dict[str, Any]]]
@@ -37,17 +37,17 @@ class Photo:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question with its answers. `images` are its photos, those of its first tags; later tags are text."""
+    """A question with its answers. `images` belong to its first tags, in order; later tags are text."""
 
     question: str
-    answers: tuple[str, ...]  # at least one; any of them is right
-    type: str = ""  # kind of question, for the scores; "" is the entry's
-    images: tuple[int, ...] = ()  # IDs; () is a turn without a photo of its own
+    answers: tuple[str, ...]  # at least one; each is correct
+    type: str = ""  # question type, for the scores; "": the type of the entry
+    images: tuple[int, ...] = ()  # photo IDs; (): a turn without a photo of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row: a question or a dialogue."""
+    """One entry of captions.json: a question or a dialogue."""
 
     source: str
     type: str
@@ -55,7 +55,7 @@ class Entry:
 
     @property
     def images(self) -> tuple[int, ...]:
-        """IDs of the photos of all turns in reading order, each as often as it stands there; () is text only."""
+        """Photo IDs of all turns in reading order, with repetitions; () for text only."""
         if len(self.turns) == 1:
             return self.turns[0].images
         return tuple(ID for turn in self.turns for ID in turn.images)
@@ -68,17 +68,18 @@ def write_records(
     captions_path: Path,
     beside: dict[Path, Iterable[bytes]] | None = None,
 ) -> None:
-    """Write both files, UTF-8 and indented; each appears complete or not at all.
+    """Write both files, UTF-8 and indented; each file is written completely or not at all.
 
     Args:
         image_map: `{key: {"ID": int, "image_file": str, "path": str}}`, path absolute or from the repository root.
         captions: `{"ID" or "text": [entry, …]}`; an entry is `{"source", "q", "a": [str, …]}` or, for a dialogue,
             `{"source", "turns": [{"q", "a"}, …]}`; `"type"` of entry or turn is optional. `"images": [ID, …]` of the
-            entry are the photos of its first turn, by default its key's alone; each later turn may have `"images"` of
-            its own. The first photo of an entry in reading order is its key: where the first turn shows none,
-            `"images"` is `[]` and a later turn begins with the key. Entries under "text" have no photos. Photos stand
-            at the first tags `<|extra_0|>` of their turn's question, in this order; any further tag is text.
-        beside: more files to write with them, by the pieces of their content.
+            entry are the photos of its first turn; the default is only the photo of the key. Each later turn may have
+            its own `"images"`. The key is the first photo of the entry in reading order. If the first turn has no
+            photo, `"images"` is `[]`, and the photos of a later turn start with the key. Entries under "text" have no
+            photos. Photos belong to the first tags `<|extra_0|>` of their turn's question, in order; later tags are
+            text.
+        beside: other files to write at the same time, as pieces of their content.
 
     Raises:
         UserError: both paths are the same, or a file cannot be written.
@@ -90,28 +91,28 @@ def write_records(
 
 
 def write_json_files(contents: dict[Path, Any]) -> None:
-    """Write each value as JSON to its path; raises as `write_files`."""
+    """Write each value as JSON to its path; errors as `write_files`."""
     write_files({path: json_pieces(value) for path, value in contents.items()})
 
 
 def json_pieces(value: Any) -> Iterator[bytes]:
-    """A value as indented JSON, made when it is written, so that one text at a time is in memory."""
+    """Yield a value as indented JSON. It is encoded during writing, so memory holds one text at a time."""
     yield orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def write_files(contents: dict[Path, Iterable[bytes]]) -> None:
-    """Write the pieces of each file: all are on the disk under temporary names before the first is renamed.
+    """Write all files under temporary names, then rename them.
 
     Raises:
-        UserError: the disk is full, a folder may not be written or a path is a folder; the old files are as they were
-            and no temporary one is left.
+        UserError: the disk is full, a folder is not writable or a path is a folder. The old files are unchanged, and
+            no temporary file is left.
     """
     temporary = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in contents}
     path = None
     try:
         for path, pieces in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():  # renaming would fail, when others are renamed already
+            if path.is_dir():  # renaming would fail after other files are renamed
                 raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
             with open(temporary[path], "wb") as file:
                 file.writelines(pieces)
@@ -123,21 +124,21 @@ def write_files(contents: dict[Path, Iterable[bytes]]) -> None:
         raise file_error(error, f"cannot write {path}", "mend that or choose another path") from error
     finally:
         for unfinished in temporary.values():
-            with contextlib.suppress(OSError):  # "does not exist" also comes as "not a folder"
+            with contextlib.suppress(OSError):  # a missing file can also raise NotADirectoryError
                 unfinished.unlink()
 
 
 def read_records(image_map: Path, captions: Path) -> tuple[dict[int, Photo], list[Entry]]:
     """Read and check both files.
 
-    Also takes the report's form of captions, where a value is one `{"q", "a"}`, and a single text for `"a"`. It
+    It also accepts the report's form of captions, where a value is one `{"q", "a"}`, and a single text for `"a"`. It
     does not check that the photos exist: `process_image.py` did, and `visual.transform.load_image` will.
 
     Returns:
-        photos by ID, and the entries in the order of the file.
+        Photos by ID, and the entries in the order of the file.
 
     Raises:
-        UserError: a file is missing, is not JSON or breaks the form; names file, ID or key, and what to do.
+        UserError: a file is missing, is not JSON or has a wrong form. The message has file, ID or key, and the remedy.
     """
     photos = _read_photos(Path(image_map))
     file = Path(captions)
@@ -164,7 +165,7 @@ def _read_photos(file: Path) -> dict[int, Photo]:
             case {"ID": int(ID), "image_file": str(image_file), "path": str(path)} if not isinstance(ID, bool):
                 if ID in photos:
                     _fail(file, f"ID {ID}", f"is given to both '{photos[ID].key}' and '{key}'")
-                # resolve_path builds three Paths, which is half the time of reading 300,000 photos
+                # not resolve_path: its three Path objects would take half the time of reading 300,000 photos
                 photos[ID] = Photo(ID, key, image_file, Path(os.path.join(root, os.path.expanduser(path))))
             case _:
                 _fail(file, f"'{key}'", 'does not hold a whole number "ID" and texts "image_file" and "path"')
@@ -200,7 +201,7 @@ def _entry(file: Path, key: str, number: int, item: Any, photos: dict[int, Photo
 
 
 def _dialogue_turn(file: Path, where: str, index: int, turn: Any, first: Any, photos: dict[int, Photo]) -> Turn:
-    """Turn `index` of a dialogue; `first` are the entry's `"images"`, which are those of the first turn."""
+    """Read turn `index` of a dialogue; `first` are the entry's `"images"`, the photos of the first turn."""
     where = f"{where}, turn {index}"
     if not isinstance(turn, dict):
         _fail(file, where, f"is a {type(turn).__name__}, not an object")
@@ -238,16 +239,16 @@ def _fail(file: Path, where: str, problem: str) -> NoReturn:
 def split_entries(
     photos: dict[int, Photo], entries: list[Entry], val_fraction: float
 ) -> tuple[list[Entry], list[Entry]]:
-    """Split into (train, val) by a hash of the photo's key, or of the first question where there is no photo.
+    """Split into (train, val) by a hash of the photo's key, or of the first question if there is no photo.
 
-    Photos that share an entry, in one turn or several, are linked, also through other photos; the alphabetically first
-    key of linked photos decides for all of them. So no photo is on both sides, all questions on a photo are on one
-    side, and new data move only photos that they link. If linked photos are more than half of all, they go to training,
-    because holding them out would leave too little. `val_fraction` is in [0, 1); the share is met on average, so a
-    small set may get no validation part.
+    Photos in one entry are linked, also indirectly through other photos. The alphabetically first key of linked photos
+    decides for all of them. Therefore no photo is on both sides, all questions on a photo are on one side, and new data
+    move only photos that they link. If more than half of all photos are linked to one another, these go to training,
+    because too few would be left otherwise. `val_fraction` is in [0, 1). The share holds on average, so a small data
+    set may have no validation part.
 
     Raises:
-        UserError: entries link all photos, so that none can be held out.
+        UserError: entries link all photos, so no photo can be held out.
     """
     key_of = _deciding_keys(photos, entries)
     linked = Counter(key_of.values())
@@ -271,12 +272,12 @@ def split_entries(
 
 
 def _deciding_keys(photos: dict[int, Photo], entries: list[Entry]) -> dict[int, str]:
-    """The smallest key among the photos linked to a photo, by its ID; photos that share no entry are left out."""
+    """Return the smallest key of the linked photos, by photo ID; photos without links are left out."""
     parent: dict[int, int] = {}
 
     def root(ID: int) -> int:
         while parent.setdefault(ID, ID) != ID:
-            parent[ID] = parent[parent[ID]]  # halves the way for the next time
+            parent[ID] = parent[parent[ID]]  # path halving
             ID = parent[ID]
         return ID
 
@@ -284,5 +285,5 @@ def _deciding_keys(photos: dict[int, Photo], entries: list[Entry]) -> dict[int, 
         images = entry.images
         for ID in images[1:]:
             first, second = sorted((root(images[0]), root(ID)), key=lambda ID: photos[ID].key)
-            parent[second] = first  # so that a root has the smallest key of its photos
+            parent[second] = first  # a root has the smallest key of its photos
     return {ID: photos[root(ID)].key for ID in list(parent)}

@@ -1,6 +1,6 @@
-"""The rows of annotation files: as they were read, why one cannot be used, and the report of what became of them.
+"""Rows of annotation files, reasons to reject a row, and the report of a source.
 
-`dataset/formats.py` reads them, `dataset/raw.py` turns them into photos and questions.
+`dataset/formats.py` reads the rows; `dataset/raw.py` converts them to photos and questions.
 """
 
 import json
@@ -15,12 +15,12 @@ import orjson
 from config import IMAGE_TAG
 from errors import shortened
 
-EXAMPLES = 3  # of each reason, in the report
-# Characters of one question or answer. At four characters a token this is more than the 131,072 tokens of the longest
-# context window among the supported models, so no model can be trained on it.
+EXAMPLES = 3  # per reason, in the report
+# Characters of one question or answer. At four characters per token this exceeds 131,072 tokens, the longest context
+# window of the supported models, so no model can be trained on a longer text.
 LONGEST_TEXT = 600_000
-# A character that one can see: neither white space nor a control character nor one that Unicode calls "default
-# ignorable" (zero-width space, joiners, directions, fillers, variation selectors), nor the empty braille pattern.
+# A visible character: not white space, not a control character, not a "default ignorable" character of Unicode
+# (zero-width space, joiners, directions, fillers, variation selectors), and not the empty braille pattern.
 VISIBLE = re.compile(
     r"[^\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
@@ -28,7 +28,7 @@ VISIBLE = re.compile(
 
 
 class DropRowError(Exception):
-    """A row that cannot be used: a reason, the same for all rows of its kind, and what is wrong with this one."""
+    """An unusable row: a reason, equal for all rows with this problem, and the detail of this row."""
 
     def __init__(self, reason: str, detail: object) -> None:
         super().__init__(reason)
@@ -36,7 +36,7 @@ class DropRowError(Exception):
 
 
 class Part(NamedTuple):
-    """One row as it was read: `place` in `file`, for example `row 3`; a `file` of "" is the source's annotations."""
+    """One row as read: `place` in `file`, for example `row 3`; `file` "" means the source's annotations."""
 
     place: str
     content: Any
@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a reader parses as one, with the rows as they were read (of a photo's captions: several), or a problem."""
+    """Unit of parsing: a value with the rows it was read from (several for COCO captions), or a problem."""
 
     value: Any
     parts: tuple[Part, ...]
@@ -53,22 +53,22 @@ class Row(NamedTuple):
 
 @dataclass
 class Report:
-    """What became of one source's rows: `rows` = `kept` + all `dropped`; `dataset/formats.py` says what a row is."""
+    """Counts of one source: `rows` = `kept` + all `dropped`; `dataset/formats.py` defines a row."""
 
     source: str
-    file: str = ""  # its annotations
+    file: str = ""  # annotation file
     rows: int = 0
     kept: int = 0
-    photos: int = 0  # new ones, not named by an earlier source
+    photos: int = 0  # new photos, not in an earlier source
     questions: int = 0
-    tags_added: int = 0  # rows kept that named a photo but no place for it; it came first
-    blank_answers: int = 0  # left out of rows that have other answers
-    encodings: dict[str, str] = field(default_factory=dict)  # of files that are not UTF-8
+    tags_added: int = 0  # kept rows with photos but without tags; the photos are placed before the question
+    blank_answers: int = 0  # removed from rows that have other answers
+    encodings: dict[str, str] = field(default_factory=dict)  # encodings of files that are not UTF-8
     dropped: dict[str, dict[str, Any]] = field(default_factory=dict)  # reason -> {"count", "examples"}
     rejected: list[tuple[Part, str, str]] = field(default_factory=list)  # every dropped row, reason and detail
 
     def drop(self, parts: Iterable[Part], reason: str, detail: str) -> None:
-        """Count and keep rows; the first three of a reason are shown as examples."""
+        """Count and store rejected rows; the first `EXAMPLES` of a reason are its examples."""
         entry = self.dropped.setdefault(reason, {"count": 0, "examples": []})
         for part in parts:
             entry["count"] += 1
@@ -77,11 +77,11 @@ class Report:
             self.rejected.append((part, reason, detail))
 
     def figures(self) -> dict[str, Any]:
-        """All fields but the rejected rows, for `process_report.json`."""
+        """Return all fields except the rejected rows, for `process_report.json`."""
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "rejected"}
 
     def rejected_lines(self) -> Iterator[bytes]:
-        """The lines of `rejected.jsonl`: source, file, place, reason, detail and the row itself, whole."""
+        """Yield the lines of `rejected.jsonl`: source, file, place, reason, detail and the whole row."""
         for part, reason, detail in self.rejected:
             where = {"source": self.source, "file": part.file or self.file, "place": part.place}
             yield _json_line(where | {"reason": reason, "detail": detail, "row": part.content})
@@ -90,7 +90,7 @@ class Report:
 def _json_line(value: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
-    except orjson.JSONEncodeError:  # orjson reads values nested up to 1,024 levels deep, but writes 254
+    except orjson.JSONEncodeError:  # orjson reads up to 1,024 nested levels, but writes only 254
         limit = sys.getrecursionlimit()
         sys.setrecursionlimit(limit + 5_000)
         try:
@@ -100,15 +100,15 @@ def _json_line(value: dict[str, Any]) -> bytes:
 
 
 def is_blank(text: str) -> bool:
-    """Whether `text` holds no character that one can see."""
+    """Return whether `text` has no visible character."""
     return VISIBLE.search(text) is None
 
 
 def check_text(value: Any, what: str) -> None:
-    """Check the text of a question or an answer, which is `what` it is.
+    """Check the text of a question or an answer; `what` is the word for messages.
 
     Raises:
-        DropRowError: no text, nothing visible, far too long, or a literal image tag.
+        DropRowError: not a text, no visible character, too long, or a literal image tag.
     """
     if not isinstance(value, str) or is_blank(value):
         raise DropRowError(f"no {what}", shown(value))
@@ -119,7 +119,7 @@ def check_text(value: Any, what: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """`repr` of a value read from JSON, which may be nested too deeply for it."""
+    """Return the `repr` of a JSON value, or its type if it is nested too deeply for `repr`."""
     try:
         return repr(value)
     except RecursionError:

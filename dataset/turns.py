@@ -1,20 +1,20 @@
-"""The turns of a raw row and the photos of each; called by `dataset/raw.py`.
+"""Turns of a raw row and the photos of each turn; called by `dataset/raw.py` and `predict.py`.
 
-A row names its photos under `image` or `images`, one file or a list of files, else under `image_id`. They stand at the
-tags `<image>` of its questions in order, in whichever turn those are; without a tag, before the first question:
+A row has its photos under `image` or `images`, one file or a list of files, else under `image_id`. They belong to the
+tags `<image>` of its questions, in order, in any turn. Without a tag, they come before the first question:
 
     {"image": ["1.jpg", "2.jpg"], "conversations": [
         {"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."},
         {"from": "human", "value": "And this? <image>"}, {"from": "gpt", "value": "A dog."}]}
 
-In place of `conversations` a row may have one `question` and `answer`, or several as `turns`, each of which may name
-photos of its own. Then the photos of every turn stand at its own tags, or before its question where it has none, and
-the photos of the row are those of the first turn:
+Instead of `conversations`, a row may have one `question` and `answer`, or a list `turns`. Each of the `turns` may have
+its own photos. They then belong to the tags of that turn, or come before its question if it has no tag. The photos of
+the row are then those of the first turn:
 
     {"image": "1.jpg", "turns": [{"question": "What is it?", "answer": "A cat."},
                                  {"question": "And this?", "answer": "A dog.", "image": "2.jpg"}]}
 
-`<image>` becomes `<|extra_0|>`. In answers it stays text. What cannot be used raises `DropRowError`.
+`<image>` becomes `<|extra_0|>`; in answers it stays text. An unusable row raises `DropRowError`.
 """
 
 import itertools
@@ -27,12 +27,12 @@ from dataset.rows import DropRowError, check_text, is_blank, shown
 IMAGE_WORD = "<image>"  # the photo's place in LLaVA annotations
 PHOTOS_AND_TAGS = f"number of {IMAGE_WORD} tags is not that of photos"
 
-Notes = dict[str, int]  # names of counts of `Report` -> what a row adds to them if it is kept
-Turns = list[dict[str, Any]]  # "q", "a" and, where a turn has photos, their names as "images"
+Notes = dict[str, int]  # name of a count of `Report` -> number that the row adds if it is kept
+Turns = list[dict[str, Any]]  # "q", "a" and, for a turn with photos, their names as "images"
 
 
 def image_names(row: dict[str, Any]) -> list[str]:
-    """The photos that a row, or one of its turns, names: under `image` or `images`, else under `image_id`."""
+    """Return the photo names of a row or turn, from `image` or `images`, else from `image_id`."""
     values = [row[field] for field in ("image", "images") if row.get(field) not in (None, [])]
     if not values:
         values = [[] if row.get("image_id") is None else row["image_id"]]
@@ -52,7 +52,7 @@ def _safe_name(name: Any) -> str:
 
 
 def dialogue(messages: Any, notes: Notes) -> Turns:
-    """The turns of LLaVA's `conversations`, which must be of `human` and `gpt` in turn."""
+    """Return the turns of LLaVA's `conversations`; `human` and `gpt` must alternate."""
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise DropRowError("conversations is not a list of messages", shown(messages))
     speakers = [message.get("from") for message in messages]
@@ -63,13 +63,13 @@ def dialogue(messages: Any, notes: Notes) -> Turns:
 
 
 def turn_of(row: dict[str, Any], notes: Notes) -> dict[str, Any]:
-    """The turn under `question` or `q` and `answer` or `a`."""
+    """Return the turn from `question` or `q` and `answer` or `a`."""
     question = _question(row.get("question", row.get("q")))
     return {"q": question, "a": answers_of(row.get("answer", row.get("a")), notes)}
 
 
 def kind_of(item: dict[str, Any]) -> dict[str, Any]:
-    """The kind of question that a row or turn names, as `{"type": text}`, or `{}`."""
+    """Return the question type of a row or turn as `{"type": text}`, or `{}`."""
     kind = item.get("type")
     return {} if kind is None else {"type": kind if isinstance(kind, str) else shown(kind)}
 
@@ -80,7 +80,7 @@ def _question(value: Any) -> str:
 
 
 def answers_of(value: Any, notes: Notes) -> list[str]:
-    """The answers that are not blank, of a text or a list of texts."""
+    """Return the non-blank answers of a text or a list of texts."""
     texts = value if isinstance(value, list) else [value]
     if any(not isinstance(text, str) for text in texts):
         raise DropRowError("no answer" if value is None else "answer is not text", shown(value))
@@ -95,7 +95,7 @@ def answers_of(value: Any, notes: Notes) -> list[str]:
 
 
 def place_photos(turns: Turns, names: list[str], notes: Notes) -> Turns:
-    """Give the photos of a row to the turns that hold their tags, in order; without a tag, all to the first turn."""
+    """Assign the photos of a row to the turns with tags, in order; without a tag, all to the first turn."""
     tags = [turn["q"].count(IMAGE_WORD) for turn in turns]
     if not any(tags):
         tags[0] = len(names)
@@ -108,7 +108,7 @@ def place_photos(turns: Turns, names: list[str], notes: Notes) -> Turns:
 
 
 def place_by_turn(items: Any, names: list[str], notes: Notes) -> Turns:
-    """Turns that may name photos of their own; `names` are those of the row."""
+    """Return turns that may have their own photos; `names` are the photos of the row."""
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise DropRowError("turns is not a list of objects", shown(items))
     turns = [turn_of(item, notes) | kind_of(item) for item in items]
@@ -127,7 +127,7 @@ def place_by_turn(items: Any, names: list[str], notes: Notes) -> Turns:
 
 
 def _place(turn: dict[str, Any], names: list[str], notes: Notes) -> None:
-    """Give a turn its photos, at as many tags or before its question."""
+    """Set the photos of a turn, at its tags or, without a tag, before its question."""
     if not names:
         return
     turn["images"] = names

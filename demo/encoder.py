@@ -1,7 +1,7 @@
-"""Pretraining of the demo's SigLIP encoder, on drawn scenes alone. Run by `python -m demo.pretrain encoder`.
+"""Pretraining of the demo's SigLIP encoder on drawn scenes only. Run by `python -m demo.pretrain encoder`.
 
-Target: the patch that holds an object's centre says colour, shape, size and cell (linearly, in the post-layernorm
-`last_hidden_state`), every other patch says "none". A language model then finds a few telling tokens among 728.
+Target: a linear layer on the post-layernorm `last_hidden_state` reads colour, shape, size and cell at the patch of an
+object's centre, and "none" at every other patch. The language model then gets a few informative tokens among 728.
 """
 
 import copy
@@ -36,11 +36,11 @@ WIDTH = 64
 HEAD_WIDTH = 16
 LOCAL_HEADS = 3  # of 4
 CELL_STEPS = 400  # steps on single cells at the start
-NONE_WEIGHT = 0.1  # one patch of "none" against one object
+NONE_WEIGHT = 0.1  # loss weight of a "none" patch relative to an object's patch
 
 
 class PatchReader(nn.Module):
-    """A SigLIP encoder and one linear layer per attribute (thrown away after pretraining)."""
+    """A SigLIP encoder and one linear layer per attribute (discarded after pretraining)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class PatchReader(nn.Module):
             num_attention_heads=WIDTH // HEAD_WIDTH,
             image_size=PICTURE_PX,
             patch_size=PATCH_PX,
-            vision_use_head=False,  # only patch features are ever read
+            vision_use_head=False,  # only patch features are used
         )
         self.encoder = SiglipVisionModel(config)
         self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, 1 + len(values)) for name, values in NAMES.items()})
@@ -59,10 +59,10 @@ class PatchReader(nn.Module):
 
     @torch.no_grad()
     def _look_nearby(self) -> None:
-        """Start with attention on near patches: the first 16 features hold the position, most heads compare just those.
+        """Initialise attention to near patches: the first 16 features encode the position; most heads use only them.
 
-        Shape and size are read off an object's outline, a few patches away; a random start has to find that out among
-        729 patches, which takes most of the training time.
+        Shape and size depend on the object's outline, a few patches away. From a random start, finding this among 729
+        patches takes most of the training time.
         """
         embeddings = self.encoder.embeddings
         embeddings.position_embedding.weight.normal_(0, 0.02)[:, :HEAD_WIDTH] = _sine_positions()
@@ -75,7 +75,7 @@ class PatchReader(nn.Module):
                     rows[:, HEAD_WIDTH:] = 0
 
     def forward(self, pixels: Tensor, positions: Tensor) -> Tensor:
-        """pixels (B, 3, H, W), whole patches; positions (B, N), their places in the 27x27 grid -> (B, N, WIDTH)."""
+        """Encode patches: pixels (B, 3, H, W) and positions (B, N) in the 27x27 grid -> (B, N, WIDTH)."""
         patches = self.encoder.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
         hidden = patches + self.encoder.embeddings.position_embedding(positions)
         hidden = self.encoder.encoder(inputs_embeds=hidden).last_hidden_state
@@ -83,7 +83,7 @@ class PatchReader(nn.Module):
 
 
 def _sine_positions() -> Tensor:
-    """(GRID * GRID, 16): sines and cosines of row and column with wavelengths of 7 to 40 patches."""
+    """Sines and cosines of row and column with wavelengths of 7 to 40 patches, (GRID * GRID, 16)."""
     angles = 2 * math.pi * torch.arange(GRID)[:, None] / torch.tensor([7.0, 12.0, 20.0, 40.0])  # (27, 4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
     rows = axis[:, None].expand(GRID, GRID, -1)
@@ -91,12 +91,12 @@ def _sine_positions() -> Tensor:
 
 
 def pixel_values(pictures: Tensor) -> Tensor:
-    """(B, 3, H, W) bytes -> -1..1: what SigLIP's image processor makes of a picture that has the right size already."""
+    """Scale (B, 3, H, W) bytes to -1..1, as SigLIP's image processor does for a picture of the right size."""
     return pictures.float() / 127.5 - 1
 
 
 def label_grid(scene: Scene) -> np.ndarray:
-    """(4, 27, 27): class of every patch for colour, shape, size, cell; 0 = none."""
+    """Class of every patch for colour, shape, size and cell, (4, 27, 27); 0 = none."""
     grid = np.zeros((len(NAMES), GRID, GRID), dtype=np.int64)
     for thing in scene:
         values = (thing.colour, thing.shape, thing.size, thing.place)
@@ -106,7 +106,7 @@ def label_grid(scene: Scene) -> np.ndarray:
 
 
 def picture_batches(rng: np.random.Generator, size: int) -> Iterator[tuple[Tensor, Tensor, list[Scene]]]:
-    """Endless: pictures (size, 3, 384, 384) in bytes, labels (size, 4, 27, 27) and the scenes."""
+    """Yield pictures (size, 3, 384, 384) in bytes, labels (size, 4, 27, 27) and scenes without end."""
     while True:
         scenes = [random_scene(rng) for _ in range(size)]
         pictures = torch.from_numpy(np.stack([np.asarray(draw(scene, rng)) for scene in scenes])).permute(0, 3, 1, 2)
@@ -114,7 +114,7 @@ def picture_batches(rng: np.random.Generator, size: int) -> Iterator[tuple[Tenso
 
 
 def _cut_cells(pictures: Tensor, labels: Tensor, scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
-    """The occupied cells by themselves: (C, 3, 126, 126), (C, 4, 81), places (C, 81)."""
+    """Cut out the occupied cells: pictures (C, 3, 126, 126), labels (C, 4, 81), places (C, 81)."""
     grid = torch.arange(GRID * GRID).view(GRID, GRID)
     cut_pictures, cut_labels, cut_places = [], [], []
     for index, scene in enumerate(scenes):
@@ -130,7 +130,7 @@ def _cut_cells(pictures: Tensor, labels: Tensor, scenes: list[Scene]) -> tuple[T
 
 
 def _loss(reader: PatchReader, hidden: Tensor, labels: Tensor) -> Tensor:
-    """hidden (B, N, D), labels (B, 4, N). The last term keeps the "none" patches alike: easy to switch off together."""
+    """Loss of hidden (B, N, D) with labels (B, 4, N). The last term makes the "none" patches similar."""
     is_object = labels[:, 0] > 0  # (B, N)
     weights = torch.where(is_object, 1.0, NONE_WEIGHT) / is_object.sum()
     loss = hidden.new_zeros(())
@@ -143,7 +143,7 @@ def _loss(reader: PatchReader, hidden: Tensor, labels: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def score(reader: PatchReader, seed: int, pictures: int) -> dict[str, float]:
-    """Share of objects whose centre patch is read right, per attribute and in all; false alarms per picture."""
+    """Share of objects with a correct centre patch, per attribute and in all; false alarms per picture."""
     right = dict.fromkeys([*NAMES, "all"], 0)
     objects = alarms = 0
     batches = picture_batches(np.random.default_rng(seed), 8)
@@ -164,9 +164,9 @@ def score(reader: PatchReader, seed: int, pictures: int) -> dict[str, float]:
 
 
 def pretrain(folder: Path, steps: int, seed: int, log) -> dict[str, float]:
-    """Train for `steps` batches and write the encoder to `folder`; returns its scores on fresh pictures.
+    """Train for `steps` batches and write the encoder to `folder`; return its scores on new pictures.
 
-    Every 500 steps the unfinished encoder is written too, so an interrupted run leaves something to work with.
+    The unfinished encoder is also written every 500 steps, so an interrupted run leaves a usable file.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -177,7 +177,7 @@ def pretrain(folder: Path, steps: int, seed: int, log) -> dict[str, float]:
     running = {"cells": 5.0, "pictures": 5.0}
     for step in range(1, steps + 1):
         set_rate(optimizers, min(1.0, step / 50) * min(1.0, 1.7 * (1 - step / steps)))
-        # Single cells of 81 patches are ten times cheaper than pictures of 729, so many more objects are seen.
+        # Single cells of 81 patches cost a tenth of pictures of 729, so training covers more objects in the same time.
         kind = "cells" if step < CELL_STEPS or step % 2 else "pictures"
         if kind == "cells":
             pictures, labels, places = _cut_cells(*next(cell_batches))

@@ -1,12 +1,13 @@
-"""Pretraining of the demo's Qwen2 language model, on the drawn world alone. Run by `python -m demo.pretrain language`.
+"""Pretraining of the demo's Qwen2 language model on the drawn world only. Run by `python -m demo.pretrain language`.
 
-It learns to answer about a scene that stands in the prompt, in two forms:
-  * soft scenes: in the photo's place stand vectors, one per patch, as a projector will put there later. The patch at an
-    object's centre gets the sum of the vectors of its colour, shape, size and cell, every other patch the vector of
-    "none", all scaled and with noise. To save time most batches show only some patches, at their true positions.
+It learns to answer questions about a scene in the prompt. A scene has one of two forms:
+  * soft scenes: one vector per patch at the position of the photo, as the projector's rows later. The patch at an
+    object's centre gets the sum of the vectors of its colour, shape, size and cell. Every other patch gets the vector
+    of "none". All are scaled and have noise. To save time, most batches contain only some patches, at their true
+    positions.
   * text scenes: sentences that list the objects, in English or Chinese.
-Prompts, packing, attention and loss are those of training: a row is a `batch.Batch` in which scenes follow one another,
-each with all of its questions.
+Prompts, packing, attention and loss are those of training: a row is a `batch.Batch` of concatenated scenes, each with
+all of its questions.
 
 Shapes: B scenes, K patches shown of each, T tokens of the row, D width.
 """
@@ -47,15 +48,15 @@ from visual_plan import VisualPlan
 
 IMAGE_TOKENS = GRID * GRID - 1  # the first patch is dropped, as in the full model
 NOISE = 0.15  # of the soft scenes, as a share of the vectors
-SPARE_ROWS = 85  # embedding rows above the vocabulary: room for `<|extra_0|>` and for users' own tokens
+SPARE_ROWS = 85  # embedding rows above the vocabulary, for `<|extra_0|>` and for users' own tokens
 SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant.", "", "Answer the question.")
 VALUES = (*COLOURS, *SHAPES, *SIZES, *CELLS)
-OTHER_KINDS = {"sentences": 0.6, "caption first": 0.2, "text": 0.2}  # one joins the questions in each step: share
-QUESTION_STEPS = 500  # steps on questions alone at the start
+OTHER_KINDS = {"sentences": 0.6, "caption first": 0.2, "text": 0.2}  # probability of the second kind in a step
+QUESTION_STEPS = 500  # steps on questions only at the start
 
 
 class SceneReader(nn.Module):
-    """Qwen2 and the vectors of soft scenes (thrown away after pretraining: the projector takes their place)."""
+    """Qwen2 and the vectors of soft scenes (discarded after pretraining; the projector replaces them)."""
 
     def __init__(self, tokenizer) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class SceneReader(nn.Module):
         nn.init.normal_(self.value_vectors.weight, std=0.06)
 
     def soft_patches(self, values: Tensor, noise: float) -> Tensor:
-        """values (B, K, 4), indices into VALUES or -1 for a patch without object -> (B, K, D)."""
+        """Map values (B, K, 4), indices into VALUES or -1 for a patch without object, to patches (B, K, D)."""
         has_object = values[..., :1] >= 0
         objects = self.value_vectors(values.clamp_min(0)).sum(2)  # (B, K, D)
         patches = torch.where(has_object, objects, self.none_vector)
@@ -89,17 +90,17 @@ class SceneReader(nn.Module):
         return scale * patches + spread * torch.randn_like(patches)
 
     def embed(self, batch: Batch, noise: float) -> Tensor:
-        """(1, T, D), with vectors where the placeholders stand."""
-        values = batch.image_features  # (B, K, 4); None: scenes in words
+        """Embeddings (1, T, D), with patch vectors at the placeholders."""
+        values = batch.image_features  # (B, K, 4); None: text scenes
         patches = None if values is None else self.soft_patches(values, noise)
         return self.language.embed(batch.input_ids, patches)
 
     def loss(self, batch: Batch, noise: float) -> Tensor:
-        """Mean over the supervised tokens of the row."""
+        """Mean loss over the supervised tokens of the row."""
         return self.language.packed_loss(self.embed(batch, noise), batch.labels, batch.position_ids, batch.samples)
 
     def hits(self, batch: Batch, noise: float) -> Tensor:
-        """(T,) bool: the supervised tokens that are the likeliest ones given what stands before them."""
+        """Mask (T,) bool of the supervised tokens that the model predicts correctly from the tokens before them."""
         asked = batch.labels != IGNORE_INDEX  # (1, T)
         predicts = pad(asked[:, 1:], (0, 1))
         hidden = self.language.packed_states(self.embed(batch, noise), batch.position_ids, batch.samples, predicts)
@@ -109,16 +110,16 @@ class SceneReader(nn.Module):
 
 
 class SceneWriter:
-    """Makes batches: scenes, their questions and the packed token rows."""
+    """Generator of batches: scenes, their questions and the packed token rows."""
 
     def __init__(self, tokenizer, rng: np.random.Generator) -> None:
         self.rng = rng
         self.formats = [ChatFormat(tokenizer, Prompt(system=system), IMAGE_TOKENS) for system in SYSTEMS]
 
     def batch(self, kind: str, size: int, patches: int) -> tuple[Batch, list[list[str]]]:
-        """`size` scenes shown by `patches` of their patches; also the question types of every scene's branches.
+        """Make a batch of `size` scenes with `patches` patches each; also return the question types of the branches.
 
-        `image_features` are the values of the patches shown, (B, K, 4), as in `SceneReader.soft_patches`.
+        `image_features` are the values of these patches, (B, K, 4), as in `SceneReader.soft_patches`.
         """
         scenes = [self._scene(number, kind, patches) for number in range(size)]
         samples, positions, types = zip(*scenes, strict=True)
@@ -128,7 +129,7 @@ class SceneWriter:
         return batch, list(types)
 
     def _scene(self, number: int, kind: str, patches: int) -> tuple[Sample, Tensor, list[str]]:
-        """One scene and its questions, the positions of its tokens, and the question types."""
+        """Make one scene with its questions, the positions of its tokens, and the question types."""
         scene = random_scene(self.rng)
         asked = self._questions(scene, kind)
         chat = self.formats[int(self.rng.integers(len(SYSTEMS)))]
@@ -149,15 +150,15 @@ class SceneWriter:
         positions = sample_positions(lengths)
         if kind != "text":
             places, values = self._show(scene, patches)
-            # the values stand where training has the cached features of a photo: `SceneReader` projects them
+            # the values take the place of a photo's cached features; `SceneReader` projects them
             sample.photo_ids, sample.photos = (number,), {number: torch.from_numpy(values)[None]}
-            # the patches that are not shown keep their positions too
+            # positions count all patches, also the omitted ones
             positions[prefix - patches : prefix] = prefix - patches + torch.from_numpy(places)
             positions[prefix:] += IMAGE_TOKENS - patches
         return sample, positions, [name for name, _, _ in asked]
 
     def _questions(self, scene: Scene, kind: str) -> list[tuple[str, str, str]]:
-        """(type, question, answer) of the branches. Short and long answers are kept apart."""
+        """Return (type, question, answer) of the branches; a scene has only short or only long answers."""
         caption = captions(scene)[int(self.rng.integers(5))]
         chinese = CAPTION_QUESTIONS[int(self.rng.integers(2))]
         if kind == "caption first":  # the photo comes after the question
@@ -170,7 +171,7 @@ class SceneWriter:
         return [row for row in asked if row[0] != "description"]
 
     def _show(self, scene: Scene, patches: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted places (patches,) in 0..727 of the patches shown, and their values (patches, 4), -1 without object."""
+        """Choose patches: sorted places (patches,) in 0..727 and values (patches, 4), -1 without object."""
         centres = {thing.row * GRID + thing.column - 1: thing for thing in scene}
         others = np.setdiff1d(np.arange(IMAGE_TOKENS), list(centres))
         chosen = self.rng.choice(others, size=patches - len(centres), replace=False)
@@ -184,7 +185,7 @@ class SceneWriter:
 
 
 def text_scene(scene: Scene, rng: np.random.Generator) -> str:
-    """The scene in sentences, in any order, English or Chinese."""
+    """Describe the scene in sentences, in random order, in English or Chinese."""
     order = [scene[index] for index in rng.permutation(len(scene))]
     if rng.random() < 0.5:
         return "".join(f"{CHINESE[thing.place]}有{_chinese_size(thing)}{_chinese_name(thing)}。" for thing in order)
@@ -201,10 +202,11 @@ def _chinese_name(thing: Thing) -> str:
 
 @torch.inference_mode()
 def score(reader: SceneReader, tokenizer, seed: int, scenes: int, patches: int, kind: str) -> dict[str, float]:
-    """Share of questions per type answered exactly right.
+    """Share of questions per type with an exactly correct answer.
 
-    An answer counts if every token of it is the likeliest one given the right ones before it; greedy decoding then
-    writes exactly this answer. Of a caption only the template is given, since all five are right.
+    An answer is correct if each of its tokens is the most likely one after the correct tokens before it; greedy
+    decoding then produces exactly this answer. The first token of a caption, which selects one of five correct
+    templates, does not count.
     """
     writer = SceneWriter(tokenizer, np.random.default_rng(seed))
     right, total = defaultdict(int), defaultdict(int)
@@ -222,11 +224,11 @@ def score(reader: SceneReader, tokenizer, seed: int, scenes: int, patches: int, 
 
 
 def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, dict[str, float]]:
-    """Train for `steps` steps and write the model to `folder`; returns its scores on fresh scenes.
+    """Train for `steps` steps and write the model to `folder`; return its scores on new scenes.
 
-    Every step holds questions. A step on captions or sentences alone would move the weights just as far (Muon's steps
-    all have one size) and undo what the questions taught: with such steps between, most types stayed at chance.
-    Every 500 steps the unfinished model is written too, so an interrupted run leaves something to work with.
+    Every step contains questions. A step on captions or sentences only would change the weights as much, because Muon's
+    steps all have the same size, and undo the effect of the questions: with such steps, most types stayed at chance.
+    The unfinished model is also written every 500 steps, so an interrupted run leaves a usable file.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -264,8 +266,8 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
 
 
 def _store(model: MQwen2ForCausalLM, tokenizer, folder: Path) -> None:
-    """Write `model` in bf16, with the end and padding tokens that Qwen's own folders name."""
-    # of transformers' own class, whose name goes into config.json; it copies `config`
+    """Write `model` in bf16, with the end and padding tokens of Qwen's own folders."""
+    # use transformers' class, because its name goes into config.json; it copies `config`
     stored = Qwen2ForCausalLM.from_pretrained(
         None, config=model.config, state_dict=model.state_dict(), dtype=torch.bfloat16
     )

@@ -24,11 +24,11 @@ from PIL import Image
 from demo.world import CAPTION_QUESTIONS, CELLS, PICTURE_PX, Scene, captions, draw, questions, random_scene
 from paths import REPO_ROOT
 
-CAPTION_SHARE = 0.2  # of the photos: with captions; the others have questions
+CAPTION_SHARE = 0.2  # share of the photos with captions; the others have questions
 
 
 def make_data(output: Path, photos: int, seed: int, per_type: int = 2, small: bool = False) -> tuple[int, int]:
-    """Write photos and annotations under `output`; returns how many rows the two sources have.
+    """Write photos and annotations under `output`; return the numbers of rows of the two sources.
 
     The same arguments give the same files, byte for byte.
     """
@@ -38,7 +38,7 @@ def make_data(output: Path, photos: int, seed: int, per_type: int = 2, small: bo
     for number in range(photos):
         scene = random_scene(rng)
         if number < captioned:
-            name = hashlib.sha1(f"{seed}-{number}".encode()).hexdigest() + ".jpg"  # AI Challenger names look like this
+            name = hashlib.sha1(f"{seed}-{number}".encode()).hexdigest() + ".jpg"  # as in AI Challenger
             _save(scene, output / "ai_challenger" / "photos" / name, rng)
             caption_rows.append({"url": "", "image_id": name, "caption": captions(scene), "type": "caption"})
         else:
@@ -57,7 +57,7 @@ def make_data(output: Path, photos: int, seed: int, per_type: int = 2, small: bo
 
 
 def _dialogue(scene: Scene, asked: list[tuple[str, str, str]], rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Three questions on one photo, in half of the dialogues one of them Chinese: what people do on the page."""
+    """Make three questions on one photo; in half of the dialogues one is Chinese, as users ask on the page."""
     turns = [asked[index][1:] for index in rng.permutation(len(asked))[:3]]
     if rng.random() < 0.5:
         question = CAPTION_QUESTIONS[int(rng.integers(len(CAPTION_QUESTIONS)))]
@@ -66,7 +66,7 @@ def _dialogue(scene: Scene, asked: list[tuple[str, str, str]], rng: np.random.Ge
 
 
 def _row(name: str, kind: str, turns: list[tuple[str, str]]) -> dict:
-    """A row in LLaVA's form; the photo stands before the first question."""
+    """Make a row in LLaVA's form; the photo comes before the first question."""
     messages = []
     for question, answer in turns:
         tag = "" if messages else "<image>\n"

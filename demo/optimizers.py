@@ -1,6 +1,6 @@
-"""Muon for the matrices of the transformer layers and AdamW for everything else, as both pretraining runs use them.
+"""Optimizers of both pretraining runs: Muon for the matrices of the transformer layers, AdamW for everything else.
 
-Muon (https://kellerjordan.github.io/posts/muon) needs about half the steps of AdamW for models as small as these.
+Muon (https://kellerjordan.github.io/posts/muon) needs about half the steps of AdamW for such small models.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def make_optimizers(model: nn.Module, layers: nn.Module, peak: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices in `layers`, AdamW for the rest of `model`; both with learning rate `peak`."""
+    """Make Muon for the matrices in `layers` (rate `peak`) and AdamW for the rest of `model` (rate `peak / 2`)."""
     matrices = [weight for weight in layers.parameters() if weight.ndim == 2]
     taken = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in taken]
@@ -28,7 +28,7 @@ def set_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
 
 
 def take_step(optimizers: list[torch.optim.Optimizer], model: nn.Module) -> None:
-    """One step on the gradients that are there, clipped to norm 1, and clear them."""
+    """Clip the gradients to norm 1, make one step, and clear them."""
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def print_now(message: str) -> None:
-    """Print at once, also into a log file."""
+    """Print without buffering, also into a log file."""
     print(message, flush=True)
 
 

@@ -1,6 +1,6 @@
-"""The demo's tokenizer: byte-level BPE with Qwen2's splitting rule and ChatML control tokens, so any text can be typed.
+"""Tokenizer of the demo: byte-level BPE with Qwen2's splitting rule and ChatML control tokens; it encodes any text.
 
-Its vocabulary comes from the drawn world's words and the short general text below. Used by `demo/pretrain.py`.
+Its vocabulary comes from the words of the drawn world and the short general text below. Used by `demo/pretrain.py`.
 """
 
 import json
@@ -33,7 +33,7 @@ train stop? When will the bus arrive? Who has the answer? It was under the bed, 
 the shelf, below the lamp, next to the sofa, inside the bag and outside the room. One two three four five six seven eight
 nine ten zero none both each other another first second third last next black orange pink brown grey gray object thing
 object objects photo picture image part place size bigger smaller larger largest smallest same star line point square"""  # noqa: E501
-# Spaces keep the merges to whole words, so that a caption always splits at its words.
+# Spaces limit the merges to whole words, so a caption always splits at its words.
 CHINESE_TEXT = """你 好 你们 我们 他们 请 问 请问 谢谢 今天 天气 很 好 图片 图像 画面 照片 里 中 有 什么 这 这是 那 是
 不是 没有 一个 两个 三个 四个 五个 几个 多少 人 男人 女人 孩子 狗 猫 鸟 马 车 汽车 火车 自行车 飞机
 船 街道 房子 桌子 椅子 杯子 书 手机 电脑 水 树 花 草 山 海 天空 太阳 月亮 晚上 早上 城市 公园 学校
@@ -43,7 +43,7 @@ CHINESE_TEXT = """你 好 你们 我们 他们 请 问 请问 谢谢 今天 天�
 
 
 def world_words() -> list[str]:
-    """Every piece of text the world writes, cut at the words that belong together as one token where possible."""
+    """Return all text pieces of the world, cut at words that should become one token."""
     pieces = [wording.replace("{}", "") for wordings in WORDINGS.values() for wording in wordings]
     pieces += ["Is the larger than the smaller object in the top left right middle bottom"]
     names = [*COLOURS, *SHAPES, *SIZES, *CELLS, "crosses", *(f"{shape}s" for shape in SHAPES), "yes", "no"]
@@ -54,7 +54,7 @@ def world_words() -> list[str]:
 
 
 def train_tokenizer() -> Qwen2Tokenizer:
-    """The tokenizer; control tokens come after the learned ones, as in Qwen's own vocabulary."""
+    """Train the tokenizer; control tokens come after the learned ones, as in Qwen's own vocabulary."""
     backend = Tokenizer(models.BPE())
     qwen_backend = Qwen2Tokenizer().backend_tokenizer
     backend.normalizer, backend.pre_tokenizer = qwen_backend.normalizer, qwen_backend.pre_tokenizer
@@ -75,6 +75,6 @@ def train_tokenizer() -> Qwen2Tokenizer:
 
 
 def save_tokenizer(tokenizer: Qwen2Tokenizer, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json, and the vocab.json and merges.txt of the older layout."""
+    """Write tokenizer.json, tokenizer_config.json, and vocab.json and merges.txt of the older layout."""
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder))

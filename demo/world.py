@@ -1,7 +1,7 @@
-"""The drawn world of the demo: scenes, their pictures, questions with exactly one right answer, Chinese captions.
+"""Drawn world of the demo: scenes, their pictures, questions with exactly one correct answer, Chinese captions.
 
-A scene holds 2 to 5 objects in a 3x3 grid of cells; no two objects share a cell, and no two share colour and shape, so
-"the red circle" is always one object. Everything is a pure function of its arguments and a numpy Generator.
+A scene has 2 to 5 objects in a 3x3 grid of cells. No two objects share a cell, and no two share colour and shape, so
+"the red circle" is always one object. All functions depend only on their arguments and a numpy Generator.
 Called by `demo/make_data.py` (photos and annotations) and `demo/pretrain.py` (the two backbones).
 """
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 PICTURE_PX = 384  # SigLIP's input size
 PATCH_PX = 14
-GRID = PICTURE_PX // PATCH_PX  # 27 patches a side; the last 6 px of the picture lie in no patch
+GRID = PICTURE_PX // PATCH_PX  # 27 patches a side; the last 6 px of the picture belong to no patch
 CELL_PATCHES = GRID // 3
 
 COLOURS = {
@@ -24,11 +24,11 @@ COLOURS = {
     "purple": (154, 44, 194),
     "white": (220, 220, 220),
 }
-NOISE = 32  # 0..31 is added to every channel of every pixel, so colours are drawn at most 256 - NOISE bright
+NOISE = 32  # 0..31 is added to every channel of every pixel, so drawn colours are at most 256 - NOISE
 SHAPES = ("circle", "square", "triangle", "cross")
 RADIUS_PX = {"small": 20, "large": 40}
 SIZES = tuple(RADIUS_PX)
-# One word each, so that a place is one token to write and one to look up.
+# One word each, so a place is one token.
 CELLS = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
 CHINESE = {
     **{"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "purple": "紫色", "white": "白色"},
@@ -49,13 +49,13 @@ WORDINGS = {
     "size": ("Is the {}?",),
     "description": ("Describe the picture.", "What is in the picture?", "Describe the following image."),
 }
-# A small count is possible in nearly every scene and a large one in few: these weights even the answers out.
+# Small counts are possible in nearly every scene, large counts in few; these weights balance the answers.
 COUNT_WEIGHT = {0: 1.0, 1: 1.0, 2: 1.2, 3: 1.8, 4: 3.0, 5: 4.0}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. `row`, `column`: the patch (0..26) that holds its centre; `offset`: from that patch's middle, px."""
+    """One object. `row`, `column`: patch (0..26) of its centre; `offset`: from the middle of this patch, px."""
 
     colour: str
     shape: str
@@ -85,7 +85,7 @@ Scene = tuple[Thing, ...]  # in reading order: by cell
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """2 to 5 objects, at least one small and one large; few colours and shapes in a scene, so that they repeat."""
+    """Draw 2 to 5 objects, at least one small and one large; colours and shapes repeat, because there are few."""
     number = int(rng.integers(2, 6))
     pairs: list[tuple[str, str]] = []
     while len(pairs) < number:
@@ -100,17 +100,17 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 
 def _thing(colour: str, shape: str, size: str, cell: int, rng: np.random.Generator) -> Thing:
-    reach = 1 if size == "large" else 2  # patches the centre may move in its cell with the object still inside it
+    reach = 1 if size == "large" else 2  # patches that the centre can move with the object inside its cell
     row, column = (int(start * CELL_PATCHES + 4 + rng.integers(-reach, reach + 1)) for start in divmod(cell, 3))
     offset = (int(rng.integers(-3, 4)), int(rng.integers(-3, 4)))
     return Thing(colour, shape, size, cell, row, column, offset, RADIUS_PX[size] + int(rng.integers(-2, 3)))
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The 384x384 RGB picture: dark background, noise over everything, colours a little off.
+    """Draw the 384x384 RGB picture: dark background, noise on all pixels, slightly varied colours.
 
-    Every object carries a dark dot at its centre. Inside a large object all patches look alike otherwise, and an
-    encoder of four layers would first have to learn to find the middle.
+    Every object has a dark dot at its centre. Without it, all patches inside a large object are similar, and an encoder
+    of four layers would first have to learn to find the centre.
     """
     background = tuple(int(value) for value in rng.integers(2, 26, size=3))
     picture = Image.new("RGB", (PICTURE_PX, PICTURE_PX), background)
@@ -145,7 +145,7 @@ def _outlines(shape: str, x: int, y: int, radius: int) -> list[tuple]:
 
 
 def questions(scene: Scene, rng: np.random.Generator, per_type: int = 2) -> list[tuple[str, str, str]]:
-    """(type, question, answer), `per_type` of each type (but one description); nothing is asked twice."""
+    """Return (type, question, answer), `per_type` of each type and one description, without repetition."""
     rows = []
     for kind in TYPES:
         for subject, answer in facts(scene, rng, kind, 1 if kind == "description" else per_type):
@@ -154,9 +154,9 @@ def questions(scene: Scene, rng: np.random.Generator, per_type: int = 2) -> list
 
 
 def facts(scene: Scene, rng: np.random.Generator, kind: str, number: int) -> list[tuple[str, str]]:
-    """Up to `number` different (what is asked about, answer) of one type, for example ("red circle", "north")."""
+    """Return up to `number` different (subject, answer) of one type, for example ("red circle", "north")."""
     found: dict[str, str] = {}
-    for turn in range(number * 4):  # a few spare tries: a small scene may offer the same subject again
+    for turn in range(number * 4):  # extra tries, because a small scene may give the same subject again
         subject, answer = _ASK[kind](scene, rng, turn)
         found.setdefault(subject, answer)
         if len(found) == number:
@@ -165,12 +165,12 @@ def facts(scene: Scene, rng: np.random.Generator, kind: str, number: int) -> lis
 
 
 def description(scene: Scene) -> str:
-    """The canonical sentence in reading order: 'northwest: red circle; center: blue square.'"""
+    """Return the canonical sentence in reading order: 'northwest: red circle; center: blue square.'"""
     return "; ".join(f"{thing.place}: {thing.name}" for thing in scene) + "."
 
 
 def captions(scene: Scene) -> list[str]:
-    """Five Chinese captions with the same content in reading order."""
+    """Return five Chinese captions with the same content in reading order."""
     body = "、".join(f"{CHINESE[thing.place]}的{CHINESE[thing.colour]}{CHINESE[thing.shape]}" for thing in scene)
     return [template.format(body) for template in CAPTION_TEMPLATES]
 
@@ -180,7 +180,7 @@ def _pick(options: list | tuple, rng: np.random.Generator):
 
 
 def _ask_attribute(scene: Scene, rng: np.random.Generator, kind: str, key: str, key_name: str) -> tuple[str, str]:
-    """Ask for `kind` of one object, named by its place or, where that is unique, by its `key`."""
+    """Ask for `kind` of one object, identified by its place or by its `key` if that is unique."""
     thing = _pick(scene, rng)
     same_key = [other for other in scene if getattr(other, key) == getattr(thing, key)]
     by_key = len(same_key) == 1 and rng.random() < 0.6
@@ -219,7 +219,7 @@ def _ask_position(scene: Scene, rng: np.random.Generator, turn: int) -> tuple[st
 
 
 def _ask_existence(scene: Scene, rng: np.random.Generator, turn: int) -> tuple[str, str]:
-    """Yes and no in turn. A 'no' about colour and shape takes both from the scene where it can: a hard negative."""
+    """Ask for existence, yes and no alternately. A 'no' pair uses colour and shape of the scene (hard negative)."""
     yes = (turn + int(rng.integers(2))) % 2 == 0
     colours, shapes = {thing.colour for thing in scene}, {thing.shape for thing in scene}
     form = rng.choice(["pair", "colour", "shape"], p=[0.6, 0.2, 0.2])
@@ -233,7 +233,7 @@ def _ask_existence(scene: Scene, rng: np.random.Generator, turn: int) -> tuple[s
         options = [f"{colour} object" for colour in COLOURS if (colour in colours) == yes]
     else:
         options = [shape for shape in SHAPES if (shape in shapes) == yes]
-    if not options:  # all four shapes are there
+    if not options:  # the scene has all four shapes
         return _ask_existence(scene, rng, turn)
     return _pick(options, rng), "yes" if yes else "no"
 

@@ -1,7 +1,7 @@
 """Scores of answers against reference answers: pure functions on strings, called by `evaluation/runner.py`.
 
-All of them compare normalised text (`normalise`) except BLEU and chrF, which sacrebleu tokenises itself.
-Accuracies and F1 lie in 0..1, BLEU and chrF in 0..100.
+All scores compare normalised text (`normalise`), except BLEU and chrF, which use sacrebleu's tokenisers.
+Accuracies and F1 are in 0..1, BLEU and chrF in 0..100.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 
 import sacrebleu
 
-VQA_ANNOTATORS = 10  # VQA v2 asks ten people per question
+VQA_ANNOTATORS = 10  # answers per question in VQA v2
 
 # The ten number words and three articles of the official VQA evaluation (`manualMap`, `articles` in vqaEval.py).
 _NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -26,19 +26,23 @@ _WORDS = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 
 
 def normalise(text: str) -> str:
-    """The form in which two answers are compared.
+    """Normalise an answer for comparison.
 
-    Full-width forms become half-width (NFKC), case goes; apostrophes and commas between digits vanish, other
-    punctuation (Chinese too) becomes a space, but for `%` and a point between digits; English articles are dropped and
-    number words up to ten become digits, as in the official VQA evaluation (GT-Vision-Lab/VQA, vqaEval.py); spaces
-    beside Chinese characters vanish and others are single. Chinese numerals stay as they are.
+    * Full-width forms become half-width (NFKC); letters become lower case.
+    * Apostrophes and commas between digits are removed. Other punctuation, also Chinese, becomes a space, except `%`
+      and a point between digits.
+    * English articles are removed and number words up to ten become digits, as in the official VQA evaluation
+      (GT-Vision-Lab/VQA, vqaEval.py).
+    * Spaces beside Chinese characters are removed; other spaces become single.
+
+    Chinese numerals do not change.
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"['’`]|(?<=\d),(?=\d)", "", text)
     text = re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text)
     text = "".join(" " if _is_separator(character) else character for character in text)
     words = text.split()
-    words = [word for word in words if word not in _ARTICLES] or words  # the letter "A" may be a whole answer
+    words = [word for word in words if word not in _ARTICLES] or words  # the answer may be only the letter "A"
     words = [_DIGITS.get(word, word) for word in words]
     return _SPACE_AT_CJK.sub("", " ".join(words))
 
@@ -48,22 +52,22 @@ def _is_separator(character: str) -> bool:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1.0 if the answer equals any reference after normalisation, else 0.0."""
+    """Return 1.0 if the answer equals any reference after normalisation, else 0.0."""
     return float(normalise(answer) in {normalise(reference) for reference in references})
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """VQA v2 soft accuracy: the mean over annotators of min(1, agreeing others / 3).
+    """VQA v2 soft accuracy: mean over annotators of min(1, agreeing others / 3).
 
-    Source: Antol et al. 2015 (arXiv 1505.00468) and `evaluate` of vqaEval.py: each annotator is left out once, so an
-    answer that three of ten gave scores 0.9, and one that four gave scores 1.
+    Source: Antol et al. 2015 (arXiv 1505.00468) and `evaluate` of vqaEval.py. Each annotator is left out once, so an
+    answer of three of ten annotators scores 0.9, and an answer of four scores 1.
     """
     agreeing = [normalise(reference) == normalise(answer) for reference in references]
     return sum(min(1.0, (sum(agreeing) - agrees) / 3) for agrees in agreeing) / len(references)
 
 
 def accuracy(answer: str, references: Sequence[str]) -> float:
-    """VQA soft accuracy where ten or more people answered, else exact match with any reference.
+    """VQA soft accuracy for ten or more references, else exact match with any reference.
 
     Raises:
         ValueError: there is no reference.
@@ -74,7 +78,7 @@ def accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def token_f1(answer: str, references: Sequence[str]) -> float:
-    """The best F1 of shared words over the references (SQuAD, arXiv 1606.05250); Chinese counts per character."""
+    """Best F1 of shared words over the references (SQuAD, arXiv 1606.05250); each Chinese character is a word."""
     return max(_f1(_WORDS.findall(normalise(answer)), _WORDS.findall(normalise(reference))) for reference in references)
 
 
@@ -86,9 +90,9 @@ def _f1(answer: list[str], reference: list[str]) -> float:
 
 
 def corpus_bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU-4 of sacrebleu; its `zh` tokeniser if most reference text is Chinese, else `13a`.
+    """Corpus BLEU-4 of sacrebleu, with tokeniser `zh` if most reference text is Chinese, else `13a`.
 
-    Where all answers are shorter than four words only the n-grams they have count (`effective_order`).
+    If all answers have fewer than four words, only the existing n-gram orders count (`effective_order`).
     """
     joined = "".join(text for texts in references for text in texts)
     chinese = 2 * len(_CJK_CHARACTER.findall(joined)) > len("".join(joined.split()))
@@ -97,12 +101,14 @@ def corpus_bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def corpus_chrf(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus chrF of sacrebleu: character n-grams up to 6, no words, so that it suits Chinese and English alike."""
+    """Corpus chrF of sacrebleu: character n-grams up to 6, no words; suitable for Chinese and English."""
     return sacrebleu.corpus_chrf(answers, _streams(references)).score
 
 
 def _streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
-    """sacrebleu wants one list per reference number, None where an answer has fewer references (its annotations say
-    `str` alone)."""
+    """Transpose the references to sacrebleu's form: one list per reference number, None for missing references.
+
+    The return type has `Any`, because sacrebleu annotates the items as `str` only.
+    """
     longest = max(len(texts) for texts in references)
     return [[texts[i] if i < len(texts) else None for texts in references] for i in range(longest)]

@@ -1,4 +1,4 @@
-"""Shows what `evaluation/runner.py` found: a text table, a JSON file and a picture of eight held-out photos."""
+"""Reports of `evaluation/runner.py`'s results: a text table, a JSON file and a PNG with eight held-out photos."""
 
 import re
 import unicodedata
@@ -11,9 +11,9 @@ from dataset.records import Photo, write_json_files
 from evaluation.runner import Answer, Result, Score
 from visual.transform import load_image
 
-# Where Linux distributions, macOS and Windows keep a font with Chinese characters, and its number in the file.
+# Fonts with Chinese characters of Linux distributions, macOS and Windows, and the index of the font in its file.
 _CJK_FONTS = {
-    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc": 2,  # 0 and 1 draw Japanese and Korean forms
+    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc": 2,  # 0 and 1 have Japanese and Korean forms
     "/usr/share/fonts/noto-cjk/NotoSansCJK-Regular.ttc": 2,
     "/usr/share/fonts/google-noto-cjk/NotoSansCJK-Regular.ttc": 2,
     "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc": 0,
@@ -30,7 +30,7 @@ _RIGHT, _WRONG, _INK, _GREY, _PAPER = "#15803d", "#b91c1c", "#111827", "#6b7280"
 
 
 def table(trained: Result, blind: Result | None) -> str:
-    """One line per question type and one for all, columns aligned (Chinese characters count as two)."""
+    """Return a text table with one line per question type and one for all (Chinese characters are two wide)."""
     header = ["type", "questions", "accuracy"] + ["blind"] * (blind is not None) + ["token F1", "BLEU-4", "chrF"]
     rows = [header]
     for name, trained_score in [*trained.by_type.items(), ("all", trained.overall)]:
@@ -60,12 +60,12 @@ def _pad(text: str, width: int) -> str:
 
 
 def write_json(file: Path, trained: Result, blind: Result | None, **facts: Any) -> None:
-    """Write both passes with every question and answer; `facts` (checkpoint, split …) come first. Atomic."""
+    """Write both passes with all questions and answers atomically; `facts` (checkpoint, split …) come first."""
     write_json_files({file: facts | {"trained": trained, "blind": blind}})
 
 
 def text_font(size: int) -> tuple[Font, bool]:
-    """A font of `size` pixels, and whether it has Chinese characters."""
+    """Return a font of `size` pixels, and whether it has Chinese characters."""
     file = next((path for path in _CJK_FONTS if Path(path).is_file()), None)
     if file is None:
         return ImageFont.load_default(size), False
@@ -73,9 +73,9 @@ def text_font(size: int) -> tuple[Font, bool]:
 
 
 def draw_gallery(file: Path, result: Result, photos: dict[int, Photo]) -> None:
-    """Draw eight photos with question, truth and answer, a green tick or a red cross at each, as PNG.
+    """Draw a PNG of eight photos with question, truth, answer, and a green tick or a red cross.
 
-    Without a font for Chinese, questions that hold Chinese are left out.
+    Without a Chinese font, questions with non-ASCII text are left out.
     """
     font, chinese = text_font(16)
     answers = [answer for answer in result.answers if answer.images]
@@ -92,7 +92,7 @@ def draw_gallery(file: Path, result: Result, photos: dict[int, Photo]) -> None:
 
 
 def _choose(answers: list[Answer], count: int) -> list[Answer]:
-    """Up to `count` answers on different photos, the types in turn; right and wrong answers as they come."""
+    """Choose up to `count` answers on different photos, alternating between types; right or wrong does not matter."""
     chosen: list[Answer] = []
     types = sorted({answer.type for answer in answers})
     seen: set[int] = set()
@@ -132,7 +132,7 @@ def _draw_mark(draw: ImageDraw.ImageDraw, x: int, y: int, right: bool) -> None:
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, ink: str, font: Font) -> int:
-    """Draw `text` in at most two lines, broken at spaces or Chinese characters; returns the y below it."""
+    """Draw `text` in at most two lines, broken at spaces or Chinese characters; return the y below it."""
     left, y = corner
     width = _PHOTO - (left - _GAP) % (_PHOTO + _GAP)
     lines = [""]

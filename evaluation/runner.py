@@ -1,7 +1,7 @@
-"""Asks a model the questions of a data set and scores its answers; called by `eval_vqa.py`, training and the demo.
+"""Evaluation of a model on the questions of a data set; called by `eval_vqa.py`.
 
-The prompt is that of training (`entry_messages`). All questions of one photo are asked in a row, because the
-Answerer keeps the keys and values of the last photo.
+The prompt is the one of training (`entry_messages`). All questions of one photo are asked consecutively, because the
+Answerer caches the keys and values of the last photo.
 """
 
 import bisect
@@ -24,8 +24,11 @@ from visual.transform import load_image
 
 @dataclass(frozen=True)
 class Answer:
-    """One question of the data set with what the model said. `images` are the IDs of the photos it was shown, those of
-    earlier turns first."""
+    """One question of the data set with the model's answer.
+
+    Attributes:
+        images: IDs of the photos in the prompt, photos of earlier turns first.
+    """
 
     images: tuple[int, ...]
     type: str
@@ -48,7 +51,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Result:
-    """One pass over the questions. `dataclasses.asdict` of it is what the JSON report holds."""
+    """Result of one pass over the questions; the JSON report contains its fields."""
 
     blind: bool
     photos: int
@@ -69,14 +72,14 @@ def evaluate(
     """Ask every turn of every entry, with the true earlier turns as context, and score the answers.
 
     Args:
-        entries: from `dataset.records.read_records`, usually one split of it.
+        entries: entries of `dataset.records.read_records`, usually of one split.
         photos: photo ID → photo.
-        blind: show each question another entry's photo instead of its own, to see what is guessed without looking.
-            Text-only questions stay as they are.
+        blind: replace the photos of each question by other photos, to measure guessing without the photo. Text-only
+            questions do not change.
         progress: wraps the list of photo groups, for example `tqdm`.
 
     Raises:
-        UserError: nothing to ask, a photo that cannot be read, or a blind pass without a second photo.
+        UserError: no entries, an unreadable photo, or a blind pass without a second photo.
     """
     if not entries:
         raise UserError("nothing to evaluate: the split has no questions. Raise data.val_fraction or pass --split all")
@@ -106,10 +109,10 @@ def evaluate(
 
 
 def sample_photos(entries: list[Entry], limit: int, seed: int) -> list[Entry]:
-    """The entries on about `limit` photos drawn from all sources, and the same share of those without a photo.
+    """Draw the entries on about `limit` photos of all sources, and the same share of entries without a photo.
 
-    The order stays. Photos that one entry shows together are drawn together, so there may be a few more. Where no entry
-    has a photo, `limit` entries are drawn.
+    The order stays. Photos of one entry are drawn together, so the result may have a few more photos. If no entry has a
+    photo, `limit` entries are drawn.
     """
     draw = random.Random(seed)
     texts = [number for number, entry in enumerate(entries) if not entry.images]
@@ -131,7 +134,7 @@ def sample_photos(entries: list[Entry], limit: int, seed: int) -> list[Entry]:
 
 
 def score(answers: list[Answer]) -> Score:
-    """Sum up a non-empty list of answers."""
+    """Compute the scores of a non-empty list of answers."""
     texts = [answer.answer for answer in answers]
     references = [answer.references for answer in answers]
     return Score(
@@ -144,9 +147,9 @@ def score(answers: list[Answer]) -> Score:
 
 
 def _ask(answerer: Answerer, entry: Entry, number: int, images: list[Image.Image], IDs: tuple[int, ...]) -> Answer:
-    """Ask turn `number`; `images`, whose IDs are `IDs`, are the photos of all turns of the entry."""
+    """Ask turn `number`; `images` and `IDs` are the photos of all turns of the entry."""
     earlier = [turn.answers[0] for turn in entry.turns[:number]]
-    shown = sum(len(turn.images) for turn in entry.turns[: number + 1])  # later turns' photos are not there yet
+    shown = sum(len(turn.images) for turn in entry.turns[: number + 1])  # without the photos of later turns
     messages = entry_messages(entry, answerer.model.processor.chat, earlier)
     text = "".join(answerer.stream_messages(images[:shown], messages))
     turn = entry.turns[number]
@@ -162,7 +165,7 @@ def _ask(answerer: Answerer, entry: Entry, number: int, images: list[Image.Image
 
 
 def _other_photos(own: tuple[int, ...], IDs: list[int]) -> tuple[int, ...]:
-    """For each own photo the ID half the sorted list further on that is none of the own: the same in every run."""
+    """Choose a deterministic replacement for each photo: half the sorted list further, and not in `own`."""
     others = []
     for ID in own:
         middle = bisect.bisect_left(IDs, ID) + len(IDs) // 2

@@ -32,10 +32,10 @@ START_SECONDS, ANSWER_SECONDS = 300, 300
 
 @contextmanager
 def running_page(checkpoint: Path, overrides: list[str]):
-    """Run `test_gui.py` in a process of its own; yields its address.
+    """Run `test_gui.py` in a separate process; yield its address.
 
     Raises:
-        UserError: it ended before it could be reached; its message is repeated.
+        UserError: the process ended before it was reachable; the message contains its output.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,12 +68,12 @@ def running_page(checkpoint: Path, overrides: list[str]):
 
 @contextmanager
 def running_browser():
-    """A headless Chromium or Chrome of this machine.
+    """Start a headless Chromium or Chrome of this machine; yield it.
 
     Raises:
-        UserError: there is none.
+        UserError: no browser is installed.
     """
-    from playwright.sync_api import sync_playwright  # a development tool: nobody else needs it
+    from playwright.sync_api import sync_playwright  # a development tool, only needed here
 
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
@@ -87,7 +87,7 @@ def running_browser():
 def take_screenshots(
     browser: "Browser", address: str, photos: list[Path], questions: list[str], output: Path
 ) -> list[Path]:
-    """Ask `questions`, the first with `photos`, at each size and save the pictures in `output`; returns their paths."""
+    """Ask `questions`, the first with `photos`, at each size; save the screenshots in `output`, return their paths."""
     output.mkdir(parents=True, exist_ok=True)
     for name, (width, height) in SIZES.items():
         page = browser.new_page(viewport={"width": width, "height": height})

@@ -1,7 +1,7 @@
-"""Lets the processes of a run agree, so that none waits for one that has ended. Used by `build.py` and `state.py`.
+"""Agreement between the processes of a run on results and errors. Used by `training/` and `train.py`.
 
-If one process does not enter a collective, the others wait for ever. So work of one process alone (reading, writing,
-deciding) goes through `on_main`, and a problem of any process through `all_or_none`.
+If one process does not enter a collective, the others wait forever. `on_main` therefore runs the work of one process
+(reading, writing, deciding) for all. `all_or_none` turns a problem of any process into an error of all.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,14 +16,14 @@ from errors import UserError
 
 
 class AgreedError(UserError):
-    """A `UserError` that all processes raise at the same place, so that they can still save together."""
+    """A `UserError` that all processes raise at the same place. They can therefore still save together."""
 
 
 def on_main(accelerator: Accelerator, task: Callable[[], Any]) -> Any:
-    """Run `task` in the first process; all get its result.
+    """Run `task` in the first process and return its result in all processes.
 
     Raises:
-        AgreedError: the task raised a UserError; all processes raise the same.
+        AgreedError: the task raised a UserError; all processes raise the same error.
     """
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -38,10 +38,10 @@ def on_main(accelerator: Accelerator, task: Callable[[], Any]) -> Any:
 
 
 def all_or_none(accelerator: Accelerator, problem: str | None) -> None:
-    """Carry on if no process has a problem.
+    """Return if no process has a problem.
 
     Raises:
-        AgreedError: at least one has; all processes raise the first.
+        AgreedError: at least one process has a problem; all processes raise the first one.
     """
     problems = [(number, found) for number, found in enumerate(gather_object([problem])) if found is not None]
     if problems:
@@ -52,7 +52,7 @@ def all_or_none(accelerator: Accelerator, problem: str | None) -> None:
 
 @contextmanager
 def lost_processes() -> Iterator[None]:
-    """Turn the communication error that a process gets when another has ended into one sentence.
+    """Convert the communication error after the end of another process into a UserError.
 
     Raises:
         UserError: another process of the run ended.
@@ -60,7 +60,7 @@ def lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # gloo's errors have no class of their own; each names its source file
+        # gloo has no error class of its own; its messages contain the source file
         if isinstance(error, torch.distributed.DistError) or "gloo/" in str(error):
             raise UserError("another process of this run has ended; its own message says why") from error
         raise

@@ -1,6 +1,6 @@
-"""Batches on their way from the data set to the loss: loader and checks.
+"""Data loader, and checks of its samples and batches.
 
-Used by `loop.py`, `validation.py` and, for its trial passes, `build.py`.
+Used by `loop.py`, `validation.py`, `checks.py` and, for the trial passes, `build.py`.
 """
 
 import math
@@ -25,11 +25,11 @@ def make_loader(
     at_once: int = 1,
     persistent: bool = False,
 ) -> DataLoader:
-    """A loader that gives the samples of `batches`, which hold their indices, collated.
+    """Make a loader that collates one batch for each list of sample indices in `batches`.
 
     Args:
-        stop: while this says that the run lasts, no signal ends the workers; None: they are as torch makes them.
-        at_once: micro-batches that a step asks for together; so many are prefetched.
+        stop: protects the workers from signals while `stop.running` is 1; None: no protection.
+        at_once: micro-batches that a step reads together; the loader prefetches at least this many.
         persistent: keep the workers between iterations.
     """
     return DataLoader(
@@ -40,16 +40,16 @@ def make_loader(
         prefetch_factor=max(2, math.ceil(at_once / workers) + 1) if workers else None,
         persistent_workers=persistent and workers > 0,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # without one, each epoch would move the global generator
+        generator=torch.Generator(),  # by default, each epoch would advance the global generator
         worker_init_fn=None if stop is None else partial(outlast_signals, stop.running),
     )
 
 
 def checked(sample: Sample | str) -> Sample:
-    """The sample itself.
+    """Return the sample unchanged.
 
     Raises:
-        UserError: it is a sentence: a photo could not be read, or a question is too long.
+        UserError: the data set returned an error message: an unreadable photo, or a question that is too long.
     """
     if isinstance(sample, str):
         raise UserError(f"{sample} (python process_image.py with data.check_images=open finds all such photos)")
@@ -57,5 +57,5 @@ def checked(sample: Sample | str) -> Sample:
 
 
 def supervised_tokens(batch: Batch) -> int:
-    """Number of labels the loss of a batch is summed over."""
+    """Return the number of supervised labels of a batch; the loss sums over them."""
     return int((batch.labels[:, 1:] != IGNORE_INDEX).sum())

@@ -1,4 +1,4 @@
-"""Builds the parts of a run from the config: processes, model, data, setting, optimizer. Used by `loop.py`."""
+"""Construction of a run from the config: processes, model, data, setting, optimizer. Used by `loop.py`."""
 
 import contextlib
 import math
@@ -48,36 +48,36 @@ from training.optimizer import build_optimizer, build_schedule
 from training.run_log import check_trackers
 from training.signals import StopSignals
 
-# decide how a step is cut; unless one of them changes, a resumed run keeps what `auto` chose
+# keys that determine the setting; if none has changed, a resumed run keeps the values that `auto` chose
 SETTING_KEYS = ("micro_batch", "accumulation", "samples_per_step", "tokens_per_batch", "gradient_checkpointing")
-LENGTH_KEYS = ("epochs", "max_steps")  # decide with them how many steps a run has
+LENGTH_KEYS = ("epochs", "max_steps")  # together with SETTING_KEYS they determine the number of steps
 
 
 class Run:
-    """The parts of one run.
+    """Model, data, optimizer and state of one run.
 
     Args:
-        config: the run.
-        resume: a checkpoint folder to continue from, `"auto"` for the newest of `train.output_dir`, None to start anew.
+        config: config of the run.
+        resume: checkpoint folder to continue from; `"auto"`: the newest of `train.output_dir`; None: a new run.
         accept_changes: resume although data, split, seeds, packing, weights or prompt differ from the checkpoint's.
-        dry_run: nothing will be trained: existing checkpoints do not matter, and no feature cache is filled.
+        dry_run: do not train: ignore existing checkpoints and do not fill the feature cache.
 
     Attributes:
-        accelerator, precision: the processes of the run, and the dtype they compute in.
-        model, wrapped: the model, and its loss in a wrapper that synchronises gradients over processes.
-        train_set, val_set: the data; `val_samples` are the indices that each validation reads.
-        setting: how a step is cut into micro-batches.
+        accelerator, precision: the processes of the run and their compute precision.
+        model, wrapped: the model, and the wrapper of its loss that synchronises gradients over processes.
+        train_set, val_set: the data; each validation reads the indices in `val_samples`.
+        setting: micro-batch size, accumulation and gradient checkpointing of a step.
         optimizer, schedule: of the trained parts.
         progress: the position of the run.
-        stop: the signal that asked this process to end, once the run listens to signals.
-        steps_per_epoch, total_steps: optimizer steps.
-        whole_step: False while some weights are those of the next step.
+        stop: the first stop signal that this process received.
+        steps_per_epoch, total_steps: numbers of optimizer steps.
+        whole_step: False during an update, when some weights already belong to the next step.
         last_figures: the newest value of each logged figure.
         saved_step: the step of the newest checkpoint.
-        start: some of the weights that the run began with; None in a run whose checkpoint does not have them.
+        start: sampled weights from the start of the run; None if the resumed checkpoint lacks them.
 
     Raises:
-        UserError: wrong data, backbones or checkpoint; an output folder that holds checkpoints when starting anew.
+        UserError: wrong data, backbones or checkpoint; or a new run in an output folder that contains checkpoints.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Run:
         if config.train.compile:
             compile_layers(self.model.language_model)
         self._same_on_all_processes()
-        # the first process of those that share a disk writes the feature cache, the others read it
+        # on each disk, the first process writes the feature cache; the other processes read it
         with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
             self.train_set, self.val_set = build_datasets(config, self.model, photos, train, val, encode=not dry_run)
         self.weights = source_weights(config, {entry.source for entry in [*train, *val]})
@@ -126,7 +126,7 @@ class Run:
         self.optimizer = self.accelerator.prepare(optimizer)
         self.arithmetic = Arithmetic(self.model)
         self.matrix_peak = matrix_peak(self.accelerator.device, DTYPES[self.precision])
-        torch.manual_seed(config.train.seed + self.accelerator.process_index)  # dropout, another on each process
+        torch.manual_seed(config.train.seed + self.accelerator.process_index)  # different dropout on each process
         self.stop = StopSignals()
         self.whole_step = True
         self.last_figures: dict[str, Any] = {}
@@ -137,12 +137,12 @@ class Run:
 
     @property
     def batches_per_step(self) -> int:
-        """Micro-batches of an optimizer step over all processes."""
+        """Number of micro-batches of an optimizer step over all processes."""
         return self.setting.accumulation * self.accelerator.num_processes
 
     @cached_property
     def estimate(self) -> Estimate:
-        """Memory and time of micro-batches of any size, measured when first asked."""
+        """Memory and time of micro-batches of any size; measured at the first access."""
         sample = checked(self.train_set[longest_sample(self.train_set)])
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         limit = usable_memory(self.accelerator.device)
@@ -161,7 +161,7 @@ class Run:
             return train.max_steps or train.epochs * self.steps_per_epoch
         if same_keys(before, train, SETTING_KEYS + LENGTH_KEYS):
             return saved["total_steps"]
-        # the steps that were made may have held another number of samples than those to come
+        # earlier steps may have used another number of samples per step
         step, epoch, samples = (saved["progress"][name] for name in ("step", "epoch", "samples"))
         if epoch >= train.epochs:
             return step
@@ -169,7 +169,7 @@ class Run:
         return step + rest + (train.epochs - epoch - 1) * self.steps_per_epoch
 
     def _same_on_all_processes(self) -> None:
-        """Refuse processes with different files, whose gradients would be averaged without any error."""
+        """Raise an error if processes have different files; averaging their gradients would raise none."""
         own = {"backbones and prompt": fingerprints(self.model), "data and config": self.provenance["shape"]}
         first = gather_object([own])[0]
         different = [name for name in own if own[name] != first[name]]
@@ -183,14 +183,14 @@ class Run:
                 tqdm.write(sentence)
 
     def agree(self, problem: str | None) -> None:
-        """Carry on if no process has a problem; else all raise the first as a UserError."""
+        """Return if no process has a problem; otherwise all processes raise the first one as an AgreedError."""
         all_or_none(self.accelerator, problem)
 
     def set_checkpointing(self, on: bool) -> None:
-        """Recompute the activations of whatever passes a gradient on in the backward pass, or keep them."""
+        """Turn gradient checkpointing on or off in the language model and in a trained encoder."""
         set_activation_checkpointing(self.model.language_model, on)
         encoder = self.model.encoder.library_model
-        if self.model.trains_encoder and isinstance(encoder, PreTrainedModel):  # of other libraries' they are kept
+        if self.model.trains_encoder and isinstance(encoder, PreTrainedModel):  # other libraries: no checkpointing
             set_activation_checkpointing(encoder, on)
 
     def cut(
@@ -202,22 +202,22 @@ class Run:
         return micro_batches(order, self.setting.micro_batch, processes, lengths, train.tokens_per_batch, start)
 
     def epoch_batches(self, epoch: int, samples: int = 0) -> list[list[int]]:
-        """Micro-batches of an epoch after its first `samples` samples, for all processes in turn."""
+        """Return the micro-batches of an epoch after its first `samples` samples; they alternate between processes."""
         self.train_set.set_epoch(epoch)
         order = epoch_order(self.train_set, self.weights, self.config.train.seed, epoch)
         return self.cut(self.train_set, order, self.accelerator.num_processes, samples)
 
 
 def same_keys(before: Train, now: Train, keys: tuple[str, ...]) -> bool:
-    """Whether both have the same values under `keys`."""
+    """Return whether both configs have the same values under `keys`."""
     return all(getattr(before, key) == getattr(now, key) for key in keys)
 
 
 def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
-    """The processes of the run, and the precision they compute in.
+    """Set up the processes of the run; return the accelerator and the compute precision.
 
     Raises:
-        UserError: settings that this device or training cannot have, or processes that did not find each other.
+        UserError: this device or training does not support a setting, or some launched processes did not join.
     """
     if config.llm.device_map is not None:
         raise UserError(
@@ -226,7 +226,7 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
         )
     device = pick_device()
     precision = pick_precision(config.train.precision, device)
-    # one process may encode a large data set for longer than the others wait by default
+    # the other processes wait while one encodes the data set, which can exceed the default timeout
     patience = [accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=6))] if config.data.cache_features else []
     accelerator = accelerate.Accelerator(
         cpu=device.type == "cpu",
@@ -245,7 +245,7 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
 
 
 def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Module:
-    """Wrap the loss for several processes. Frozen tensors are equal on all of them, so they are not sent.
+    """Wrap the loss for several processes. Frozen tensors are equal on all processes and are not sent.
 
     Raises:
         UserError: all tensors are frozen.
@@ -260,10 +260,10 @@ def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Mo
 
 
 def compile_layers(language_model: torch.nn.Module) -> None:
-    """`torch.compile` for attention, MLP and norms of every decoder layer, in place, for any length of batch.
+    """Compile attention, MLP and norms of every decoder layer in place, for any sequence length.
 
-    Gradient checkpointing wraps the whole layer, and torch compiles nothing inside such a wrapper; so the parts are
-    compiled and not the layer.
+    Gradient checkpointing wraps the whole layer, and torch does not compile a wrapped layer. Its submodules are
+    therefore compiled one by one.
     """
     for layer in language_model.model.layers:
         for part in layer.children():
@@ -271,9 +271,9 @@ def compile_layers(language_model: torch.nn.Module) -> None:
 
 
 def make_trial(run: Run) -> Trial:
-    """The function that measures a batch for `Estimate`: peak memory, and the time of the faster of two passes.
+    """Return a function that measures the peak memory of a batch and the time of the faster of two passes.
 
-    The gradients stay, as between the micro-batches of a step.
+    The passes accumulate gradients, as the micro-batches of a step do. `Estimate` calls the function.
     """
 
     def trial(batch: Batch | None, checkpointing: bool) -> tuple[int, float]:
@@ -295,7 +295,7 @@ def make_trial(run: Run) -> Trial:
 
 
 def make_provenance(config: Config) -> dict[str, Any]:
-    """The origin of a checkpoint: library versions, the code's commit, and what shaped the run."""
+    """Return the origin of a checkpoint: library versions, commit of the code, and the shape of the run."""
     libraries = {"torch": torch, "transformers": transformers, "peft": peft, "accelerate": accelerate}
     return {
         "versions": {"python": platform.python_version()} | {name: lib.__version__ for name, lib in libraries.items()},
@@ -305,7 +305,7 @@ def make_provenance(config: Config) -> dict[str, Any]:
 
 
 def code_commit() -> str | None:
-    """The commit of this code, with `-dirty` behind it where files differ; None without git or outside a clone."""
+    """Return the commit of this code, with suffix `-dirty` if files differ; None without git or outside a clone."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]

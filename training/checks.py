@@ -1,4 +1,4 @@
-"""What an optimizer step counts and checks before anything is changed. Called by `loop.py`."""
+"""Counts and checks of an optimizer step, made before it changes any weight. Called by `loop.py`."""
 
 import math
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from training.agreement import AgreedError
 from training.batches import supervised_tokens
 from training.build import Run
 
-UNREADABLE_SHARE = 0.001  # of the training samples; a run that meets more photos it cannot read stops
-MOST_SKIPPED = 50  # fp16's scaler halves its scale at each step it skips: by then it has fallen by 2 ** 50
+UNREADABLE_SHARE = 0.001  # unreadable photos per training sample; above this share, the run stops
+MOST_SKIPPED = 50  # skipped steps in a row; the fp16 scaler halves its scale at each one, 2 ** -50 in all
 
 
 class NonFiniteError(UserError):
-    """The loss or its gradient is not a number; the weights are still those of the step before."""
+    """The loss or its gradient is not finite; the weights are still those of the step before."""
 
 
 def step_figures(run: Run, batches: list[Batch]) -> dict[str, Any]:
@@ -36,10 +36,10 @@ def step_figures(run: Run, batches: list[Batch]) -> dict[str, Any]:
 
 
 def count_tokens(run: Run, batches: Sequence[Batch | str]) -> tuple[list[Batch], int, int]:
-    """The batches, their supervised tokens and all their tokens, the latter two summed over processes.
+    """Return the batches, their supervised tokens and all their tokens; both counts are sums over processes.
 
     Raises:
-        AgreedError: some batch of some process is a sentence, or too many photos cannot be read.
+        AgreedError: a batch of any process is an error message, or too many photos cannot be read.
     """
     problem = next((batch for batch in batches if isinstance(batch, str)), None)
     sound = [batch for batch in batches if not isinstance(batch, str)]
@@ -69,7 +69,7 @@ def _note_unreadable(run: Run, sentences: list[str]) -> None:
 
 
 def require_finite(run: Run, loss: float, gradient_norm: float, finite: list[bool], indices: list[list[int]]) -> None:
-    """Raise NonFiniteError unless the step may be made; fp16's scaler may skip some steps by itself."""
+    """Raise NonFiniteError for a non-finite loss or gradient, except for a few steps that the fp16 scaler skips."""
     progress = run.progress
     if math.isfinite(loss) and math.isfinite(gradient_norm):
         progress.skipped = 0
@@ -91,7 +91,7 @@ def require_finite(run: Run, loss: float, gradient_norm: float, finite: list[boo
 
 
 def describe_samples(dataset: ImageCaptionDataset, indices: list[int], most: int = 4) -> str:
-    """Photos and questions of samples, for messages."""
+    """Return photos and questions of samples as text for error messages."""
     texts = []
     for index in indices[:most]:
         entry = dataset.entries[dataset.groups[index][0]]

@@ -1,6 +1,6 @@
-"""Draws the losses and learning rates of a run as a PNG; called by `training/run_log.py` at every save.
+"""Plot of the losses and learning rates of a run as PNG; called by `training/run_log.py` at every save.
 
-It uses Pillow, which is installed already: two line charts do not need matplotlib and its six packages.
+It uses Pillow, an existing dependency: two line charts do not need matplotlib and its six packages.
 """
 
 import io
@@ -13,7 +13,7 @@ from evaluation.report import Font, text_font
 
 Points = list[tuple[float, float]]
 
-_SIZE = (1000, 680)  # pixels of the picture; it is drawn at twice that and scaled down, which smooths the lines
+_SIZE = (1000, 680)  # pixels of the PNG; drawn at twice this size and scaled down, which smooths the lines
 _LEFT, _RIGHT = 90, 970
 _PANELS = {"loss": (80, 420), "learning rate": (500, 610)}  # top and bottom edges
 _PAPER, _INK, _GREY, _GRID = "#ffffff", "#111827", "#6b7280", "#e5e7eb"
@@ -21,7 +21,7 @@ _COLOURS = {
     "training loss": "#bfdbfe",
     "smoothed": "#1d4ed8",
     "validation loss": "#c2410c",
-    # learning rates, by the part that is trained
+    # learning rates, by trained part
     "projector": "#1d4ed8",
     "lora": "#15803d",
     "llm": "#86198f",
@@ -74,7 +74,7 @@ def smoothed(points: Points, weight: float = SMOOTHING) -> Points:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) that enclose `low` and `high`."""
+    """Return about `count` round numbers that enclose `low` and `high`; their distance is 1, 2 or 5 times 10^n."""
     if high <= low:
         margin = abs(low) / 10 or 1.0
         low, high = low - margin, high + margin
@@ -91,7 +91,7 @@ def _points(entries: list[dict[str, Any]], name: str) -> Points:
 
 
 class _Canvas:
-    """A white picture in the units of `_SIZE`."""
+    """White canvas with coordinates in the units of `_SIZE`."""
 
     scale = 2
 
@@ -102,7 +102,7 @@ class _Canvas:
         self._fonts: dict[int, Font] = {}
 
     def text(self, corner: tuple[float, float], text: str, ink: str, anchor: str, size: int = 16) -> float:
-        """Write `text`; returns its width."""
+        """Draw `text` and return its width."""
         if size not in self._fonts:
             self._fonts[size] = text_font(size * self.scale)[0]
         font = self._fonts[size]

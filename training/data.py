@@ -1,4 +1,4 @@
-"""From the config to training and validation sets, and the order in which samples are drawn. Called by `loop.py`."""
+"""Training and validation sets from the config, and the order of samples. Called by `build.py`."""
 
 import hashlib
 import random
@@ -25,13 +25,13 @@ def build_datasets(
     val: list[Entry],
     encode: bool = True,
 ) -> tuple[ImageCaptionDataset, ImageCaptionDataset]:
-    """Training and validation set; encodes all photos first where `data.cache_features` is on.
+    """Build the training and validation set; with `data.cache_features`, encode all photos first.
 
     Args:
-        encode: False: read the photos' pixels where there is no feature cache yet, for a dry run.
+        encode: False (dry run): if there is no feature cache yet, load pixels and do not encode.
 
     Raises:
-        UserError: a source whose weight draws none of its samples; what `cached_features` raises.
+        UserError: the weight of a source draws none of its samples; errors of `cached_features`.
     """
     features = None
     if config.data.cache_features:
@@ -66,20 +66,20 @@ def build_datasets(
 
     weights = source_weights(config, {entry.source for entry in [*train, *val]})
     train_set = dataset(train, {entry.source: weights.get(entry.source, 1.0) for entry in train}, True, augmented)
-    epoch_order(train_set, weights, config.train.seed, 0)  # so that a wrong weight is an error before the first step
-    # its loss is given by source; losses could not be compared if unreadable photos were replaced
+    epoch_order(train_set, weights, config.train.seed, 0)  # raises an error for a wrong weight before the first step
+    # validation loss is reported by source; replacing unreadable photos would make losses incomparable
     val_set = dataset(val, {entry.source: entry.source for entry in val}, False, pixels)
     return train_set, val_set
 
 
 def source_weights(config: Config, prepared: set[str]) -> dict[str, float]:
-    """`data.sources[].weight` by the source's name.
+    """Return `data.sources[].weight` by source name.
 
     Args:
         prepared: the sources of the entries.
 
     Raises:
-        UserError: a weight is given to a source that has no entry, so that it would do nothing.
+        UserError: a source with a weight has no entry, so the weight would have no effect.
     """
     for source in config.data.sources:
         if source.weight != 1 and source.name not in prepared:
@@ -92,10 +92,10 @@ def source_weights(config: Config, prepared: set[str]) -> dict[str, float]:
 
 
 def read_split(config: Config) -> tuple[dict[int, Photo], list[Entry], list[Entry]]:
-    """Photos by ID, training entries, validation entries.
+    """Read the record files; return photos by ID, training entries and validation entries.
 
     Raises:
-        UserError: the two files are missing or wrong, or nothing is left to train on.
+        UserError: one of the two files is missing or wrong, or there is no training entry.
     """
     for key in ("image_map", "captions"):
         file = resolve_path(getattr(config.data, key))
@@ -111,7 +111,7 @@ def read_split(config: Config) -> tuple[dict[int, Photo], list[Entry], list[Entr
 
 
 def data_hash(config: Config) -> str:
-    """Hash of both record files, for the checkpoint's provenance."""
+    """Return a hash of both record files, for the provenance of checkpoints."""
     digest = hashlib.sha256()
     for path in (config.data.image_map, config.data.captions):
         digest.update(resolve_path(path).read_bytes())
@@ -119,14 +119,14 @@ def data_hash(config: Config) -> str:
 
 
 def epoch_order(dataset: ImageCaptionDataset, weights: dict[str, float], seed: int, epoch: int) -> list[int]:
-    """Sample indices of one epoch in random order.
+    """Return the sample indices of one epoch in random order.
 
     Args:
-        weights: by source; 2.0 draws each sample of it twice, 0.5 half of them. Epochs draw independently, so the
-            halves of two epochs overlap.
+        weights: by source; 2.0 draws each sample twice, 0.5 draws half of the samples. Epochs draw independently, so
+            the halves of two epochs overlap.
 
     Raises:
-        UserError: there is no sample, or a weight is so small that it draws none of its source.
+        UserError: there is no sample, or a small weight draws no sample of its source.
     """
     choose = random.Random(f"{seed} {epoch}")
     order = []
@@ -146,10 +146,10 @@ def epoch_order(dataset: ImageCaptionDataset, weights: dict[str, float], seed: i
 
 
 def validation_sample(dataset: ImageCaptionDataset, count: int, seed: int) -> list[int]:
-    """Indices of at most `count` samples, in rising order, the same for a seed.
+    """Return the indices of at most `count` samples in ascending order; the seed determines them.
 
-    Each source has its share of them (by Sainte-Laguë's method: the next place goes to the source with most samples
-    for each of its places, the new one counted half), and at least one where `count` is enough for that.
+    The Sainte-Laguë method divides them among sources: the next place goes to the source with the largest
+    samples / (2 · places + 1). Each source gets at least one place if `count` is large enough.
     """
     choose = random.Random(f"{seed} validation")
     by_source = dataset.samples_by_source()
@@ -170,15 +170,15 @@ class _Lengths(Dataset):
     def __getitem__(self, index: int) -> int:
         try:
             return len(self.dataset.tokens(index).input_ids)
-        except UserError:  # training reports it when it comes to this sample
+        except UserError:  # training reports the error when it reads this sample
             return 0
 
 
 def sample_lengths(dataset: ImageCaptionDataset, workers: int) -> list[int]:
-    """Tokens of every sample with the answers of the dataset's epoch, photos not loaded.
+    """Count the tokens of every sample, with the answers of the current epoch and without loading photos.
 
-    That takes 0.5 ms for a caption and 0.8 ms for a long answer: with the report's 310,000 rows and four workers about
-    45 s at the start of each epoch, which then runs for hours.
+    A caption takes 0.5 ms, a long answer 0.8 ms. With the report's 310,000 rows and four workers this is about 45 s at
+    the start of each epoch; the epoch itself takes hours.
     """
     loader = DataLoader(
         _Lengths(dataset), batch_size=1024, num_workers=workers, collate_fn=list, generator=torch.Generator()
@@ -194,19 +194,20 @@ def micro_batches(
     tokens: int | None = None,
     start: int = 0,
 ) -> list[list[int]]:
-    """Cut `order[start:]` into micro-batches, as many as all processes can share; at most `processes - 1` are left out.
+    """Cut `order[start:]` into a multiple of `processes` micro-batches; up to `processes - 1` are left out.
 
-    Started at the end of a step (`start` samples on), it gives the same micro-batches as the rest of a whole cut.
+    If `start` is the end of a step, the result equals the rest of a cut of the whole epoch.
 
     Args:
         order: sample indices of a whole epoch.
-        size: samples of a micro-batch, unless there is a token budget.
-        lengths: tokens of each sample, by its index.
-        tokens: the budget of a micro-batch; a sample that would exceed it starts the next, and a longer one is alone.
-        start: samples of the epoch that were taken before.
+        size: samples per micro-batch; not used with a token budget.
+        lengths: tokens of each sample, by index.
+        tokens: token budget of a micro-batch. A sample that exceeds the rest of the budget starts the next micro-batch;
+            a sample longer than the budget is alone.
+        start: number of samples of the epoch that are already used.
 
     Raises:
-        UserError: the whole epoch has fewer micro-batches than there are processes.
+        UserError: the whole epoch has fewer micro-batches than processes.
     """
     if tokens is None or lengths is None:
         batches = [order[first : first + size] for first in range(start, len(order), size)]

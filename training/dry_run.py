@@ -1,4 +1,4 @@
-"""Memory and time of a run before it starts: the text of `train.py --dry-run`."""
+"""Estimated memory and time of a run: the text of `train.py --dry-run`. Called by `stages.py`."""
 
 import random
 from statistics import mean
@@ -11,7 +11,7 @@ SAMPLED = 200  # samples whose tokens are counted
 
 
 def describe_run(run: Run) -> str:
-    """Parameters, token statistics, and memory and time by setting, as a text of a few lines."""
+    """Return a text with parameters, token statistics, and memory and time by setting."""
     dataset, chosen, estimate = run.train_set, run.setting, run.estimate
     sampled = random.Random(0).sample(range(len(dataset)), min(len(dataset), SAMPLED))
     samples = [dataset.tokens(index) for index in sampled]
@@ -40,7 +40,7 @@ def describe_run(run: Run) -> str:
 
 
 def _step_seconds(run: Run, setting: Setting, lengths: list[int]) -> float:
-    """Seconds of an optimizer step on samples of so many tokens each, or on micro-batches full to the budget."""
+    """Estimate the seconds of an optimizer step, for the mean of `lengths` or for a full token budget."""
     tokens = run.config.train.tokens_per_batch or setting.micro_batch * mean(lengths)
     return setting.accumulation * run.estimate.seconds(tokens, setting.checkpointing)
 

@@ -1,4 +1,4 @@
-"""What is due after an optimizer step (log, validation, checkpoint) and after an error. Called by `loop.py`."""
+"""Actions after an optimizer step (log, validation, checkpoint) and after an error. Called by `loop.py`."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,11 @@ from training.watch import Watch
 
 
 def after_step(run: Run, watch: Watch, figures: dict[str, Any]) -> None:
-    """Log, validate and save if the step of `figures` is due for it."""
+    """Log, validate and save according to the intervals in the config.
+
+    Args:
+        figures: figures of the step, from `Trainer.steps`.
+    """
     train, step, device = run.config.train, run.progress.step, run.accelerator.device
     last = step == run.total_steps
     run.progress.window.append(figures)
@@ -44,23 +48,23 @@ def after_step(run: Run, watch: Watch, figures: dict[str, Any]) -> None:
 
 def save(run: Run, pruning: bool = True) -> Path:
     """Write a checkpoint of the last whole step; see `state.save`."""
-    run.saved_step = run.progress.step  # set before saving, so that a failed save is not tried again
+    run.saved_step = run.progress.step  # set before saving: a failed save must not be repeated
     return state.save(run, run.progress, run.last_figures, pruning)
 
 
 def save_before_ending(run: Run, reason: str) -> None:
-    """Write a checkpoint unless the last whole step has one, and say so."""
+    """Write a checkpoint of the last whole step if there is none yet, and print its folder."""
     if run.progress.step != run.saved_step:
         folder = save(run, pruning=False)
         run.say(f"{reason}: {folder} holds all so far, continue with --resume auto")
 
 
 def after_error(run: Run, error: Exception) -> UserError | None:
-    """Save what was learned if all processes can; what the user can mend about the error, None for a defect."""
+    """Save the last whole step if all processes can; return the error for the user, None for a defect."""
     problem = user_problem(error, run.progress.step)
     if problem is not None:
         run.optimizer.zero_grad()
-        # saving is collective; if one process raised alone, the others will not join it
+        # saving is collective; if one process raised alone, the others do not join it
         together = run.accelerator.num_processes == 1 or isinstance(error, AgreedError)
         if together and run.whole_step and not isinstance(error, NonFiniteError):
             save_before_ending(run, "interrupted")
@@ -68,7 +72,11 @@ def after_error(run: Run, error: Exception) -> UserError | None:
 
 
 def user_problem(error: Exception, step: int) -> UserError | None:
-    """What the user can mend about an error after `step` steps; None for a defect."""
+    """Return an error with the remedy for the user; None for a defect of the program.
+
+    Args:
+        step: number of finished steps.
+    """
     if isinstance(error, UserError):
         return error
     if is_out_of_memory(error):
@@ -77,7 +85,7 @@ def user_problem(error: Exception, step: int) -> UserError | None:
             "set train.gradient_checkpointing=on or llm.quantization=nf4, or lower train.max_questions or "
             "data.max_length (train.py --dry-run tells what fits)"
         )
-    if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is at that moment
+    if str(error).startswith("DataLoader worker"):  # torch raises it at any point of the run
         return UserError(
             f"the system ended a process that reads photos at step {step + 1}, most likely for lack of memory ("
             f"{str(error).splitlines()[0]}): lower train.workers, or close other programs"

@@ -1,8 +1,8 @@
-"""Memory and time of micro-batches, measured by trial passes: the choice behind `auto` in the config.
+"""Memory and time of micro-batches, measured by trial passes; they determine the `auto` values of the config.
 
-Forward and backward passes over the longest sample, at two sizes, give peak memory and time of a micro-batch as
-straight lines in its tokens; the optimizer's state is known exactly. No step is made, so nothing is learned from the
-trial. Called by `build.py` and `dry_run.py`.
+Forward and backward passes over the longest sample, at several batch sizes, give peak memory and time of a micro-batch
+as linear functions of its tokens. The size of the optimizer state is known exactly. No step is made, so the trial does
+not change the weights. Called by `build.py` and `dry_run.py`.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from config import Train
 from dataset.image_caption_dataset import ImageCaptionDataset, Sample, collate
 from errors import UserError
 
-USABLE = 0.9  # share of the memory that may be planned with; the rest goes to fragments and to what others need
-ADAMW_BYTES = 8  # of state for each trained number: two float32
+USABLE = 0.9  # share of the memory to plan with; the rest is for fragmentation and for other programs
+ADAMW_BYTES = 8  # optimizer state per trained parameter: two float32
 
-# (a batch or None for nothing, gradient checkpointing) → (peak bytes, seconds) of forward and backward
+# (batch or None for no pass, gradient checkpointing) → (peak bytes, seconds) of forward and backward
 Trial = Callable[[Batch | None, bool], tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How the samples of an optimizer step are cut up on each process."""
+    """Micro-batch size, accumulation and gradient checkpointing of an optimizer step on each process."""
 
     micro_batch: int
     accumulation: int
@@ -36,7 +36,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Line:
-    """`base + slope · tokens`."""
+    """Linear function `base + slope · tokens`."""
 
     base: float
     slope: float
@@ -51,13 +51,13 @@ class Line:
 
 
 class Estimate:
-    """Peak bytes and seconds of forward and backward of a micro-batch, by its tokens; measured when first asked.
+    """Peak bytes and seconds of a forward and backward pass by tokens; measured at the first call.
 
     Args:
         trial: measures one batch.
         sample: the longest sample.
-        limit: bytes that may be used on this device.
-        trained: numbers the optimizer keeps a state for.
+        limit: usable bytes of this device.
+        trained: number of trained parameters.
         budget: `train.tokens_per_batch`.
 
     Attributes:
@@ -71,19 +71,19 @@ class Estimate:
         self._lines: dict[bool, tuple[Line, Line]] = {}
 
     def memory(self, tokens: int, checkpointing: bool) -> float:
-        """Peak bytes of a micro-batch with so many tokens."""
+        """Return the peak bytes of a micro-batch with `tokens` tokens."""
         return self._measured(checkpointing)[0](tokens)
 
     def seconds(self, tokens: float, checkpointing: bool) -> float:
-        """Seconds of one micro-batch with so many tokens."""
+        """Return the seconds of one micro-batch with `tokens` tokens."""
         return self._measured(checkpointing)[1](tokens)
 
     def most_tokens(self, micro_batch: int) -> int:
-        """Tokens of a micro-batch if all its samples were as long as the longest; or the budget, where there is one."""
+        """Return the most tokens a micro-batch can have: from the longest sample or, if set, from the budget."""
         return micro_batch * self.longest if self.budget is None else max(self.budget, self.longest)
 
     def fits(self, setting: Setting) -> bool:
-        """Whether its micro-batches stay within `limit`."""
+        """Return whether the micro-batches of `setting` fit into `limit`."""
         return self.memory(self.most_tokens(setting.micro_batch), setting.checkpointing) <= self.limit
 
     def _measured(self, checkpointing: bool) -> tuple[Line, Line]:
@@ -94,7 +94,7 @@ class Estimate:
     def _measure(self, checkpointing: bool) -> tuple[Line, Line]:
         before = self.trial(None, checkpointing)[0]
         try:
-            self.trial(self.copies(1), checkpointing)  # the first one also allocates the gradients
+            self.trial(self.copies(1), checkpointing)  # warm-up: allocates the gradients
             one = self.trial(self.copies(1), checkpointing)
         except torch.OutOfMemoryError:
             return Line(float("inf"), 0.0), Line(float("inf"), 0.0)
@@ -104,16 +104,16 @@ class Estimate:
         for size in sizes:
             try:
                 points.append((size * self.longest, *self.trial(self.copies(size), checkpointing)))
-            except torch.OutOfMemoryError:  # the prediction was wrong; the smaller sizes have to do
+            except torch.OutOfMemoryError:  # the prediction was wrong; use the smaller sizes
                 break
         memory = Line.through(points[1 if len(points) > 2 else 0][:2], points[-1][:2])
-        # a single sample says little about time on a GPU, where starting kernels takes most of it
+        # use the largest sizes for time: with one sample, kernel launches take most of the time on a GPU
         (few, _, quicker), (many, _, slower) = points[-2:]
         seconds = Line.through((few, quicker), (many, slower))
         return Line(memory.base + self.state_bytes, memory.slope), seconds
 
     def copies(self, number: int) -> Batch:
-        """A batch of so many copies of the longest sample, as if their photos were different ones."""
+        """Return a batch of `number` copies of the longest sample; each copy has photos of its own."""
         copies = []
         for copy in range(number):
             new = {ID: number * place + copy for place, ID in enumerate(self.sample.photos)}
@@ -126,13 +126,13 @@ class Estimate:
 
 
 def choose_setting(train: Train, estimate: Callable[[], Estimate]) -> Setting:
-    """What the config says, with its `auto` replaced by the largest micro-batch that fits on every process.
+    """Return the setting of the config; replace `auto` by the largest micro-batch that fits on every process.
 
     Args:
-        estimate: called only if there is an `auto`.
+        estimate: called only for an `auto`.
 
     Raises:
-        UserError: not even one sample fits.
+        UserError: a single sample does not fit.
     """
     if train.micro_batch != "auto" and train.gradient_checkpointing != "auto":
         return Setting(train.micro_batch, train.accumulation, train.gradient_checkpointing == "on")
@@ -151,7 +151,7 @@ def choose_setting(train: Train, estimate: Callable[[], Estimate]) -> Setting:
 
 
 def possible_settings(train: Train, checkpointing: bool) -> list[Setting]:
-    """The ways to make the configured optimizer step, largest micro-batch first."""
+    """Return all settings of the configured optimizer step, largest micro-batch first."""
     if train.micro_batch != "auto":
         return [Setting(train.micro_batch, train.accumulation, checkpointing)]
     samples = train.samples_per_step
@@ -161,7 +161,7 @@ def possible_settings(train: Train, checkpointing: bool) -> list[Setting]:
 
 
 def usable_memory(device: torch.device) -> int:
-    """Bytes this process may plan with, what it holds already among them."""
+    """Return the bytes this process can plan with, including the memory it already uses."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(USABLE * (free + torch.cuda.memory_reserved(device)))
@@ -169,9 +169,9 @@ def usable_memory(device: torch.device) -> int:
 
 
 def longest_sample(dataset: ImageCaptionDataset) -> int:
-    """Index of the sample with most tokens, or nearly so; to count the tokens of all would take long.
+    """Return the index of approximately the longest sample; counting the tokens of all samples takes too long.
 
-    Of the samples whose photos have most tokens, it is the longest of the 32 with most text.
+    The candidates are the samples with the most photo tokens. Of these, the 32 with the most text are tokenized.
     """
 
     def characters(index: int) -> int:
@@ -181,7 +181,7 @@ def longest_sample(dataset: ImageCaptionDataset) -> int:
     def tokens_of(images: Sequence[int]) -> int:
         try:
             return sum(dataset.plan(ID).tokens for ID in images)
-        except UserError:  # training reports it when it comes to this photo
+        except UserError:  # training reports the error when it reads this photo
             return 0
 
     def photos_of(group: list[int]) -> int:
@@ -189,7 +189,7 @@ def longest_sample(dataset: ImageCaptionDataset) -> int:
         shared = len(entries[0].turns[0].images)
         return tokens_of(entries[0].images) + sum(tokens_of(entry.images[shared:]) for entry in entries[1:])
 
-    # photos cost more tokens than text
+    # photos need more tokens than text
     photos = {index: photos_of(group) for index, group in enumerate(dataset.groups)}
     most = max(photos.values())
     candidates = sorted((index for index in photos if photos[index] == most), key=characters, reverse=True)[:32]

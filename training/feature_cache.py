@@ -1,7 +1,6 @@
-"""Encoder features of all photos in one file, made once and read by every later run. Called by `training/data.py`.
+"""Encoder features of all photos in one file, encoded once for all later runs. Called by `training/data.py`.
 
-Layout: the features (crops of all photos, R, Dv) in bf16, then a CRC-32 of each photo's block (photos,) as uint32, then
-`END`.
+File layout: features (crops of all photos, R, Dv) in bf16; CRC-32 of each photo's features (photos,) as uint32; `END`.
 """
 
 import contextlib
@@ -36,22 +35,22 @@ from visual.photo import load_image, photo_size
 from visual_plan import VisualPlan
 
 END = b"features complete 1"
-CHECKED = 64  # photos whose checksum is compared before a file is used; each is compared again when it is read
-ABANDONED_SECONDS = 3600  # a temporary file that has not grown for so long belongs to a killed run
+CHECKED = 64  # photos whose checksums are verified before a file is used; reading a photo verifies its own again
+ABANDONED_SECONDS = 3600  # temporary files not modified for this time belong to a killed run
 
 
 class PixelLoader:
-    """Photo → plan and pixels (C, 3, H, W); a class, so that worker processes can receive it.
+    """Function from photo to plan and pixels (C, 3, H, W); a class, because worker processes must unpickle it.
 
     Args:
-        augment: changes the photo, another way in each epoch; None: left as it is.
+        augment: random augmentation, different in each epoch; None: none.
     """
 
     def __init__(self, processor: Processor, augment: Augment | None = None, seed: int = 0) -> None:
         self.processor, self.augment, self.seed = processor, augment, seed
 
     def plan(self, photo: Photo) -> VisualPlan:
-        """What the photo becomes, by the size in its header, which is read only where that matters."""
+        """Return the plan of the photo. Reads the size from the file header only if there are tiles."""
         return self.processor.plan(*(photo_size(photo.path) if self.processor.tiles else (0, 0)))
 
     def __call__(self, photo: Photo, epoch: int = 0) -> torch.Tensor:
@@ -63,13 +62,13 @@ class PixelLoader:
 
 
 class FeatureLoader:
-    """Photo → cached encoder features (C, R, Dv) bf16, read from the file and compared with their checksum.
+    """Function from photo to cached encoder features (C, R, Dv) bf16, verified with their checksum.
 
     Args:
-        file: the cache.
-        IDs: of the photos in it, in rising order.
+        file: the cache file.
+        IDs: IDs of its photos in ascending order.
         shape: (R, Dv).
-        crops: of each photo.
+        crops: number of crops of each photo.
     """
 
     def __init__(self, file: Path, IDs: list[int], shape: tuple[int, int], crops: list[int]) -> None:
@@ -91,11 +90,11 @@ class FeatureLoader:
         return torch.frombuffer(block, dtype=torch.bfloat16).view(-1, *self.shape)
 
     def _block(self, row: int) -> bytearray | None:
-        """The bytes of a photo's features; None where they do not match their checksum."""
+        """Read the bytes of a photo's features; None if they do not match their checksum."""
         start = self.ends[row - 1] if row else 0
         block = bytearray((self.ends[row] - start) * self.crop_bytes)
-        # opened again each time (0.02 ms): forked workers would share the position in an open file, and reading a
-        # memory-mapped file that was cut short would kill the process
+        # open the file for each read (0.02 ms): forked workers would share the position of an open file, and reading
+        # a truncated memory-mapped file would kill the process
         with open(self.file, "rb") as stream:
             stream.seek(start * self.crop_bytes)
             stream.readinto(block)
@@ -104,7 +103,7 @@ class FeatureLoader:
         return block if zlib.crc32(block).to_bytes(4, "little") == checksum else None
 
     def problem(self) -> str | None:
-        """What is wrong with the file; None if it is complete and a sample of its photos matches their checksums."""
+        """Return the problem of the file; None if it is complete and the checked photos match their checksums."""
         size = self.file.stat().st_size
         if size != self.size:
             return f"it has {size:,} bytes and not {self.size:,}"
@@ -137,14 +136,14 @@ def cached_features(
 ) -> FeatureLoader | None:
     """Encode every photo once; later runs with the same encoder and photos read the file.
 
-    Several runs may fill one cache at the same time: each writes a file of its own, and the first complete one is used.
+    Several runs can fill one cache at the same time. Each writes its own file, and the first complete file is used.
 
     Args:
-        photos: in rising order of their IDs.
-        encode: False: None where there is no sound file yet.
+        photos: in ascending order of their IDs.
+        encode: False: return None if there is no valid file yet.
 
     Raises:
-        UserError: a broken photo; a folder that cannot be written to; not enough room on the disk.
+        UserError: an unreadable photo, a folder that is not writable, or a full disk.
     """
     shape = (model.encoder.grid.rows, model.encoder.width)
     folder = resolve_path(config.data.feature_cache)
@@ -170,13 +169,13 @@ def cached_features(
 
 
 def _fill(loader: FeatureLoader, model: MMultiModal, photos: list[Photo], config: Config) -> None:
-    """Write the file under a name of its own, then rename it."""
+    """Write the file under a unique temporary name, then rename it."""
     file = loader.file
     file.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(file)
     if shutil.disk_usage(file.parent).free < loader.size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    # a process on another machine may have the same number
+    # a process on another machine may have the same process ID
     temporary = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     checksums = []
     try:
@@ -187,11 +186,11 @@ def _fill(loader: FeatureLoader, model: MMultiModal, photos: list[Photo], config
             stream.write(b"".join([*checksums, END]))
             stream.flush()
             os.fsync(stream.fileno())
-        # another run may have been quicker; Windows does not replace a file that is being read
+        # another run may have finished first; Windows cannot replace a file that is being read
         if not (file.exists() and loader.problem() is None):
             temporary.replace(file)
     finally:
-        with contextlib.suppress(OSError):  # the first error says more
+        with contextlib.suppress(OSError):  # keep the first error, which is more informative
             temporary.unlink(missing_ok=True)
 
 
@@ -201,7 +200,7 @@ def _digest(model: MMultiModal, photos: list[Photo], config: Config) -> str:
         f"{model.encoder.grid} {config.visual.tiles} {model.encoder.dtype}".encode()
     )
     inside = {id(weight) for weight in model.encoder.parameters()}
-    for part in model.parts:  # an encoder that an earlier run has trained is no longer its backbone
+    for part in model.parts:  # weights of an encoder that an earlier run trained differ from the backbone file
         for name, weight in part.parameters.items():
             if id(weight) in inside:
                 digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
@@ -215,14 +214,14 @@ def _digest(model: MMultiModal, photos: list[Photo], config: Config) -> str:
 
 
 def _encoded(model: MMultiModal, photos: list[Photo], config: Config) -> Iterator[Any]:
-    """The bytes of each photo's features, photo by photo."""
+    """Yield the bytes of each photo's features."""
     loader = PixelLoader(model.processor)
     pixels = DataLoader(
         _Pixels(photos, loader),
         batch_size=8,
         num_workers=config.train.workers,
         collate_fn=list,
-        generator=torch.Generator(),  # without one, it would move the global generator
+        generator=torch.Generator(),  # by default, the loader would advance the global generator
     )
     for batch in tqdm(pixels, desc="encoding photos", unit="batch", dynamic_ncols=True):
         for item in batch:
@@ -234,7 +233,7 @@ def _encoded(model: MMultiModal, photos: list[Photo], config: Config) -> Iterato
 
 
 def _remove_abandoned(file: Path) -> None:
-    """Delete what killed runs left of this cache, so that it does not fill the disk."""
+    """Delete temporary files of this cache that killed runs left on the disk."""
     for temporary in file.parent.glob(f"{file.name}.*.tmp"):
         with contextlib.suppress(OSError):  # another run may delete it at the same time
             if time.time() - temporary.stat().st_mtime > ABANDONED_SECONDS:

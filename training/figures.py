@@ -1,4 +1,4 @@
-"""The figures of a log line from those of single steps; `run_log.py` says what each means. Called by `loop.py`."""
+"""Figures of a log line from the figures of its steps; `run_log.py` defines them. Called by `due.py`."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ SUMMED = (
 
 
 def summarise(window: list[dict[str, Any]], matrix_peak: float | None, memory_bytes: int) -> dict[str, Any]:
-    """One line about the steps in `window`.
+    """Summarise the steps in `window` as one log line.
 
     Args:
-        matrix_peak: operations a second that the device can do at most; None: unknown, and no `mfu`.
-        memory_bytes: peak since the start.
+        matrix_peak: most operations per second of the device; None: unknown, so the line has no `mfu`.
+        memory_bytes: peak memory since the start.
     """
     total = {name: sum(figures[name] for figures in window) for name in SUMMED}
     steps, seconds, last = len(window), total["seconds"], window[-1]

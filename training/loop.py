@@ -1,8 +1,8 @@
-"""The training loop: samples in, checkpoints out. Called by `train.py`.
+"""Training loop from samples to checkpoints. Called by `stages.py`.
 
-One optimizer step reads `setting.accumulation` micro-batches on each process. Its loss is the sum over all of them
-divided by their supervised tokens, so neither accumulation nor the number of processes changes what is learned. Nothing
-changes before loss and gradient are known to be finite.
+One optimizer step reads `setting.accumulation` micro-batches on each process. Its loss is the sum over all
+micro-batches divided by their supervised tokens. The result is therefore independent of accumulation and of the number
+of processes. Weights change only after loss and gradient have been checked to be finite.
 """
 
 import time
@@ -25,14 +25,14 @@ from training.watch import Watch
 
 
 class Trainer(Run):
-    """Makes the steps of a run; arguments as `Run`."""
+    """Training loop of a run; arguments as in `Run`."""
 
     def run(self) -> Path:
         """Train to the end and return the last checkpoint folder.
 
         Raises:
-            SystemExit: 128 + the number of a signal, after a checkpoint of the last whole step.
-            UserError: a bad photo or question, a non-finite loss, too little memory, or a disk without room.
+            SystemExit: 128 + the number of a signal, after saving a checkpoint of the last whole step.
+            UserError: a bad photo or question, a non-finite loss, too little memory, or a full disk.
         """
         state.make_ready(self)
         self.saved_step, watch = self.progress.step, Watch(self)
@@ -53,13 +53,13 @@ class Trainer(Run):
         return self.output_dir / f"checkpoint-{self.progress.step}"
 
     def forward(self, batch: Batch, num_items: int) -> torch.Tensor:
-        """The loss of a micro-batch, in the wrapper that synchronises gradients; see `MMultiModal.loss`."""
+        """Compute the loss of a micro-batch through the wrapper that synchronises gradients; see `MMultiModal.loss`."""
         return self.wrapped(batch.to(self.accelerator.device), num_items)
 
     def steps(self) -> Iterator[dict[str, Any]]:
-        """Make optimizer steps until the run is over, yielding the figures of each (see `figures.summarise`)."""
+        """Run optimizer steps to the end of the run; yield the figures of each (see `figures.summarise`)."""
         rank, processes, progress = self.accelerator.process_index, self.accelerator.num_processes, self.progress
-        own_batches: list[list[int]] = []  # the loader reads this list again in each epoch
+        own_batches: list[list[int]] = []  # refilled for each epoch; the loader keeps a reference to it
         epoch_loader = make_loader(
             self.train_set,
             own_batches,
@@ -90,23 +90,23 @@ class Trainer(Run):
                 }
                 if progress.step >= self.total_steps:
                     return
-            if not remaining:  # a run resumed with other step sizes may have too few samples left in its epoch
+            if not remaining:  # after a resume with other step sizes, too few samples of the epoch may be left
                 progress.epoch, progress.samples = progress.epoch + 1, 0
 
 
 def optimizer_step(
     run: Trainer, batches: Sequence[Batch | str], indices: list[list[int]], last_of_epoch: bool, stop: StopSignals
 ) -> dict[str, Any]:
-    """Learn from the micro-batches of this process, move `run.progress` on, and return the figures of the step.
+    """Train on the micro-batches of this process, advance `run.progress`, and return the figures of the step.
 
     Args:
-        batches: from the loader; all processes have equally many.
-        indices: samples of all processes' micro-batches, in turn.
-        stop: holds the signal that this process got; `figures["signal"]` is what any process got, or 0.
+        batches: micro-batches from the loader; every process has the same number.
+        indices: sample indices of the micro-batches of all processes; they alternate between processes.
+        stop: the signal that this process received; `figures["signal"]` is the signal of any process, or 0.
 
     Raises:
-        NonFiniteError: nothing was learned; names the samples.
-        AgreedError: a batch that is a sentence about an error, or too many photos that cannot be read.
+        NonFiniteError: loss or gradient is not finite. The weights are unchanged; the message names the samples.
+        AgreedError: a batch is an error message, or too many photos cannot be read.
     """
     sound, supervised, tokens = count_tokens(run, batches)
     run.wrapped.train()
@@ -116,7 +116,7 @@ def optimizer_step(
     for number, batch in enumerate(sound):
         last = number == len(sound) - 1
         with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-            # gradients are averaged over processes, the loss is meant to be summed
+            # DDP averages gradients over processes, but the loss is a sum over processes
             loss = run.forward(batch, max(supervised, 1)) * processes
             run.accelerator.backward(loss)
         total += loss.detach()
@@ -132,9 +132,9 @@ def optimizer_step(
         "tokens": tokens,
         "signal": next((int(number) for number, count in zip(SIGNALS, signals, strict=True) if count), 0),
     }
-    run.whole_step = False  # while weights and position change, no checkpoint can be made
+    run.whole_step = False  # while weights and position change, no checkpoint may be saved
     run.optimizer.step()
-    if not run.optimizer.step_was_skipped:  # by fp16's scaler; torch warns of a schedule that begins before the steps
+    if not run.optimizer.step_was_skipped:  # skipped by the fp16 scaler; torch warns if the schedule steps first
         run.schedule.step()
     run.progress.advance(sum(map(len, indices)), last_of_epoch, device)
     run.whole_step = True

@@ -1,12 +1,11 @@
-"""How far training moved each part from where it began. Called by `build.py` and `due.py`.
+"""Relative change of each part's weights during training. Called by `build.py` and `due.py`.
 
-What is measured is the relative change |w - w0| / |w0| in the Euclidean norm over all weights w of a part, where w0 are
-those at the start of the run (of a stage: at the start of the stage). A LoRA counts as a whole, its A and B together; B
-starts at zero, so its part of the change is B itself.
+The relative change is |w - w0| / |w0| in the Euclidean norm over all weights w of a part. w0 are the weights at the
+start of the run, or of the stage. A and B of a LoRA count together; B starts at zero, so its change is B itself.
 
-To keep w0 whole would cost as much memory as the part. So at most `MOST` numbers of each tensor are kept, at even
-strides, and their squares stand for the squares of the others: exact for tensors of up to `MOST` numbers, an estimate
-for larger ones.
+Storing all of w0 would need as much memory as the part. At most `MOST` numbers of each tensor are stored, at even
+strides, and their squares are scaled to the size of the tensor. This is exact for tensors of up to `MOST` numbers and
+an estimate for larger ones.
 """
 
 import math
@@ -15,26 +14,26 @@ import torch
 
 from model.model import MMultiModal
 
-MOST = 4096  # 16 KiB of each tensor: 7 MiB for LoRA on all 448 matrices of a 7B model
+MOST = 4096  # numbers per tensor (16 KiB): 7 MiB for LoRA on all 448 matrices of a 7B model
 
-Sample = dict[str, dict[str, torch.Tensor]]  # part → weight → some of its numbers
+Sample = dict[str, dict[str, torch.Tensor]]  # part → weight → sampled numbers of it
 
 
 def sample_weights(model: MMultiModal) -> Sample:
-    """The numbers of every part that are followed: 1-D, float32, on the CPU."""
+    """Return the sampled numbers of every part: 1-D, float32, on the CPU."""
     return {part.name: {name: _numbers(weight) for name, weight in part.parameters.items()} for part in model.parts}
 
 
 def movement(model: MMultiModal, start: Sample) -> dict[str, float]:
-    """Relative change of each part since `start`; 1.0 for a part of zeros that are zeros no more."""
+    """Return the relative change of each part since `start`; 1.0 for a part that started at zero and changed."""
     moved = {}
     for part in model.parts:
-        if part.name not in start:  # a LoRA that was never trained may be left out of a resumed run, and come back
+        if part.name not in start:  # an untrained LoRA can be absent at the start and added by a resumed run
             continue
         change = before = after = 0.0
         for name, weight in part.parameters.items():
             now, then = _numbers(weight).double(), start[part.name][name].double()
-            others = weight.numel() / len(now)  # how many numbers each of the kept ones stands for
+            others = weight.numel() / len(now)  # scale from the sampled numbers to the whole tensor
             change += others * float((now - then).square().sum())
             before += others * float(then.square().sum())
             after += others * float(now.square().sum())
@@ -43,7 +42,7 @@ def movement(model: MMultiModal, start: Sample) -> dict[str, float]:
 
 
 def describe_movement(moved: dict[str, float]) -> str:
-    """A sentence for the log."""
+    """Return a sentence about the change of each part, for the log."""
     said = [
         f"{name} moved by {100 * share:.3g} %" if share else f"{name} did not move" for name, share in moved.items()
     ]
@@ -52,5 +51,5 @@ def describe_movement(moved: dict[str, float]) -> str:
 
 def _numbers(weight: torch.Tensor) -> torch.Tensor:
     stride = math.ceil(weight.numel() / MOST)
-    # a copy in any case: on the CPU the slice of a float32 weight would change with it
+    # always copy: on the CPU, a slice of a float32 weight shares its memory
     return weight.detach().flatten()[::stride].to("cpu", torch.float32, copy=True)

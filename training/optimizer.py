@@ -1,4 +1,4 @@
-"""Optimiser groups and learning-rate schedule. Called by `loop.py`."""
+"""Optimizer groups and learning-rate schedule. Called by `build.py`."""
 
 import math
 from typing import Any
@@ -11,10 +11,10 @@ from model.model import MMultiModal
 
 
 def build_optimizer(model: MMultiModal, train: Train) -> torch.optim.AdamW:
-    """AdamW with the learning rate of each part; biases are not decayed.
+    """Build AdamW with the learning rate of each part; 1-D parameters have no weight decay.
 
     Raises:
-        AssertionError: something outside the parts would be trained.
+        AssertionError: a parameter outside the parts is trainable.
     """
     groups: list[dict[str, Any]] = []
     for part in model.parts:
@@ -30,7 +30,7 @@ def build_optimizer(model: MMultiModal, train: Train) -> torch.optim.AdamW:
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, train: Train, total_steps: int) -> LambdaLR:
-    """Linear warm-up over `warmup_ratio` of the steps, then a cosine down to `min_lr_ratio` of the peak."""
+    """Build a linear warm-up over `warmup_ratio` of the steps, then a cosine down to `min_lr_ratio` of the peak."""
     warmup = round(train.warmup_ratio * total_steps)
 
     def factor(step: int) -> float:

@@ -1,22 +1,22 @@
-"""The record of a run: `metrics.jsonl`, one JSON object a line; the same for trackers; `loss.png`. Used by the loop.
+"""Log of a run: `metrics.jsonl` (one JSON object per line), trackers and `loss.png`. Used by `watch.py`.
 
-Each line is about the steps since the line before it, over all processes where nothing else is said:
+Each line describes the steps since the previous line, over all processes unless stated otherwise:
 
-    step, epoch                    where the run is; epoch 1.5 is the middle of the second
-    loss, grad_norm                mean over the steps; the norm is that before clipping
+    step, epoch                    position of the run; epoch 1.5 is the middle of the second epoch
+    loss, grad_norm                mean over the steps; the norm is measured before clipping
     projector_lr, lora_lr, …       learning rate of each trained part in the last step
-    supervised_tokens              labels in a step, mean
-    seconds                        of a step, mean; validation and saving do not count
+    supervised_tokens              labels per step, mean
+    seconds                        per step, mean; without validation and saving
     questions_per_second, tokens_per_second, supervised_tokens_per_second
-                                   tokens are those of text and photos, without padding
-    mfu                            share of the device's matrix peak, of the first process (`costs.py`); GPUs only
-    data_wait                      share of the time in which the first process waited for photos and prompts
-    peak_memory_gib                of the first process since its start: allocated on the GPU, else resident memory
-    replaced_photos                photos that could not be read, each replaced by another, since the run began
-    val_loss, val_loss/<source>    on the validation set, of all and of each source, at an evaluation
+                                   tokens of text and photos, without padding
+    mfu                            share of the device's matrix peak, first process (`costs.py`); GPUs only
+    data_wait                      share of the time that the first process waited for the data loader
+    peak_memory_gib                first process, since its start: allocated on the GPU, else resident memory
+    replaced_photos                unreadable photos since the run began; each was replaced by another
+    val_loss, val_loss/<source>    on the validation set, over all sources and by source, at an evaluation
     moved/<part>                   relative change of its weights since the run began (`movement.py`), in the last line
 
-A figure that a device or a step does not have is left out of the line.
+A line omits figures that the device or the step does not have.
 """
 
 import logging
@@ -35,20 +35,20 @@ from config import Train
 from errors import UserError, file_error
 from training.curves import draw_curves
 
-PROJECT = "mmultimodal-vqa"  # the project under which W&B and SwanLab list the runs
+PROJECT = "mmultimodal-vqa"  # project name of the runs in W&B and SwanLab
 
 logger = logging.getLogger(__name__)
 
 
 def check_trackers(train: Train) -> None:
-    """Check that the packages of `train.trackers` are installed; quick, for every process, before models are loaded.
+    """Check that the packages of `train.trackers` are installed. Every process calls it before loading models.
 
     Raises:
-        UserError: one is not; names the package.
+        UserError: a package is not installed.
     """
     for name in train.trackers:
         package = find_spec(name)
-        if package is None or package.origin is None:  # a folder wandb/ of old runs counts as a package without origin
+        if package is None or package.origin is None:  # a run folder wandb/ is found as a package without origin
             others = [other for other in train.trackers if other != name]
             raise UserError(
                 f"'train.trackers': {name} is not installed: pip install {name}, "
@@ -70,9 +70,9 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def read_log(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The lines of a `metrics.jsonl`, and the numbers of those that are broken (from 1).
+    """Read a `metrics.jsonl`; return its lines and the numbers of its broken lines (from 1).
 
-    A last line cut short by a crash is no broken line: it is left out.
+    A last line that a crash truncated is skipped and does not count as broken.
     """
     entries, broken = [], []
     lines = file.read_bytes().split(b"\n")
@@ -89,16 +89,15 @@ def read_log(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 class RunLog:
-    """Writes `metrics.jsonl`, `loss.png` and the trackers' records of a run. For the first process alone.
+    """Writer of `metrics.jsonl`, `loss.png` and the trackers; only for the first process.
 
-    A tracker that fails, at its start or later, causes one warning and stops nothing; a line that cannot be written to
-    `metrics.jsonl` is an error.
+    A tracker that fails causes one warning and training continues. A failed write to `metrics.jsonl` is an error.
 
     Args:
-        folder: the run folder; made if missing.
-        resumed_step: lines after this step are removed, because these steps are repeated; 0: a new log.
+        folder: run folder; created if missing.
+        resumed_step: lines after this step are removed, because the run repeats these steps; 0: a new log.
         trackers: config key `train.trackers`; call `check_trackers` first.
-        settings: what the trackers keep as the settings of the run, usually the whole config.
+        settings: settings of the run that the trackers record, usually the whole config.
 
     Raises:
         UserError: the folder or the file cannot be written.
@@ -121,10 +120,10 @@ class RunLog:
             write_whole(self.file, b"".join(orjson.dumps(entry) + b"\n" for entry in kept))
         except OSError as error:
             raise file_error(error, self.file, "free or change 'train.output_dir'") from error
-        if broken:  # the log is a record for people: resuming does not depend on it
+        if broken:  # only a warning: resuming does not depend on the log
             numbers = ", ".join(map(str, broken[:5])) + (" …" if len(broken) > 5 else "")
             logger.warning("%s: line %s could not be read and was left out", self.file, numbers)
-        PartialState()  # there already in training; accelerate's trackers ask it which process this is
+        PartialState()  # accelerate's trackers need it; in training it exists already
         self._trackers = [
             tracker
             for tracker in (_tracker(name, folder, resumed_step, settings or {}) for name in dict.fromkeys(trackers))
@@ -132,7 +131,7 @@ class RunLog:
         ]
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
-        """Add one line to `metrics.jsonl`, on the disk when this returns; its numbers go to the trackers too.
+        """Append one line to `metrics.jsonl` and send its finite numbers to the trackers.
 
         Raises:
             UserError: the line cannot be written (disk full).
@@ -149,11 +148,11 @@ class RunLog:
             self._attempt(tracker.name, lambda tracker=tracker: tracker.log(numbers, step=step))
 
     def draw(self) -> None:
-        """Draw `loss.png` from all lines so far; a failure is warned of once."""
+        """Draw `loss.png` from all lines so far; the first failure logs a warning."""
         self._attempt("loss.png", self._draw)
 
     def close(self) -> None:
-        """Let the trackers finish their files and uploads."""
+        """Finish the files and uploads of the trackers."""
         for tracker in self._trackers:
             self._attempt(tracker.name, tracker.finish)
         self._trackers = []
@@ -163,7 +162,7 @@ class RunLog:
         write_whole(self.folder / "loss.png", draw_curves(entries, self.folder.name))
 
     def _attempt(self, name: str, action: Callable[[], None]) -> bool:
-        """Run `action`; whether it succeeded. Its first failure is logged under `name`."""
+        """Run `action` and return whether it succeeded; the first failure of `name` is logged."""
         try:
             action()
         except Exception as error:  # libraries and the network may raise anything; training must continue
@@ -180,8 +179,8 @@ class RunLog:
 
 
 def _tracker(name: str, folder: Path, resumed_step: int, settings: dict[str, Any]) -> GeneralTracker:
-    """accelerate's tracker `name`, not started, which keeps its files in `folder`."""
-    # W&B and SwanLab take no step twice, so what follows a resumption is a run of its own there
+    """Make accelerate's tracker `name` with its files in `folder`; it is not started."""
+    # W&B and SwanLab accept each step once, so a resumed run is a new run there
     title = folder.name + (f" from step {resumed_step}" if resumed_step else "")
     arguments = {
         "tensorboard": {"run_name": "tensorboard", "logging_dir": folder, "purge_step": resumed_step + 1},

@@ -1,9 +1,9 @@
-"""The HTML of `samples.html`: one file without scripts or requests; written by `training/samples.py`."""
+"""HTML of `samples.html`: one file without scripts or requests; written by `training/samples.py`."""
 
 import html
 from dataclasses import dataclass, field
 
-NEWEST = 5  # answers of a question that show at once; earlier ones unfold
+NEWEST = 5  # answers of a question that are shown; earlier ones are folded
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --card: #f8fafc; --ink: #111827; --grey: #6b7280; --rule: #e5e7eb;
@@ -29,7 +29,7 @@ th { white-space: nowrap; width: 1%; }
 
 @dataclass(frozen=True)
 class Attempt:
-    """What the model answered at one evaluation; where `failed`, why it did not."""
+    """Answer of the model at one evaluation; if `failed`, the error message."""
 
     text: str
     right: bool = False
@@ -38,9 +38,9 @@ class Attempt:
 
 @dataclass
 class Sample:
-    """One question of the page. `pictures` are data URIs, or sentences where there is no picture."""
+    """One question of the page. `pictures` are data URIs, or error messages of unreadable photos."""
 
-    key: str  # tells it from other questions, for resuming
+    key: str  # identifies the question after a resume
     source: str
     type: str
     pictures: list[str]
@@ -50,7 +50,7 @@ class Sample:
 
 
 def render_page(run: str, samples: list[Sample], held_out: bool) -> str:
-    """The whole page. All texts are escaped: what questions and answers hold is shown, never run."""
+    """Return the whole page. All texts are escaped, so HTML in questions and answers is displayed as text."""
     steps = sorted({step for sample in samples for step in sample.attempts})
     if held_out:
         note = f"{len(samples)} questions of the validation set, which the model is not trained on."
@@ -93,7 +93,7 @@ def _card(sample: Sample) -> str:
 def _table(attempts: list[tuple[int, Attempt]]) -> str:
     rows = []
     for step, attempt in attempts:
-        # no mark for wrong: a good caption equals no reference
+        # no mark for wrong answers, because a good caption rarely equals a reference
         style, mark = ("failed", "") if attempt.failed else ("right", "✓ ") if attempt.right else ("", "")
         shown = html.escape(attempt.text) or "(no answer)"
         rows.append(f'<tr><th>step {step}</th><td class="text {style}">{mark}{shown}</td></tr>')

@@ -1,6 +1,6 @@
-"""Shows what a model is taught and what it answers: one marked sample, and the page `samples.html` of a run folder.
+"""Text of one training sample with its supervision, and the page `samples.html` of a run folder.
 
-The training loop prints `describe_sample` at its start and calls `SampleSheet.update` at every evaluation.
+`watch.py` prints `describe_sample` at the start and calls `SampleSheet.update` at every evaluation.
 """
 
 import base64
@@ -31,18 +31,18 @@ from visual.transform import load_image
 
 Photos = Mapping[int, Photo] | Sequence[Photo]  # by ID
 
-OPEN, CLOSE = "⟦", "⟧"  # around what is supervised; readable without colours, and no punctuation of any language
-SHOWN_QUESTIONS = 4  # of a packed sample: one with sixteen would fill the screen
-MAX_NEW_TOKENS = 64  # of an answer: it is to be seen, not scored
+OPEN, CLOSE = "⟦", "⟧"  # around supervised text; readable without colours, and not used as punctuation
+SHOWN_QUESTIONS = 4  # of a packed sample; sixteen questions would fill the screen
+MAX_NEW_TOKENS = 64  # of an answer, which is displayed and not part of a score
 THUMBNAIL = 480  # pixels of the longer edge
 
 logger = logging.getLogger(__name__)
 
 
 def describe_sample(dataset: ImageCaptionDataset, index: int) -> str:
-    """A sample as the model sees it: special tokens spelt, photos as `<|extra_0|> × N`, `⟦…⟧` around what it learns.
+    """Return a sample as text: special tokens in full, photos as `<|extra_0|> × N`, supervised text in `⟦…⟧`.
 
-    The questions of a packed sample come one after another, each below a line with its number.
+    The questions of a packed sample follow one another; a line with its number precedes each.
     """
     try:
         sample = dataset.tokens(index)
@@ -64,7 +64,7 @@ def describe_sample(dataset: ImageCaptionDataset, index: int) -> str:
 
 
 def _marked(chat: ChatFormat, ids: list[int], labels: list[int]) -> str:
-    """Text of `ids`, decoded in runs of one kind: a character may be made of several tokens."""
+    """Return the text of `ids`, decoded in runs of one kind, because a character may consist of several tokens."""
     kinds = [
         "photo" if token == chat.image_token_id else "text" if label == IGNORE_INDEX else "supervised"
         for token, label in zip(ids, labels, strict=True)
@@ -84,9 +84,9 @@ def _marked(chat: ChatFormat, ids: list[int], labels: list[int]) -> str:
 
 
 def choose_entries(entries: list[Entry], count: int, seed: int) -> list[Entry]:
-    """Draw up to `count` entries: sources in turn, question types of a source in turn, each photo once if possible.
+    """Draw up to `count` entries; sources alternate, question types of a source alternate.
 
-    The same entries and seed give the same choice.
+    Each photo is used once if possible. The same entries and seed give the same choice.
     """
     shuffled = random.Random(f"samples {seed}").sample(entries, len(entries))
     of_kind: Counter[tuple[str, str]] = Counter()
@@ -110,19 +110,19 @@ def choose_entries(entries: list[Entry], count: int, seed: int) -> list[Entry]:
 
 
 class SampleSheet:
-    """`samples.html`: a few fixed questions with photo, truth, and what the model answered at every evaluation.
+    """Page `samples.html`: fixed questions with photo, reference answers, and an answer from every evaluation.
 
-    `samples.json` beside it keeps the answers for `--resume`. For the first process alone. A bad photo or a failed
-    answer is reported in its place on the page; nothing here stops a run.
+    `samples.json` in the same folder stores the answers for `--resume`. Only for the first process. The page shows the
+    error message of a bad photo or a failed answer; such an error does not stop the run.
 
     Args:
-        folder: the run folder; exists.
-        train: entries to take questions from where there is no validation set; the page says so.
+        folder: existing run folder.
+        train: entries for the questions if there is no validation set; the page then says so.
         val: entries of the validation set.
         photos: by ID.
-        seed: of the choice of questions.
-        resumed_step: answers after this step are removed, because these steps are repeated; 0: a new sheet.
-        count: how many questions.
+        seed: seed of the choice of questions.
+        resumed_step: answers after this step are removed, because the run repeats these steps; 0: a new page.
+        count: number of questions.
     """
 
     def __init__(
@@ -146,26 +146,25 @@ class SampleSheet:
 
     @torch.no_grad()
     def update(self, model: MMultiModal, step: int) -> None:
-        """Ask the questions, greedily and for at most 64 tokens each, and write the page.
+        """Answer the questions by greedy decoding, at most 64 tokens each, and write the page.
 
-        Consumes no random numbers, so training is the same with and without it.
+        It uses no random numbers, so it does not change training.
 
         Args:
-            model: not wrapped (DDP), in eval mode; the caller puts it back into training mode. Its weights are used
-                as they are, outside of autocast, as in `predict.py`.
-            step: under which the answers are shown; asking again at a step replaces its answers.
+            model: without the DDP wrapper and in eval mode; the caller sets it back to training mode.
+            step: step of the answers; a second call at the same step replaces them.
         """
         assert not model.training, "a model that answers must be in eval mode"
         settings = model.config.generate
         limit = min(MAX_NEW_TOKENS, settings.max_new_tokens)
         answerer = Answerer(model, settings.model_copy(update={"temperature": 0.0, "max_new_tokens": limit}))
-        # with train.compile, each length of an answer could start another compilation
+        # with train.compile, each answer length could trigger another compilation
         with torch.compiler.set_stance("force_eager"):
             for entry, sample in zip(self._entries, self.samples, strict=True):
                 sample.attempts[step] = self._attempt(answerer, entry)
         try:
             self._write()
-        except Exception as error:  # as below
+        except Exception as error:  # training must continue
             if not self._warned:
                 self._warned = True
                 details = None if isinstance(error, OSError) else error
@@ -179,7 +178,7 @@ class SampleSheet:
             text = "".join(answerer.stream_messages(images, messages))
         except UserError as error:
             return Attempt(str(error), failed=True)
-        except Exception as error:  # the page shows it; training must continue
+        except Exception as error:  # the page shows the error; training must continue
             logger.warning("a question of samples.html got no answer", exc_info=error)
             return Attempt(f"{type(error).__name__}: {error}", failed=True)
         return Attempt(text, right=metrics.accuracy(text, entry.turns[0].answers) >= 0.5)
@@ -191,7 +190,7 @@ class SampleSheet:
         write_whole(self.folder / "samples.html", page.encode("utf-8", errors="replace"))
 
     def _read_answers(self, resumed_step: int) -> None:
-        """Take over the answers up to `resumed_step` to questions that are still the same."""
+        """Load the answers up to `resumed_step` of unchanged questions."""
         file = self.folder / "samples.json"
         try:
             state = orjson.loads(file.read_bytes())
@@ -231,7 +230,7 @@ def _sample(entry: Entry, photos: Photos) -> Sample:
 
 
 def _picture(photo: Photo) -> str:
-    """A photo as a small JPEG in a data URI, or the sentence why there is none."""
+    """Return a photo as a small JPEG in a data URI, or the error message if it cannot be read."""
     try:
         image = load_image(photo.path)
     except (UserError, OSError) as error:

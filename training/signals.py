@@ -1,4 +1,4 @@
-"""Notes the signals that ask a run to end, so that the loop can read them between steps. Used by `loop.py`."""
+"""Handlers of stop signals; the loop reads the received signal between steps. Used by `build.py` and `loop.py`."""
 
 import os
 import signal
@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-# what Ctrl-C, a scheduler's preemption and a closed terminal send; Windows has no SIGHUP
+# signals of Ctrl-C, of a scheduler's preemption and of a closed terminal; Windows has no SIGHUP
 NAMES = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 SIGNALS = [signal.Signals[name] for name in NAMES]
-# torchrun sends its processes a signal of its own right after the terminal's, which is no second request
+# torchrun sends its processes another signal right after the terminal's signal; it is not a second request
 LAUNCHER_SECONDS = 2.0
 
 
 def outlast_signals(running: torch.Tensor, worker: int) -> None:
-    """`worker_init_fn` of data loaders, with `StopSignals.running` bound: while the run lasts, no signal ends a worker.
+    """Ignore signals in a data-loader worker during the run; a `worker_init_fn` with `StopSignals.running` bound.
 
-    Terminals and schedulers send theirs to all processes, and the training process needs its workers to the end of the
-    step. At the end of the program, Python sends SIGTERM to those that are left.
+    Terminals and schedulers send signals to all processes, but the training process needs its workers to the end of the
+    step. At the end of the program, Python sends SIGTERM to the remaining workers.
     """
 
     def obey(number: int, frame: FrameType | None) -> None:
@@ -32,13 +32,13 @@ def outlast_signals(running: torch.Tensor, worker: int) -> None:
 
 
 class StopSignals:
-    """`with StopSignals() as stop:` notes the first signal in `stop.received`; a second one has its usual effect.
+    """Context manager that stores the first stop signal in `received`; a second signal has its usual effect.
 
-    A signal that the process was started to ignore stays ignored: `nohup` does this with SIGHUP.
+    A signal that is ignored at process start stays ignored; `nohup` does this with SIGHUP.
 
     Attributes:
-        received: number of the signal, 0 before one came.
-        running: 1 inside of `with`, else 0; in memory that worker processes share.
+        received: number of the signal; 0 if none.
+        running: 1 inside `with`, else 0; in memory shared with worker processes.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only in the main thread
             heard = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
             self._before = {number: signal.signal(number, self._note) for number in heard}
         self.running.fill_(1)

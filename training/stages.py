@@ -1,11 +1,11 @@
-"""The stages of `train.stages`, one after the other; a run without stages is one stage. Called by `train.py`.
+"""Training in the stages of `train.stages`; a run without stages has one stage. Called by `train.py`.
 
-A stage is a run of its own: it has its own schedule, log and checkpoints. Stage k of several writes into
-`<train.output_dir>/<k>-<name>/`, the last one into `train.output_dir` itself, where the finished model is as always.
-Each begins with the weights of the last checkpoint of the stage before.
+Each stage is a separate run with its own schedule, log and checkpoints. Stage k writes into
+`<train.output_dir>/<k>-<name>/`; the last stage writes into `train.output_dir` itself, like a run without stages. Each
+stage starts with the weights of the last checkpoint of the previous stage.
 
-A resumed run goes on in the newest stage that has checkpoints. If nothing is left to do there, the next one begins. So
-there is no other record of the progress that could disagree with the checkpoints.
+A resumed run continues in the newest stage that has checkpoints. If that stage is finished, the next one starts. The
+checkpoints are thus the only record of the progress.
 """
 
 import difflib
@@ -30,24 +30,26 @@ from training.dry_run import describe_run
 from training.loop import Trainer
 from training.run_log import check_trackers
 
-SECTIONS = ("train", "data")  # that a stage may change, but for:
+SECTIONS = ("train", "data")  # sections that a stage may change, except FIXED
 FIXED = ("train.stages", "train.output_dir", "train.init_from", "train.precision")  # a process has one precision
-NAME = re.compile(r"[\w-]{1,50}")  # part of a folder's name on any system
+NAME = re.compile(r"[\w-]{1,50}")  # valid in a folder name on any system
 
 
 def stages(config: Config, resume: str | None = None, accept_changes: bool = False) -> Iterator[Trainer]:
-    """The trainer of each stage that is not finished, for the caller to `run` and then to forget: the next one is built
-    when it is asked for, and the memory of two models may be too much.
+    """Yield the trainer of each unfinished stage; the caller calls its `run`.
+
+    The generator builds the next trainer when it is advanced. The caller must drop its reference before that, because
+    two models may not fit into memory.
 
     Args:
-        config: the run.
-        resume: None to start anew, `"auto"` to continue where the run was, or a checkpoint folder of any stage;
-            checkpoints of the stages after it are then kept under another name.
+        config: config of the run.
+        resume: None: a new run; `"auto"`: continue the run; or a checkpoint folder of any stage. In the last case,
+            checkpoints of later stages are renamed.
         accept_changes: as for `training.build.Run`.
 
     Raises:
         SystemExit: 128 + the number of a signal.
-        UserError: a wrong stage, named before any is trained; or what `Trainer` raises.
+        UserError: a wrong stage, raised before any training; or an error of `Trainer`.
     """
     configs = stage_configs(config)
     folders = [resolve_path(stage.train.output_dir) for stage in configs]
@@ -65,7 +67,7 @@ def stages(config: Config, resume: str | None = None, accept_changes: bool = Fal
 
 
 def describe(config: Config) -> Iterator[str]:
-    """What `describe_run` says of each stage; errors as `stages`."""
+    """Yield the text of `describe_run` for each stage; errors as `stages`."""
     for number, stage in enumerate(stage_configs(config)):
         title = stage_title(config, number)
         yield (f"{title}\n" if title else "") + describe_run(Trainer(stage, dry_run=True))
@@ -73,13 +75,13 @@ def describe(config: Config) -> Iterator[str]:
 
 
 def stage_configs(config: Config) -> list[Config]:
-    """The config of each stage, or `config` alone.
+    """Return the config of each stage; without stages, `[config]`.
 
-    A stage after the first has no `train.init_from`, since the checkpoint that it starts from is not known yet.
+    Stages after the first have no `train.init_from`, because their first checkpoint is not known yet.
 
     Raises:
-        UserError: a key that a stage may not change or that does not exist, a wrong value, missing data, or trained
-            weights that the next stage would have no part for; opens with `train.stages.` and the number from 0.
+        UserError: a key that a stage may not change, an unknown key, a wrong value, missing data, or trained weights
+            without a part in the next stage. The message starts with `train.stages.` and the number from 0.
     """
     if not config.train.stages:
         return [config]
@@ -111,13 +113,13 @@ def stage_configs(config: Config) -> list[Config]:
 
 
 def stage_title(config: Config, number: int) -> str:
-    """`stage 1 of 2: align`; empty without stages."""
+    """Return a title like `stage 1 of 2: align`; empty without stages."""
     stages = config.train.stages
     return f"stage {number + 1} of {len(stages)}: {_name(stages[number])}" if stages else ""
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys also where sections are nested, as `train.stages.0.train.epochs=2` on a command line makes them."""
+    """Yield dotted keys, also for nested sections, which the override `train.stages.0.train.epochs=2` creates."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -149,11 +151,18 @@ def _check_key(key: str, where: str) -> None:
 
 
 def _check_parts(trained: set[str], before: Parts, after: Parts, where: str) -> None:
-    """Refuse at once what would be an error at the start of the stage, after hours of the one before."""
+    """Check early that a stage keeps the parts of earlier stages; otherwise the error would come after hours.
+
+    Args:
+        trained: names of the parts that earlier stages train.
+        before: parts of the previous stage.
+        after: parts of the stage to check.
+        where: config key of the stage, for the message.
+    """
     following = dict(after)
     for part, settings in before:
         kept = settings.model_dump(exclude={"lr"})
-        now = following[part].model_dump(exclude={"lr"}) if part in following else {}  # one that others added
+        now = following[part].model_dump(exclude={"lr"}) if part in following else {}  # missing: a custom part
         if part in trained and _mode(settings) != "frozen" and kept != now:
             key = next(key for key in kept if key not in now or kept[key] != now[key])
             raise UserError(
@@ -167,8 +176,8 @@ def _mode(settings: Any) -> str | None:
 
 
 def _first_stage(configs: list[Config], folders: list[Path], resume: str | None) -> tuple[int, Path | None]:
-    """The number of the stage in which the run begins or goes on, and the checkpoint that this stage began with."""
-    # the group of processes is formed once, here: with the patience that a stage with a feature cache needs
+    """Return the number of the stage to start or resume, and the checkpoint it started from."""
+    # the process group is created once, here; a stage with a feature cache needs the longer timeout
     cached = [stage for stage in configs if stage.data.cache_features]
     accelerator, _ = make_accelerator((cached or configs)[0])
     if resume is None:
@@ -215,7 +224,7 @@ def _starting_from(config: Config, checkpoint: Path) -> Config:
 
 
 def _introduce(trainer: Trainer, title: str, later: list[Path]) -> None:
-    """Say what is about to be trained; `later` are the folders of the stages after it."""
+    """Print a summary of the stage and rename checkpoints in `later`, the folders of the later stages."""
     if title:
         trainer.say(title)
     trainer.say(trainer.model.parameter_summary())
@@ -228,11 +237,11 @@ def _introduce(trainer: Trainer, title: str, later: list[Path]) -> None:
 
 
 def _conclude(trainer: Trainer, folder: Path, later: list[Path]) -> None:
-    """Say where the trained model is, and end the program if a signal came in the last step."""
-    # in quotes: a folder's name may hold spaces
+    """Print the folder of the trained model, and end the program if a signal came in the last step."""
+    # in quotes, because a folder name may contain spaces
     how_to_ask = "" if later else f'\nask it:  python predict.py --checkpoint "{folder}" --image FILE --question TEXT'
     trainer.say(f"trained: {folder}{how_to_ask}")
-    # the last step ended by itself
+    # the loop ended without handling a signal that arrived after its last check
     received = [number for number in gather_object([trainer.stop.received]) if number]
     if later and received:
         trainer.say("stopped by a signal before the next stage: continue with --resume auto")
@@ -240,9 +249,9 @@ def _conclude(trainer: Trainer, folder: Path, later: list[Path]) -> None:
 
 
 def _set_aside(trainer: Trainer, later: list[Path]) -> None:
-    """Rename what the later stages made of other weights than those to come; only resuming an older stage finds any.
+    """Rename the checkpoints of later stages; they exist only if an earlier stage is resumed.
 
-    From the last stage on: if the program is killed here, no stage is without the one that it began with.
+    It starts with the last stage. If the program is killed here, each stage still has the stage it started from.
     """
     for folder in reversed(later):
         try:
@@ -254,7 +263,7 @@ def _set_aside(trainer: Trainer, later: list[Path]) -> None:
 
 
 def _forget_models() -> None:
-    """Free the memory of the stage before; a run and its accelerator refer to each other."""
+    """Free the memory of the previous stage; garbage collection is needed for its reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,7 +1,8 @@
-"""Saves, finds, compares and deletes the checkpoints of a run. Called by `build.py` and `loop.py`.
+"""Checkpoints of a run: save, find, compare and delete. Called by `build.py`, `loop.py`, `due.py` and `stages.py`.
 
-A checkpoint holds the state after a whole step: weights, optimizer, schedule, random generators and the position in the
-data, counted in samples so that a resumed run may cut its steps another way. Only a successful save prunes.
+A checkpoint contains the state after a whole step: weights, optimizer, schedule, random generators and the position in
+the data. The position is counted in samples, so a resumed run can use another step size. Old checkpoints are deleted
+only after a successful save.
 """
 
 import dataclasses
@@ -40,12 +41,12 @@ class Progress:
     """The position of a run after a whole step.
 
     Attributes:
-        step: optimizer steps made.
-        epoch, samples: whole epochs done, and samples of the present one that were learned from.
+        step: number of finished optimizer steps.
+        epoch, samples: number of finished epochs, and of samples trained on in the current epoch.
         generators: state of this process's random generators.
-        window: figures of the steps since the last line of the log.
-        unreadable: sentences about photos that another sample replaced.
-        skipped: steps in a row that fp16's scaler did not make.
+        window: figures of the steps since the last log line.
+        unreadable: error messages of photos whose sample was replaced.
+        skipped: consecutive steps that the fp16 scaler skipped.
     """
 
     step: int = 0
@@ -63,20 +64,20 @@ class Progress:
         self.note_generators(device)
 
     def note_generators(self, device: torch.device) -> None:
-        """Keep the generators' state of this moment; a checkpoint written later, within a step, holds it."""
+        """Store the current state of the generators, for a checkpoint that is saved during the next step."""
         self.generators = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             self.generators["cuda"] = torch.cuda.get_rng_state()
 
     def restore_generators(self, device: torch.device) -> None:
-        """Set the generators to the kept state."""
+        """Set the generators to the stored state."""
         torch.set_rng_state(self.generators["cpu"])
         if "cuda" in self.generators and device.type == "cuda":
             torch.cuda.set_rng_state(self.generators["cuda"])
 
 
 class Resumable(Protocol):
-    """What of a run its checkpoints hold and need; `training.build.Run`, which is built with what `restore` gives."""
+    """Attributes of `training.build.Run` that saving and restoring use."""
 
     config: Config
     accelerator: Accelerator
@@ -94,14 +95,14 @@ class Resumable(Protocol):
 
 
 def find_checkpoint(accelerator: Accelerator, output_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint to resume; the first process decides, because only its disk may have them.
+    """Return the checkpoint to resume. The first process chooses, because other disks may lack the folder.
 
     Args:
-        resume: `auto` for the newest of `output_dir`, a folder, or None to start anew.
+        resume: `auto`: the newest of `output_dir`; a folder; or None: a new run.
 
     Raises:
-        UserError: a damaged checkpoint (names the files, and an older one that is sound), one that another process does
-            not see, or a new run whose folder already holds checkpoints.
+        UserError: a damaged checkpoint (the message names its files and an intact older one), a checkpoint that is
+            missing on another machine, or a new run in a folder that already contains checkpoints.
     """
     folder = on_main(accelerator, lambda: _choose(output_dir, resume))
     unseen = folder is not None and not (folder / PROVENANCE_FILE).is_file()
@@ -144,7 +145,7 @@ def _choose(output_dir: Path, resume: str | None) -> Path | None:
 
 
 def read_state(folder: Path, accelerator: Accelerator) -> dict[str, Any]:
-    """What `save` wrote into a checkpoint.
+    """Read the training state of a checkpoint, as written by `save`.
 
     Raises:
         UserError: an older format, a damaged file, or another number of processes.
@@ -168,7 +169,7 @@ def read_state(folder: Path, accelerator: Accelerator) -> dict[str, Any]:
 
 
 def run_shape(config: Config, data: str) -> dict[str, Any]:
-    """What determines the samples, their order and their prompts; a resumed run must have the same.
+    """Return the settings that determine samples, order and prompts; a resumed run must have the same.
 
     Args:
         data: hash of the two record files.
@@ -187,10 +188,10 @@ def run_shape(config: Config, data: str) -> dict[str, Any]:
 
 
 def accepted_changes(folder: Path, shape: dict[str, Any], accept: bool) -> list[dict[str, Any]]:
-    """The changed settings that this run was resumed with, now and earlier; they go into the provenance.
+    """Return the settings that were changed at this and earlier resumes, for the provenance.
 
     Raises:
-        UserError: a setting of the shape has changed and `accept` is false; gives both values.
+        UserError: a setting of the shape has changed and `accept` is false; the message has both values.
     """
     provenance = read_provenance(folder)
     saved = provenance.get("shape", {})
@@ -208,10 +209,10 @@ def accepted_changes(folder: Path, shape: dict[str, Any], accept: bool) -> list[
 
 
 def make_ready(run: Resumable) -> None:
-    """Make the run folder on the first process, and rename the checkpoints beyond the resumed step.
+    """Create the run folder on the first process, and rename checkpoints beyond the resumed step.
 
     Raises:
-        UserError: the folder cannot be made or changed.
+        UserError: the folder cannot be created or changed.
     """
 
     def make() -> None:
@@ -228,7 +229,7 @@ def make_ready(run: Resumable) -> None:
 
 
 def set_newer_aside(output_dir: Path, step: int) -> list[str]:
-    """Rename checkpoints beyond `step`; returns their new names."""
+    """Rename checkpoints beyond `step` and return their new names."""
     names = []
     for folder in list_checkpoints(output_dir):
         if int(folder.name.removeprefix("checkpoint-")) > step:
@@ -242,7 +243,7 @@ def set_newer_aside(output_dir: Path, step: int) -> list[str]:
 
 
 def prune(output_dir: Path, keep: int, newest: Path) -> None:
-    """Delete the checkpoints that were written first until `keep` are left; `newest` always stays."""
+    """Delete the oldest checkpoints by writing time until `keep` are left; `newest` always stays."""
     others = [folder for folder in list_checkpoints(output_dir) if folder != newest]
     others.sort(key=lambda folder: (folder / CONFIG_FILE).stat().st_mtime_ns if (folder / CONFIG_FILE).is_file() else 0)
     for folder in others[: max(len(others) - keep + 1, 0)]:
@@ -253,11 +254,11 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
     """Write `checkpoint-<step>`, then prune; all processes call it together.
 
     Args:
-        figures: go into `metrics.json`.
-        pruning: False when saving because something went wrong.
+        figures: content of `metrics.json`.
+        pruning: False: keep all older checkpoints, for a save after an error.
 
     Raises:
-        UserError: it could not be written; all processes raise it, and nothing was deleted.
+        UserError: the checkpoint could not be written; all processes raise it, and nothing was deleted.
     """
     folder = run.output_dir / f"checkpoint-{progress.step}"
     all_generators = gather_object([progress.generators])
@@ -284,12 +285,12 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
 
 
 def restore(run: Resumable, state: dict[str, Any]) -> Progress:
-    """Put the saved optimizer, schedule, scaler and generators back; returns the position of the run.
+    """Restore optimizer, schedule, scaler and generators; return the position of the run.
 
-    Learning rates, weight decay and betas are those of the config, also where they were others before.
+    Learning rates, weight decay and betas come from the config, even if they have changed.
 
     Raises:
-        UserError: other parts are trained than before.
+        UserError: this run trains other parts than the checkpoint.
     """
     groups = [group["name"] for group in run.optimizer.param_groups]
     saved_groups = [group["name"] for group in state["optimizer"]["param_groups"]]
@@ -301,7 +302,7 @@ def restore(run: Resumable, state: dict[str, Any]) -> Progress:
         )
     run.optimizer.load_state_dict(state["optimizer"] | {"param_groups": run.optimizer.state_dict()["param_groups"]})
     run.schedule.load_state_dict(state["schedule"] | {"base_lrs": run.schedule.base_lrs})
-    # the rate of the next step, which for the saved schedule may have been after its end
+    # recompute the rate of the next step: the new schedule may be longer than the saved one
     factors = [factor(run.schedule.last_epoch) for factor in run.schedule.lr_lambdas]
     for group, peak, factor in zip(run.optimizer.param_groups, run.schedule.base_lrs, factors, strict=True):
         group["lr"] = peak * factor

@@ -1,4 +1,4 @@
-"""The validation loss, over all processes and by source. Called by `loop.py`."""
+"""Validation loss over all processes, also by source. Called by `due.py`."""
 
 import torch
 
@@ -8,10 +8,13 @@ from training.build import Run
 
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
-    """Mean loss per supervised token on `run.val_samples`: `val_loss`, and `val_loss/<source>` where there are several.
+    """Compute the mean loss per supervised token on `run.val_samples`.
 
-    Each process reads its share. The model is called without its wrapper, so the sum at the end is the only collective,
-    and a process without a share can join it.
+    Each process reads its share. The model runs without its wrapper, so the forward pass has no collective and a
+    process may have no batch.
+
+    Returns:
+        `val_loss` and, with several sources, `val_loss/<source>`.
     """
     dataset, train = run.val_set, run.config.train
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
@@ -30,7 +33,7 @@ def validate(run: Run) -> dict[str, float]:
         if isinstance(batch, str):
             problem = batch
             break
-        with run.accelerator.autocast():  # the wrapper that would do it is not used here
+        with run.accelerator.autocast():  # in training, the wrapper does this
             loss = run.model.loss(batch.to(device), 1)
         sums[number] += torch.tensor([loss.item(), supervised_tokens(batch)], dtype=sums.dtype)
     run.agree(problem)

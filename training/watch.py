@@ -1,6 +1,6 @@
-"""What people see of a run: progress bar, log, trackers, `samples.html`, `loss.png`. Called by `loop.py`.
+"""Output of a run: progress bar, log, trackers, `samples.html`, `loss.png`. Called by `loop.py` and `due.py`.
 
-Every process makes a `Watch`; only the first one's shows and writes anything.
+Every process has a `Watch`; only the one of the first process displays and writes.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from training.samples import SampleSheet, describe_sample
 
 
 class Watch:
-    """Follows the steps of `run`, whose output folder exists on the first process.
+    """Progress bar and log files of `run`; its output folder must exist on the first process.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder is not writable.
     """
 
     def __init__(self, run: Run) -> None:
@@ -33,32 +33,37 @@ class Watch:
             run.say(describe_sample(run.train_set, run.epoch_batches(0)[0][0]))
 
     def step(self, figures: dict[str, Any], line: dict[str, Any]) -> None:
-        """Move the bar by the step of `figures`; `line` sums up the steps since the log's last line."""
+        """Advance the progress bar by one step.
+
+        Args:
+            figures: figures of the step.
+            line: summary of the steps since the last log line.
+        """
         self.bar.update()
         shown = {"loss": f"{figures['loss']:.3f}", "lr": f"{next(iter(figures['rates'].values())):.1e}"}
         self.bar.set_postfix(shown | {"questions_s": f"{line['questions_per_second']:.1f}"})
 
     def write(self, step: int, line: dict[str, Any]) -> None:
-        """Add a line to the log; for the first process alone.
+        """Add a line to the log; only on the first process.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the line cannot be written.
         """
         self.log.write(step, line)
 
     def ask(self, run: Run) -> None:
-        """Let the model answer the questions of `samples.html`; it is in eval mode afterwards."""
+        """Answer the questions of `samples.html`; on the first process, the model is in eval mode afterwards."""
         if self.main:
-            with run.accelerator.autocast():  # trained parts are in float32, frozen ones may not be
+            with run.accelerator.autocast():  # trained parts are float32, frozen parts may have another dtype
                 self.sheet.update(run.model.eval(), run.progress.step)
 
     def draw(self) -> None:
-        """Bring `loss.png` up to date."""
+        """Update `loss.png`."""
         if self.main:
             self.log.draw()
 
     def close(self) -> None:
-        """Finish bar, log and trackers."""
+        """Close progress bar, log and trackers."""
         self.bar.close()
         if self.main:
             self.log.close()
