@@ -1,10 +1,10 @@
 """The project's commands, on every system: `python tasks.py help`. `make NAME` calls the same.
 
-Each makes `.venv` and installs what it needs first; once that is done, nothing is downloaded again.
+Each command first creates `.venv` and installs its requirements; later runs download nothing.
 
 `test` and `nightly` take `--without-bf16`: they run as on an x86 CPU without bf16, where `train.precision: auto` is
-float32. Torch and oneDNN, which computes in bf16, read the variables below. bitsandbytes asks the CPU itself; both its
-answers are tried in `tests/training/test_quantization.py` on every machine.
+float32. Torch and oneDNN (bf16 computation) read the variables below. bitsandbytes queries the CPU itself;
+`tests/training/test_quantization.py` covers both results on every machine.
 """
 
 import hashlib
@@ -28,18 +28,18 @@ has = torch.cpu.get_capabilities()
 bf16, amx = ("yes" if it else "no" for it in (cpu_has_bf16(), has.get("amx_bf16", False)))
 print(f"CPU: {has.get('cpu_name', has['architecture'])}, {torch.get_num_threads()} threads, bf16 {bf16}, amx {amx}")
 """
-DEMO_STAMP = "made-by-demo"  # in that folder: what the demo left there
+DEMO_STAMP = "made-by-demo"  # file in DEMO_RUN: hash of the demo's output files
 CPU_ONLY = (
     "hint: this machine has an NVIDIA GPU, but the torch in .venv computes on the CPU only. The selector on "
     "pytorch.org gives the command that installs {torch} with CUDA; run it with {python} -m pip"
 )
-# tests use one thread each, so they run in as many processes as there are cores; each needs up to 2 GB. The tests of a
-# file stay together, since they share what is slow to make (a trained checkpoint, a page with its browser)
+# each test uses one thread, so there is one process per core, at most 4; each needs up to 2 GB. Tests of a file run in
+# one process, because they share slow fixtures (a trained checkpoint, a page with its browser)
 PARALLEL = ("-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile")
 
 
 def install(requirements: str) -> None:
-    """Make `.venv` and install a requirements file, unless exactly this was done before."""
+    """Create `.venv` and install a requirements file, unless this was already done."""
     files = [ROOT / "requirements.txt", ROOT / requirements]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     stamp = VENV / f"installed-{requirements}"
@@ -69,7 +69,7 @@ def _has_cuda() -> bool:
 
 
 def run(*command: str | Path) -> None:
-    """Run a command in the repository; its failure ends ours with the same status."""
+    """Run a command in the repository; if it fails, exit with the same status."""
     status = subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode
     if status:
         raise SystemExit(status)
@@ -96,7 +96,7 @@ def demo() -> None:
 
 
 def clear_demo_run(folder: Path) -> None:
-    """Remove what the last demo left in `folder`; anything else, such as a longer run, is moved aside."""
+    """Remove the last demo's files in `folder`; move other content, such as a longer run, aside."""
     stamp = folder / DEMO_STAMP
     if stamp.is_file() and stamp.read_text() == _contents(folder):
         shutil.rmtree(folder)
@@ -109,7 +109,7 @@ def clear_demo_run(folder: Path) -> None:
 
 
 def _contents(folder: Path) -> str:
-    """Hash of the names, sizes and times of all files but the stamp."""
+    """Hash of the names, sizes and times of all files except the stamp."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != DEMO_STAMP)
     lines = [f"{file.relative_to(folder).as_posix()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -124,10 +124,10 @@ def newest_checkpoint() -> Path:
 
 
 def check_scores(report: Path) -> None:
-    """End with an error where the demo learned less than it should: something is broken then."""
+    """Exit with an error if a demo score is below its threshold, which indicates a defect."""
     scores = json.loads(report.read_text(encoding="utf-8"))
     accuracy = {kind: score["accuracy"] for kind, score in scores["trained"]["by_type"].items()}
-    # the language model was pretrained on single questions; dialogues it learns here
+    # the language model was pretrained on single questions and learns dialogues only here
     low = {kind: value for kind, value in accuracy.items() if value < (0.7 if kind == "dialogue" else 0.8)}
     overall, blind = scores["trained"]["overall"]["accuracy"], scores["blind"]["overall"]["accuracy"]
     if overall < 0.9 or blind > 0.4 or low:
