@@ -1,6 +1,6 @@
-"""One micro-batch: a single row in which samples follow one another, and the crops of their photos.
+"""One micro-batch: a packed row of samples and the crops of their photos.
 
-`dataset/image_caption_dataset.py` makes it, `MMultiModal.loss` learns from it, `qwen/attention.py` reads `samples`.
+`dataset/image_caption_dataset.py` builds it. `MMultiModal.loss` and `qwen/attention.py` read it.
 
 Shapes: T tokens of the row, C crops, R rows of a crop, Dv encoder width.
 """
@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-# for each sample the length of its prefix, then those of its branches, in tokens; a sample with one question is a
-# prefix alone
+# per sample: token length of its prefix, then of each branch; a sample with one question has only a prefix
 Samples = tuple[tuple[int, ...], ...]
 
 
 def sample_positions(lengths: tuple[int, ...]) -> torch.Tensor:
-    """(L,) int64 positions of one sample: each branch continues where the prefix ends."""
+    """Return (L,) int64 positions of one sample; each branch starts at the end of the prefix."""
     prefix, *branches = lengths
     return torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + length) for length in branches)])
 
@@ -26,12 +25,12 @@ class Batch:
     """A collated micro-batch.
 
     Attributes:
-        input_ids, labels, position_ids: (1, T) int64; labels are -100 where nothing is asked.
-        samples: the parts of the row.
-        pixel_values: (C, 3, H, W) float32, each distinct crop once; None where there is none or features are cached.
-        image_features: (C, R, Dv) in its place.
-        crop_index: (shown crops,) int64, the row of either at each run of placeholders, in reading order.
-        replaced: a sentence for each photo that could not be read and was replaced by another sample.
+        input_ids, labels, position_ids: (1, T) int64; labels are -100 at unsupervised positions.
+        samples: segment lengths of the row.
+        pixel_values: (C, 3, H, W) float32, each distinct crop once; None without photos or with cached features.
+        image_features: (C, R, Dv) cached features, used instead of `pixel_values`.
+        crop_index: (shown crops,) int64, the index of the crop at each run of placeholders, in reading order.
+        replaced: one sentence per unreadable photo; another sample replaced its sample.
     """
 
     input_ids: torch.Tensor
@@ -44,11 +43,11 @@ class Batch:
     replaced: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """A copy with its tensors on `device`."""
+        """Return a copy with its tensors on `device`."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """A copy in page-locked memory; torch's loader calls it."""
+        """Return a copy in page-locked memory; torch's data loader calls this method."""
         return self._mapped(lambda tensor: tensor.pin_memory())
 
     def _mapped(self, function) -> "Batch":

@@ -1,6 +1,6 @@
-"""What all scripts share: their arguments, and how their errors reach the user.
+"""Command-line arguments and error messages of all scripts.
 
-The scripts import it before anything that has to be installed.
+Each script imports this module before any installed package.
 """
 
 import argparse
@@ -29,8 +29,8 @@ OUT_OF_MEMORY = (
     "text (generate.max_new_tokens) ({})"
 )
 
-# peft imports bitsandbytes wherever it is installed. On a CPU with bf16 that complains that a kernel from the hub is
-# missing, which we never use (`qwen/loading.py`). Scripts import this module first, so the filter is there in time.
+# peft imports bitsandbytes if it is installed. On a CPU with bf16, bitsandbytes warns about a missing kernel from the
+# hub, which we never use (`qwen/loading.py`). Scripts import this module first, so the filter is set in time.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
 )
@@ -57,18 +57,18 @@ def script_arguments(description: str, default_config: str | None = "config.yaml
 
 
 def _typed_config(text: str) -> Path:
-    """The file in the working directory if it exists, else the path as typed, which counts from the repository."""
+    """Return the file in the working directory if it exists, else the typed path, relative to the repository."""
     return Path(text).absolute() if os.path.exists(text) else Path(text)
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`.
 
-    A `UserError` becomes one sentence on stderr and exit status 1, with `--debug` after its traceback; so does a lack
-    of memory. Ctrl-C ends with status 130. Any other error is a defect and keeps its traceback.
+    A `UserError` or lack of memory gives one sentence on stderr and exit status 1; `--debug` adds the traceback.
+    Ctrl-C gives status 130. Any other error is a defect and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # do not crash if the console cannot encode a character
-        if isinstance(stream, io.TextIOWrapper):  # a notebook or a program without a console has other ones
+        if isinstance(stream, io.TextIOWrapper):  # a notebook, or a program without a console, has other types
             stream.reconfigure(errors="backslashreplace")
     _quieten_libraries()
     try:
@@ -91,17 +91,17 @@ def _end(sentence: str) -> None:
 
 
 def _quieten_libraries() -> None:
-    """Hide what libraries tell developers: users cannot act on it, and errors would be hard to find among it.
+    """Hide library warnings: users cannot act on them, and they make errors hard to find.
 
-    Tests show all of it. `python -W default` and TRANSFORMERS_VERBOSITY bring it back.
+    Tests show all of them. `python -W default` and TRANSFORMERS_VERBOSITY enable them again.
     """
     if not sys.warnoptions:
         for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
-        # peft warns that it saves an embedding which it takes for resized; ours is never trained
+        # peft assumes a resized embedding and warns that it saves it; our embedding is never trained
         warnings.filterwarnings("ignore", module=r"(peft|transformers)\.")
-    # Read when transformers is imported, which some scripts do in main; its notices (resized embeddings, unused
-    # settings of a generation) are about decisions this project made.
+    # transformers reads the variable at import, and some scripts import it in main. Its notices (resized embeddings,
+    # unused generation settings) concern deliberate choices of this project.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if os.environ["TRANSFORMERS_VERBOSITY"] == "error":
         for name in ("transformers", "peft"):

@@ -1,9 +1,8 @@
-"""The one place that uses what libraries do not promise to keep: private names, deep module paths, renamed methods.
+"""All uses of unstable library interfaces: private names, deep module paths, renamed methods.
 
-`tests/test_compat.py` has a test for each line here, which the job with the newest versions runs. Two places outside
-rely on how a class of a library is built, because they are that class's own code: `qwen/Mqwen.py::packed_states`
-(attributes of a decoder layer) and `qwen/lora.py` (attributes of peft's LoRA layer); their tests compare both with the
-library.
+`tests/test_compat.py` tests each line; the job with the newest versions runs these tests. Two other places copy code
+of a library class and depend on its attributes: `qwen/Mqwen.py::packed_states` (a decoder layer) and `qwen/lora.py`
+(peft's LoRA layer). Their tests compare both with the library.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
-# transformers' AutoImageProcessor asks for torchvision in 5.17, and torchvision's resize differs from Pillow's
+# AutoImageProcessor of transformers 5.17 requires torchvision, and torchvision's resize differs from Pillow's
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -36,7 +35,7 @@ __all__ = [
 
 
 def set_activation_checkpointing(model: PreTrainedModel, on: bool) -> None:
-    """Compute the layers' activations again in the backward pass, or keep them from the forward pass."""
+    """Turn the recomputation of the layers' activations in the backward pass on or off."""
     if hasattr(model, "activation_checkpointing_enable"):
         enable, disable = model.activation_checkpointing_enable, model.activation_checkpointing_disable
     else:  # transformers before 5.23
@@ -50,12 +49,12 @@ def set_activation_checkpointing(model: PreTrainedModel, on: bool) -> None:
 def register_weight_names(
     class_name: str, renamed: Mapping[str, str], split: Mapping[str, tuple[str, ...]] | None = None
 ) -> None:
-    """Tell transformers' loader how a checkpoint calls the tensors of a model class.
+    """Register a checkpoint's tensor names for a model class with transformers' loader.
 
     Args:
-        class_name: of the model that is loaded.
-        renamed: pattern in the checkpoint → name in the model, in the order in which they are applied.
-        split: fused matrix → the matrices that its rows are, in equal parts.
+        class_name: class of the loaded model.
+        renamed: pattern in the checkpoint → name in the model, in order of application.
+        split: fused matrix → the matrices that its rows form, in equal parts.
     """
     rules: list[WeightRenaming | WeightConverter] = [WeightRenaming(old, new) for old, new in renamed.items()]
     rules += [
@@ -69,19 +68,19 @@ def crop_cache(cache: Cache, tokens: int) -> None:
     """Keep the first `tokens` tokens of a cache."""
     surplus = cache.get_seq_length() - tokens
     if surplus > 0:
-        cache.crop(-surplus)  # a negative count removes so many, in 5.17 as in 5.23
+        cache.crop(-surplus)  # a negative count removes that many tokens, in 5.17 and 5.23
 
 
 def use_lora_layer(settings: LoraConfig, layer: type[torch.nn.Module], base: type[torch.nn.Module]) -> None:
-    """Let peft put `layer` around each module of the type `base`, in place of its own LoRA layer."""
+    """Make peft wrap each module of type `base` in `layer` instead of its own LoRA layer."""
     settings._register_custom_module({base: layer})
 
 
 def send_no_gradients_of(module: torch.nn.Module, names: Iterable[str]) -> None:
-    """Leave parameters and buffers out of what torch's wrapper for several processes sends."""
+    """Exclude parameters and buffers from the communication of torch's DistributedDataParallel."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
 
 
 def onednn_has_bf16() -> bool:
-    """Whether oneDNN may use instructions with which it computes in bf16; see `model.precision.cpu_has_bf16`."""
+    """Whether oneDNN may use bf16 instructions; see `model.precision.cpu_has_bf16`."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,8 +1,8 @@
 """The typed schema of a run: every key of `config.yaml`, its type, its default and its bounds.
 
-All scripts call `load_config(path, overrides)`. A wrong file gets one sentence per mistake that names the key, what is
-wrong and the nearest valid name; nothing is guessed. Whether a file exists is asked by the script that needs it
-(`existing_path`), so `predict.py` does not ask for training data.
+All scripts call `load_config(path, overrides)`. For a wrong file, the error has one sentence per mistake with the key,
+the reason and the nearest valid name; nothing is guessed. Each script checks that the files it needs exist
+(`existing_path`), so `predict.py` needs no training data.
 """
 
 from pathlib import Path
@@ -14,12 +14,12 @@ from config_file import parse_overrides, put_in, read_mapping
 from config_messages import explain
 from errors import UserError, shortened
 
-IMAGE_TAG = "<|extra_0|>"  # stands for the photo in questions; the report's name, a spare token of Qwen v1
+IMAGE_TAG = "<|extra_0|>"  # placeholder of the photo in questions; a spare token of Qwen v1, as in the report
 
-# Steps, samples, tokens: more than any run has, and products of two of them still fit 64 bits.
+# Steps, samples, tokens: the limit is above any real run, and a product of two counts still fits 64 bits.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's generators take 64 bits
-# Above 1 nothing learns; the room above it is for experiments.
+# Training diverges above 1; the higher limit is for experiments.
 LearningRate = Annotated[float, Field(le=1e3)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -95,7 +95,7 @@ class Prompt(Section):
 
 
 class Lora(Section):
-    r: int = Field(64, ge=1, le=4096)  # the width of a 7B model: a larger rank is no low rank
+    r: int = Field(64, ge=1, le=4096)  # the width of a 7B model: a larger rank is not low
     alpha: int = Field(128, ge=1, le=2**16)
     dropout: float = Field(0.05, ge=0, lt=1)
     target_modules: list[str] | None = Field(
@@ -104,7 +104,7 @@ class Lora(Section):
     )
 
 
-# what differs from `Lora` for an encoder, which is smaller, and whose layers have other names
+# defaults that differ from `Lora`, because an encoder is smaller and its layers have other names
 VISUAL_LORA = {"r": 16, "alpha": 32, "target_modules": None}
 
 
@@ -129,7 +129,7 @@ class Llm(Section):
 
 
 class Projector(Section):
-    kind: str = Field("mlp", min_length=1)  # a key of `model.projector.PROJECTORS`, where others may be added
+    kind: str = Field("mlp", min_length=1)  # a key of `model.projector.PROJECTORS`; new kinds are added there
     init_std: float = Field(0.01, ge=1e-6, le=10)
     factor: Literal[2, 3] = 3
     queries: int = Field(64, ge=1, le=4096)
@@ -139,7 +139,7 @@ class Projector(Section):
     def _no_setting_of_another_kind(self) -> "Projector":
         owners = {"factor": "pixel_shuffle", "queries": "resampler", "heads": "resampler"}
         for key, kind in owners.items():
-            # a checkpoint's config names all keys, so one at its default was not chosen; other kinds may read any
+            # a checkpoint's config has all keys, so a default value was not chosen; new kinds may use any key
             chosen = getattr(self, key) != type(self).model_fields[key].default
             if chosen and self.kind != kind and self.kind in {"mlp", *owners.values()}:
                 raise ValueError(f"'{key}' does nothing with kind: {self.kind}; leave it out or set kind: {kind}")
@@ -147,7 +147,7 @@ class Projector(Section):
 
 
 class PartSettings(Section):
-    """Something that is trained; a learning rate of 0 leaves it as it is."""
+    """Settings of a trained part; a learning rate of 0 leaves the part unchanged."""
 
     lr: LearningRate = Field(1e-4, ge=0)
 
@@ -163,7 +163,7 @@ class VisionSettings(PartSettings):
 
 
 class Parts(Section):
-    """The settings of each part of `model.parts.PARTS`; those that others add to that table are taken too."""
+    """Settings of each part in `model.parts.PARTS`; new parts in that table are accepted too."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, PartSettings]
@@ -191,7 +191,7 @@ class Train(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    max_grad_norm: float = Field(1.0, gt=0, le=1e9)  # so large a one never clips
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9)  # the largest value never clips
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     gradient_checkpointing: Literal["auto", "on", "off"] = "off"
     compile: bool = False
@@ -240,7 +240,7 @@ class Generate(Section):
     @field_validator("temperature")
     @classmethod
     def _no_division_by_almost_zero(cls, value: float) -> float:
-        if 0 < value < 0.01:  # logits divided by less overflow
+        if 0 < value < 0.01:  # logits divided by a smaller value overflow
             raise ValueError("it should be 0 (always the likeliest token) or at least 0.01")
         return value
 
@@ -291,8 +291,7 @@ def load_config(path: str | Path, overrides: list[str] | dict[str, Any] | None =
 
     Args:
         path: relative to the repository root.
-        overrides: `key=value` texts of a command line, whose values are YAML, or values by dotted key, taken as they
-            are.
+        overrides: `key=value` texts of a command line with YAML values, or a dict by dotted key, used unchanged.
 
     Raises:
         UserError: missing or malformed file, unknown key, wrong type or bad combination; the message names each key.
@@ -301,9 +300,9 @@ def load_config(path: str | Path, overrides: list[str] | dict[str, Any] | None =
 
 
 def load_data(path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> Data:
-    """The `data` section of a config in which `visual` and `llm` may be missing; arguments and errors of `load_config`.
+    """Load the `data` section of a config; sections `visual` and `llm` may be missing.
 
-    The sections that are there are checked all the same.
+    Present sections are checked. Arguments and errors as `load_config`.
     """
     return _validated(DataConfig, _raw(path, overrides), where=shortened(path)).data
 
@@ -313,17 +312,17 @@ def _raw(path: str | Path, overrides: list[str] | dict[str, Any] | None) -> dict
 
 
 def parse_config(raw: dict[str, Any], where: str) -> Config:
-    """Check a mapping against the schema; `where` (a file name) opens the error message."""
+    """Check a mapping against the schema; `where` (a file name) starts the error message."""
     return _validated(Config, raw, where)
 
 
 def changed(section: S, values: dict[str, Any], where: str) -> S:
-    """A copy of `section` with other values, checked; UserError opens with `where`."""
+    """Return a checked copy of `section` with other values; a UserError starts with `where`."""
     return _validated(type(section), section.model_dump() | values, where)
 
 
 def overridden(config: Config, values: dict[str, Any], where: str) -> Config:
-    """A copy of `config` with other values by dotted key, checked; UserError opens with `where`."""
+    """Return a checked copy of `config` with other values by dotted key; a UserError starts with `where`."""
     raw = config.model_dump()
     put_in(raw, values, where)
     return parse_config(raw, where)
@@ -340,4 +339,4 @@ def _validated(schema: type[S], raw: dict[str, Any], where: str) -> S:
     raise UserError(f"{where}: " + "; ".join(explain(item, key_paths()) for item in items[:MISTAKES]) + more)
 
 
-MISTAKES = 3  # of a config that one message names
+MISTAKES = 3  # most mistakes in one message

@@ -1,4 +1,4 @@
-"""Reads the YAML of a run as plain Python values and puts overrides in. Called by `config.py`."""
+"""Read the YAML of a run as plain Python values and apply overrides. Called by `config.py`."""
 
 import logging
 import os
@@ -10,23 +10,23 @@ import yaml
 from errors import UserError, file_error, shortened
 from paths import nearest_name_hint, resolve_path
 
-# keys of earlier versions: the key of today, and the values whose meaning has another name now
+# key of an earlier version → current key, and the values that were renamed
 RENAMED: dict[str, tuple[str, dict[Any, Any]]] = {
     "visual.drop_first_token": ("visual.drop", {True: "first", False: "none"}),
     "train.projector_lr": ("train.parts.projector.lr", {}),
     "train.lora_lr": ("train.parts.llm.lr", {}),
 }
-# keys of earlier versions that have no effect any more, and what happens instead
+# removed key of an earlier version → the value that is always used now
 REMOVED = {"train.attention": "sdpa"}
 
 logger = logging.getLogger(__name__)
 
 
 def read_mapping(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a YAML file with some values put in by dotted key; keys of earlier versions are translated.
+    """Read the sections of a YAML file and set `values` by dotted key; keys of earlier versions are translated.
 
     Raises:
-        UserError: missing or malformed file, or a key that leads through something that is no section.
+        UserError: missing or malformed file, or a key below a value that is not a section.
     """
     file = resolve_path(path)
     where = shortened(file)
@@ -55,16 +55,16 @@ def read_mapping(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def put_in(raw: dict[str, Any], values: dict[str, Any], where: str) -> None:
-    """Put values into the sections of a config by dotted key; keys of earlier versions are translated.
+    """Set values in the sections of a config by dotted key; keys of earlier versions are translated.
 
     Raises:
-        UserError: a key that leads through something that is no section; opens with `where`.
+        UserError: a key below a value that is not a section; the message starts with `where`.
     """
     _set_values(raw, _translated(values, where), where=where)
 
 
 def _translated(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same values under the keys of today."""
+    """Return the same values under the current keys."""
     now = {}
     for key, value in values.items():
         if key in REMOVED:
@@ -81,7 +81,7 @@ def _translated(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _set_values(raw: dict[str, Any], values: dict[str, Any], replace: bool = True, where: str = "") -> None:
-    """Put values in by dotted key; UserError where there is one already and `replace` is false."""
+    """Set values by dotted key; UserError if a value exists and `replace` is false."""
     for key, value in values.items():
         if not replace and _has(raw, key):
             old = next(old for old, (today, _) in RENAMED.items() if today == key)
@@ -99,10 +99,10 @@ def _has(raw: dict[str, Any], key: str) -> bool:
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """`["key=value", …]` of a command line as values by dotted key; the values are YAML.
+    """Parse `["key=value", …]` of a command line into values by dotted key; the values are YAML.
 
     Raises:
-        UserError: one without `=`, or whose value is not valid YAML.
+        UserError: an override without `=`, or with a value that is not valid YAML.
     """
     values = {}
     for override in overrides:
@@ -133,19 +133,19 @@ def _set_value(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def _item(items: list[Any], index: str, where: str) -> int:
-    # isdecimal takes the digits of all scripts, but unlike isdigit no '²', which int refuses
+    # isdecimal accepts digits of all scripts; isdigit also accepts '²', which int rejects
     if not index.isdecimal() or len(index) > 9 or int(index) >= len(items):
         raise UserError(f"{where}: item {shortened(index)} does not exist, the list has {len(items)}")
     return int(index)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads dates as text, since they may name a folder, and reports the place of a value that cannot be read."""
+    """YAML loader that reads dates as text (they may name a folder) and reports the position of invalid values."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML's, for '!!int _' and the like
+        except (ValueError, LookupError, AttributeError, TypeError) as error:  # raised by PyYAML, as for '!!int _'
             message = f"{shortened(node.value)!r} cannot be read ({error})"
             raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from error
 

@@ -1,4 +1,4 @@
-"""Says what is wrong with a key of a config, and the nearest valid one. Called by `config.py`."""
+"""Error messages for config keys, with the nearest valid key. Called by `config.py`."""
 
 import difflib
 import reprlib
@@ -9,10 +9,10 @@ from errors import shortened
 
 
 def explain(item: ErrorDetails, keys: list[str]) -> str:
-    """One mistake that pydantic found.
+    """Return the message for one mistake that pydantic found.
 
     Args:
-        keys: all keys of the schema in dotted form, for the nearest valid one.
+        keys: all keys of the schema in dotted form, for the nearest valid key.
     """
     key = shortened(".".join(str(part) for part in item["loc"]))
     if item["type"] == "extra_forbidden":
@@ -37,14 +37,14 @@ def explain(item: ErrorDetails, keys: list[str]) -> str:
 
 
 class _Shown(reprlib.Repr):
-    """`repr` of at most a few hundred characters, also of lists that hold each other and of endless numbers."""
+    """`repr` of at most a few hundred characters, also for recursive lists and very long numbers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxlist, self.maxdict, self.maxstring, self.maxother = 2, 6, 4, 200, 200
 
     def repr_int(self, value: int, level: int) -> str:
-        # Python writes no more than some thousand digits
+        # Python refuses to print numbers of more than a few thousand digits
         return repr(value) if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
 
 

@@ -1,12 +1,12 @@
-"""Two kinds of error: `UserError` is for the user to mend, everything else is a defect and keeps its traceback.
+"""Two kinds of error: the user can fix a `UserError`; any other error is a defect and keeps its traceback.
 
-Library errors are translated here or at the one place that calls the library, never by catching `ValueError` far above.
+Library errors are translated here or where the library is called, never by catching `ValueError` in a distant caller.
 """
 
 from pathlib import Path
 from typing import Any
 
-LONGEST_VALUE = 200  # characters of a wrong value that a message repeats
+LONGEST_VALUE = 200  # characters of a wrong value shown in a message
 
 
 class UserError(ValueError):
@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 def shortened(text: object, longest: int = LONGEST_VALUE) -> str:
-    """`text` as a string of at most `longest` characters; the middle of a longer one is left out."""
+    """Return `text` as a string of at most `longest` characters; the middle of a longer text is left out."""
     text = str(text)
     if len(text) <= longest:
         return text
@@ -23,7 +23,7 @@ def shortened(text: object, longest: int = LONGEST_VALUE) -> str:
 
 
 def file_error(error: OSError, file: str | Path | None = None, advice: str = "") -> UserError:
-    """The sentence for an operating system error (disk full, no permission, name too long); `file` replaces its own."""
+    """Return a UserError for an operating system error (disk full, no permission); `file` replaces its file name."""
     name = file if file is not None else error.filename
     what = error.strerror or str(error) or type(error).__name__
     place = f"{shortened(name)}: " if name is not None else ""
@@ -31,7 +31,7 @@ def file_error(error: OSError, file: str | Path | None = None, advice: str = "")
 
 
 def check_text(text: str, name: str) -> None:
-    """Raise UserError where `text` holds half a surrogate pair, which no tokenizer takes; `name` says whose it is."""
+    """Raise UserError if `text` has half a surrogate pair, which tokenizers reject; the message starts with `name`."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -44,8 +44,8 @@ def check_text(text: str, name: str) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine ran out of memory.
 
-    torch raises a class of its own for CUDA; the CPU allocator, MPS and cuBLAS say so in the text of a RuntimeError,
-    but so does an "illegal memory access", which is a defect.
+    torch raises its own class for CUDA. The CPU allocator, MPS and cuBLAS raise a RuntimeError with a typical text.
+    An "illegal memory access" is a RuntimeError too, but a defect.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -56,7 +56,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 
 
 def require_complete(loading_info: dict[str, Any], key: str, folder: Path) -> None:
-    """Check what transformers' `from_pretrained(…, output_loading_info=True)` reports; `key` named the folder.
+    """Check the loading info of transformers' `from_pretrained`; `key` is the config key of `folder`.
 
     Raises:
         UserError: tensors missing, left over or of the wrong shape; lists their names.
@@ -70,7 +70,7 @@ def require_complete(loading_info: dict[str, Any], key: str, folder: Path) -> No
 
 
 def _tensor_names(items: set[str] | set[tuple]) -> str:
-    # a tensor of the wrong shape comes as (name, shape in the file, shape the model has)
+    # a tensor of the wrong shape is given as (name, shape in the file, shape in the model)
     names = sorted(
         item if isinstance(item, str) else f"{item[0]} {[*item[1]]} instead of {[*item[2]]}" for item in items
     )

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     checkpoint = args.checkpoint.absolute()
     overrides = parse_overrides(args.overrides)
-    # all that can be wrong with files is said before the model is loaded and asked, which takes minutes
+    # check all files first, because loading and asking the model takes minutes
     data = read_config(checkpoint, overrides).data
     photos, entries = read_questions(data, args.split, args.limit)
     output = args.output or checkpoint / f"eval_{args.split}.json"
@@ -75,16 +75,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read_questions(data: Data, split: str, limit: int | None) -> tuple[dict[int, Photo], list[Entry]]:
-    """Photos by ID and the entries of `split` ("val", "train" or "all") on at most about `limit` photos.
+    """Read the photos by ID, and the entries of `split` ("val", "train" or "all") on about `limit` photos at most.
 
     Raises:
-        UserError: a file is missing or broken, `limit` is below 1, or nothing is left to ask.
+        UserError: a file is missing or broken, `limit` is below 1, or no question is left.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1 photo, found {limit}")
     files = {"data.image_map": data.image_map, "data.captions": data.captions}
     if not any(os.path.exists(resolve_path(path)) for path in files.values()):
-        # a checkpoint keeps no absolute path, so data from outside the repository are bare names in it
+        # a checkpoint has no absolute paths, so it has only the names of files outside the repository
         raise UserError(
             f"'data.image_map' and 'data.captions' are not found: neither {resolve_path(data.image_map)} nor "
             f"{resolve_path(data.captions)}. A checkpoint keeps no absolute paths: name the files that the training "

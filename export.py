@@ -28,10 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder for the exported model")
     args = parser.parse_intermixed_args(arguments)
     output = args.output.absolute()
-    if os.path.lexists(output):  # said before the model is loaded, which may take minutes
+    if os.path.lexists(output):  # checked before the model is loaded, which may take minutes
         raise UserError(f"--output: {shortened(output)} exists already, name a new folder")
     check_folder(output, "--output")
-    whole = {"llm.quantization": "none", "llm.device_map": None}  # not as in training
+    whole = {"llm.quantization": "none", "llm.device_map": None}  # export needs unquantised weights on the CPU
     overrides = parse_overrides(args.overrides) | whole
     model = load_checkpoint(args.checkpoint.absolute(), device="cpu", dtype=torch.float32, overrides=overrides)
     try:

@@ -1,7 +1,7 @@
-"""The repository root, and how a path in a config becomes a file or folder that exists.
+"""Repository root, and resolution of the paths in a config to existing files and folders.
 
-One rule for relative paths: those in a config or a `key=value` count from the repository root, those typed as options
-(`--checkpoint`, `--image`, `--input`, `--output`, `--resume`) from the working directory, as in any shell command.
+Relative paths in a config or a `key=value` start at the repository root. Paths typed as options (`--checkpoint`,
+`--image`, `--input`, `--output`, `--resume`) start at the working directory, as in any shell command.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ Kind = Literal["file", "folder"]
 
 
 def resolve_path(path: str | Path) -> Path:
-    """The path, counted from the repository root if it is relative; `~` is expanded."""
-    return REPO_ROOT / os.path.expanduser(path)  # unlike Path's, it takes a '~name' without such a user as it is
+    """Return the path, relative to the repository root unless it is absolute; `~` is expanded."""
+    return REPO_ROOT / os.path.expanduser(path)  # unlike Path.expanduser, it keeps '~name' if no such user exists
 
 
 def existing_path(path: str | Path, key: str, kind: Kind = "file") -> Path:
@@ -42,9 +42,9 @@ def existing_path(path: str | Path, key: str, kind: Kind = "file") -> Path:
 
 
 def nearest_name_hint(path: Path, kind: Kind = "folder") -> str:
-    """'Did you mean …? ' for a path whose name is misspelt, or which part of it does not exist; '' if unknown.
+    """Return 'Did you mean …? ' for a misspelt path, or a sentence about its missing folder; '' if unknown.
 
-    It names only paths of that kind, and no folder of code.
+    It suggests only paths of that kind, and no folder of code.
     """
     parent = path.parent
     if os.path.lexists(path):
@@ -55,7 +55,7 @@ def nearest_name_hint(path: Path, kind: Kind = "folder") -> str:
             missing = missing.parent
         return f"The folder {shortened(missing)} does not exist. "
     names = []
-    with contextlib.suppress(OSError):  # a folder that may not be listed
+    with contextlib.suppress(OSError):  # no permission to list the folder
         names = [entry.name for entry in parent.iterdir() if _can_be_meant(entry, kind)]
     near = difflib.get_close_matches(path.name[:255], names, n=1, cutoff=0.5)
     return f"Did you mean {shortened(parent / near[0])}? " if near else ""
@@ -68,7 +68,7 @@ def _can_be_meant(entry: Path, kind: Kind) -> bool:
 
 
 def _is_a(path: Path, kind: Kind) -> bool:
-    # unlike Path.is_file these take names that are too long and folders that may not be entered
+    # unlike Path.is_file, these accept names that are too long and folders without permission
     return os.path.isfile(path) if kind == "file" else os.path.isdir(path)
 
 
@@ -76,7 +76,7 @@ def check_folder(folder: Path, name: str) -> None:
     """Check without writing that `folder`, the value of key or option `name`, is a folder or can become one.
 
     Raises:
-        UserError: a part of it is no folder, may not be written in, or cannot be a name.
+        UserError: a part of it is not a folder, is not writable, or is not a valid name.
     """
     place = folder.absolute()
     while not os.path.isdir(place):
@@ -95,12 +95,12 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def check_writable(file: Path, option: str) -> None:
-    """Try whether `file`, the value of command line option `option`, can be written; what it holds stays.
+    """Check that `file`, the value of command line option `option`, is writable; its content is kept.
 
-    Called before long work, whose result would be lost at its end.
+    Called before long work, because the result would otherwise be lost at the end.
 
     Raises:
-        UserError: it is a folder, its folder does not exist, or the system refuses.
+        UserError: it is a folder, its folder does not exist, or the system refuses to write it.
     """
     if os.path.isdir(file):
         raise UserError(f"{option}: {shortened(file)} is a folder, name a file in it")

@@ -95,7 +95,7 @@ def answer_file(answerer: Answerer, source: Path, target: Path) -> tuple[int, in
         The number of rows answered and of rows with an error.
     """
     counts = {"answer": 0, "error": 0}
-    lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # Windows editors put a mark in front
+    lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # Windows editors add a byte order mark
     try:
         # half a surrogate pair is legal in JSON but not in UTF-8: it becomes "?"
         with target.open("w", encoding="utf-8", errors="replace") as output:
@@ -105,13 +105,13 @@ def answer_file(answerer: Answerer, source: Path, target: Path) -> tuple[int, in
                 row = _answered(answerer, number, line, source.parent)
                 counts["error" if "error" in row else "answer"] += 1
                 print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
-    except OSError as error:  # of the output alone, since those of a row stay in `_answered`: the disk is full
+    except OSError as error:  # the output file failed (disk full); `_answered` handles the errors of a row
         raise file_error(error, target) from error
     return counts["answer"], counts["error"]
 
 
 def _answered(answerer: Answerer, number: int, line: bytes, folder: Path) -> dict[str, Any]:
-    """The row with its answer or with the reason why there is none, which never ends the file."""
+    """Return the row with its answer or its error; a failed row does not end the file."""
     row: dict[str, Any] = {"line": number}
     try:
         row = _parse(line)
@@ -121,14 +121,14 @@ def _answered(answerer: Answerer, number: int, line: bytes, folder: Path) -> dic
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        row["error"] = f"{type(error).__name__}: {shortened(error)}"  # a defect; the type tells it from a bad row
+        row["error"] = f"{type(error).__name__}: {shortened(error)}"  # a defect; a bad row has no error type
     return row
 
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line, parse_constant=_no_number, parse_float=_finite)
-        json.dumps(row, ensure_ascii=False)  # what can be read but not written, such as brackets nested too deeply
+        json.dumps(row, ensure_ascii=False)  # some rows can be read but not written, as with deeply nested brackets
     except RecursionError as error:
         raise UserError("brackets are nested too deeply") from error
     except ValueError as error:
@@ -148,15 +148,15 @@ def _finite(text: str) -> float:
 
 
 def _answer_row(answerer: Answerer, row: dict[str, Any], folder: Path) -> str:
-    """The answer to the last question of `row`.
+    """Return the answer to the last question of `row`.
 
     Raises:
-        UserError: the row has another form, or a photo is missing or broken.
+        UserError: the row has a wrong form, or a photo is missing or broken.
     """
     turns = _turns(row)
     photos = [folder / name for turn in turns for name in turn.get("images", ())]
     for photo in photos:
-        if not os.path.isfile(photo):  # takes names of any kind and length
+        if not os.path.isfile(photo):  # accepts names of any kind and length
             raise UserError(f"photo not found: {shortened(photo)}")
     chat, messages = answerer.model.processor.chat, []
     for turn in turns:
@@ -167,7 +167,7 @@ def _answer_row(answerer: Answerer, row: dict[str, Any], folder: Path) -> str:
 
 
 def _turns(row: dict[str, Any]) -> Turns:
-    """The turns of a row, whose photos stand at tags in the questions, as in training; the last is to be answered."""
+    """Return the turns of a row, with photos at tags in the questions as in training; the last turn has no answer."""
     names = _photo_names(row)
     items, where = [row], ""
     if "conversations" in row:
@@ -194,7 +194,7 @@ def _turns(row: dict[str, Any]) -> Turns:
 
 
 def _pairs(messages: Any) -> list[dict[str, Any]]:
-    """LLaVA's messages of `human` and `gpt` in turn as questions and answers."""
+    """Convert LLaVA's alternating `human` and `gpt` messages to questions and answers."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f'"conversations" must be a list of messages, found {shortened(repr(messages))}')
     speakers = [message.get("from") for message in messages]
@@ -205,7 +205,7 @@ def _pairs(messages: Any) -> list[dict[str, Any]]:
 
 
 def _text(item: dict[str, Any], name: str, where: str) -> str:
-    """The question or answer of a turn, also under its first letter; of several answers the first."""
+    """Return the question or answer of a turn, also under its first letter; the first of several answers."""
     value = item.get(name, item.get(name[0]))
     if name == "answer" and isinstance(value, list) and value:
         value = value[0]
@@ -218,7 +218,7 @@ def _text(item: dict[str, Any], name: str, where: str) -> str:
 
 
 def _photo_names(item: dict[str, Any]) -> list[str]:
-    """The files that a row or turn names under `image` or `images`, else under `image_id`."""
+    """Return the photo files of a row or turn: `image` or `images`, else `image_id`."""
     values = [item[field] for field in ("image", "images") if item.get(field) not in (None, [])]
     if not values and item.get("image_id") is not None:
         values = [item["image_id"]]

@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def output_files(data: Data) -> dict[str, Path]:
-    """The four files that are written, by what the config or this script calls them."""
+    """Return the four output files by their names in messages."""
     captions = resolve_path(data.captions)
     return {
         "'data.image_map'": resolve_path(data.image_map),
@@ -88,7 +88,7 @@ def output_files(data: Data) -> dict[str, Path]:
 
 
 def refuse_writing_over_inputs(outputs: dict[str, Path], data: Data, config: Path) -> None:
-    """Check that no output is another one, an input, a folder or an existing file that holds no JSON.
+    """Check that no output is another output, an input, a folder or an existing file without JSON.
 
     Raises:
         UserError: names both files.
@@ -113,7 +113,7 @@ def refuse_writing_over_inputs(outputs: dict[str, Path], data: Data, config: Pat
 
 def _same_file(file: Path, other: Path) -> bool:
     try:
-        return os.path.samefile(file, other)  # also through links and where case does not matter
+        return os.path.samefile(file, other)  # also through links and on case-insensitive file systems
     except (OSError, ValueError):  # one of them does not exist
         return os.path.realpath(file) == os.path.realpath(other)
 
@@ -128,7 +128,7 @@ def _holds_json(file: Path) -> bool:
 
 
 def process_sources(data: Data) -> tuple[ImageMap, Captions, list[Report]]:
-    """Read all sources in the order of the config, merged into one image map and one set of captions.
+    """Read all sources in the order of the config and merge them into one image map and one set of captions.
 
     Raises:
         UserError: no sources, or a file or folder of a source is missing or not of its format.
@@ -165,7 +165,7 @@ def process_sources(data: Data) -> tuple[ImageMap, Captions, list[Report]]:
 
 
 def too_many_rejected(reports: list[Report], most: float) -> str:
-    """A sentence about the sources of which a larger share than `most` is rejected; "" if there is none."""
+    """Return a sentence about the sources with a rejected share above `most`; "" if there is none."""
     sentences = []
     for report in reports:
         count = report.rows - report.kept
@@ -203,5 +203,5 @@ def report_text(reports: list[Report]) -> str:
 
 
 if __name__ == "__main__":
-    gc.disable()  # millions of small objects without cycles: looking through them would take a third of the time
+    gc.disable()  # millions of small objects without cycles: collection would take a third of the run time
     run_script(main)

@@ -1,10 +1,10 @@
-"""Commands of the project on every system: `python tasks.py help`. `make NAME` runs the same command.
+"""The project's commands, on every system: `python tasks.py help`. `make NAME` calls the same.
 
-Each command creates `.venv` and installs its requirements first; it downloads nothing if they are installed.
+Each command first creates `.venv` and installs its requirements; later runs download nothing.
 
-`test` and `nightly` accept `--without-bf16`: they run as on an x86 CPU without bf16, where `train.precision: auto` is
-float32. Torch and oneDNN, which computes in bf16, read the variables below. bitsandbytes queries the CPU itself;
-`tests/training/test_quantization.py` tests both results on every machine.
+`test` and `nightly` take `--without-bf16`: they run as on an x86 CPU without bf16, where `train.precision: auto` is
+float32. Torch and oneDNN (bf16 computation) read the variables below. bitsandbytes queries the CPU itself;
+`tests/training/test_quantization.py` covers both results on every machine.
 """
 
 import hashlib
@@ -28,22 +28,22 @@ has = torch.cpu.get_capabilities()
 bf16, amx = ("yes" if it else "no" for it in (cpu_has_bf16(), has.get("amx_bf16", False)))
 print(f"CPU: {has.get('cpu_name', has['architecture'])}, {torch.get_num_threads()} threads, bf16 {bf16}, amx {amx}")
 """
-DEMO_STAMP = "made-by-demo"  # file in DEMO_RUN with a hash of the demo's files
+DEMO_STAMP = "made-by-demo"  # file in DEMO_RUN: hash of the demo's output files
 CPU_ONLY = (
     "hint: this machine has an NVIDIA GPU, but the torch in .venv computes on the CPU only. The selector on "
     "pytorch.org gives the command that installs {torch} with CUDA; run it with {python} -m pip"
 )
-# each test uses one thread, so pytest runs one process per core, up to 4; a process needs up to 2 GB. Tests of one file
-# run in the same process, because they share slow fixtures (a trained checkpoint, a page with its browser)
+# each test uses one thread, so there is one process per core, at most 4; each needs up to 2 GB. Tests of a file run in
+# one process, because they share slow fixtures (a trained checkpoint, a page with its browser)
 PARALLEL = ("-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile")
 
 
 def install(requirements: str) -> None:
-    """Create `.venv` and install a requirements file, unless this version is already installed."""
+    """Create `.venv` and install a requirements file, unless this was already done."""
     files = [ROOT / "requirements.txt", ROOT / requirements]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     stamp = VENV / f"installed-{requirements}"
-    # install torch first and alone, so pip keeps an existing wheel of the pinned version
+    # torch is installed first and alone, so that pip keeps a prepared wheel of the pinned version
     torch = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
     if not stamp.is_file() or stamp.read_text() != digest:
         _install(requirements, torch)
@@ -63,13 +63,13 @@ def _install(requirements: str, torch: str) -> None:
 
 
 def _has_cuda() -> bool:
-    """Return whether the torch in `.venv` was built with CUDA."""
+    """Whether the torch in `.venv` was built with CUDA."""
     command = [str(PYTHON), "-c", "import sys, torch; sys.exit(torch.version.cuda is None)"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def run(*command: str | Path) -> None:
-    """Run a command in the repository; if it fails, exit with its status."""
+    """Run a command in the repository; if it fails, exit with the same status."""
     status = subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode
     if status:
         raise SystemExit(status)
@@ -96,7 +96,7 @@ def demo() -> None:
 
 
 def clear_demo_run(folder: Path) -> None:
-    """Delete the files of the last demo in `folder`; rename the folder if it contains another run."""
+    """Remove the last demo's files in `folder`; move other content, such as a longer run, aside."""
     stamp = folder / DEMO_STAMP
     if stamp.is_file() and stamp.read_text() == _contents(folder):
         shutil.rmtree(folder)
@@ -116,7 +116,7 @@ def _contents(folder: Path) -> str:
 
 
 def newest_checkpoint() -> Path:
-    """Return the newest checkpoint folder of the demo."""
+    """The demo's last checkpoint folder."""
     folders = [path for path in (ROOT / DEMO_RUN).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     if not folders:
         raise SystemExit("error: no demo checkpoint yet: run `make demo` (python tasks.py demo) first")
@@ -124,10 +124,10 @@ def newest_checkpoint() -> Path:
 
 
 def check_scores(report: Path) -> None:
-    """Exit with an error if the scores of the demo are too low, which indicates a defect."""
+    """Exit with an error if a demo score is below its threshold, which indicates a defect."""
     scores = json.loads(report.read_text(encoding="utf-8"))
     accuracy = {kind: score["accuracy"] for kind, score in scores["trained"]["by_type"].items()}
-    # the language model was pretrained on single questions; it learns dialogues only here
+    # the language model was pretrained on single questions and learns dialogues only here
     low = {kind: value for kind, value in accuracy.items() if value < (0.7 if kind == "dialogue" else 0.8)}
     overall, blind = scores["trained"]["overall"]["accuracy"], scores["blind"]["overall"]["accuracy"]
     if overall < 0.9 or blind > 0.4 or low:

@@ -55,7 +55,7 @@ OUT_OF_MEMORY = (
 REFRESH_SECONDS = 0.05  # the page is redrawn at most this often while an answer grows
 KEEP_SECONDS = 3600  # how long an upload is kept after its last use
 
-FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]  # what machines have anyway
+FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]  # present on most systems
 CSS = """
 .gradio-container {width: 100% !important; max-width: 960px !important; margin: 0 auto !important}
 #title h1 {margin: 0; font-size: 1.5rem}
@@ -79,18 +79,18 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
     """The page: chat, question box with photos, settings.
 
     Args:
-        answerer: answers; its `settings` are set before each question.
+        answerer: its `settings` are set before each question.
         generate: start values of the settings.
-        name: of the checkpoint, shown under the title.
+        name: checkpoint name, shown under the title.
     """
-    import gradio as gr  # when it is imported it makes its folder for uploads, so main must have named one
+    import gradio as gr  # gradio creates its upload folder at import, so main must set it before
 
-    active: set[str | None] = set()  # sessions whose answer is being made
+    active: set[str | None] = set()  # sessions with an unfinished answer
     decoded = functools.lru_cache(maxsize=8)(load_image)  # each upload has its own path; follow-ups decode nothing
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
 
     def load(photo: Photo) -> "Image.Image":
-        return decoded(checked({"path": photo.path}, folder).path)  # it may be gone since, and is kept an hour from now
+        return decoded(checked({"path": photo.path}, folder).path)  # checks that it still exists, keeps it another hour
 
     with gr.Blocks(
         title="Ask about a photo 看图问答",
@@ -99,7 +99,7 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
         delete_cache=(KEEP_SECONDS // 6, KEEP_SECONDS),
     ) as page:
         gr.Markdown(f"# Ask about a photo 看图问答\n`{name}`", elem_id="title")
-        messages = gr.State([])  # what the model is sent; the chat shows the same, and failed questions
+        messages = gr.State([])  # messages sent to the model; the chat also shows failed questions
         chat = gr.Chatbot(
             label="Chat 对话",
             height=460,
@@ -154,12 +154,12 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
             return {status: sentence}
 
         def answer(session: str | None, history: History, uploads: list[Any], settings: dict[str, Any]):
-            """Stream the answer to the last question of `history`, which brings `uploads`."""
+            """Stream the answer to the last question of `history`, sent with `uploads`."""
             *before, asked = history
             readable, text, line = [], "", ""
             try:
                 active.add(session)
-                # before the page shows them: it would serve what it shows
+                # check before display, because the page serves every displayed file
                 photos = [checked(upload, folder) for upload in uploads]
                 readable, history = photos, [*before, asked | {"photos": photos}]
                 yield show(history, WORKING, busy=True)
@@ -187,7 +187,7 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
                 active.discard(session)
 
         def settle(session: str | None) -> None:
-            """Wait for a cancelled answer to end: what it still sends must not reach the page after our own update."""
+            """Wait until a cancelled answer has ended, so none of its output reaches the page after our update."""
             while session in active:
                 time.sleep(0.02)
 
@@ -215,7 +215,7 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
         def on_stop(history, request: gr.Request):
             settle(request.session_hash)
             update = show(answered(history), STOPPED, busy=False)
-            if len(history) % 2:  # stopped before the first word: the question goes back
+            if len(history) % 2:  # stopped before the first word: return the question to the box
                 update[question] = in_box(history[-1]["content"], history[-1]["photos"])
             return update
 
@@ -225,23 +225,23 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
 
         outputs = [messages, chat, status, question, ask, again, stop]
         one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-        # preprocess=False: Gradio would meet a file that is no upload with a traceback
+        # preprocess=False: Gradio would raise a traceback for a file that is not an upload
         inputs = [messages, question, longest, temperature]
         asking = gr.on([ask.click, question.submit], on_ask, inputs, outputs, preprocess=False, **one_at_a_time)
         inputs = [messages, longest, temperature]
         repeating = again.click(on_again, inputs, outputs, preprocess=False, **one_at_a_time)
-        # listeners run in this order, so the cancelling ones stand before those that wait for the end in settle
+        # listeners run in this order: first cancel the answer, then wait for its end in settle
         gr.on([stop.click, clear.click, chat.clear], None, cancels=[asking, repeating])
         stop.click(on_stop, messages, outputs)
         gr.on([clear.click, chat.clear], on_clear, None, outputs)
-        # in the browser, since the server would have to check the box's photos before it sends them back
+        # runs in the browser, because the server would have to check the box's photos before returning them
         script = f"(index, box) => ({{...box, text: {json.dumps(EXAMPLES)}[index]}})"
         examples.click(None, [examples, question], question, js=script)
     return page
 
 
 def _readable(photos: list[Photo], load: Callable[[Photo], Any]) -> tuple[list[Photo], list[UserError]]:
-    """The photos that can be read, and what is wrong with the others."""
+    """Return the readable photos, and the errors of the others."""
     sound, problems = [], []
     for photo in photos:
         try:
@@ -253,7 +253,7 @@ def _readable(photos: list[Photo], load: Callable[[Photo], Any]) -> tuple[list[P
 
 
 def _timed(pieces: Generator[str, None, None]) -> Iterator[tuple[str, str]]:
-    """Text so far and a line about its speed, at most every `REFRESH_SECONDS` and once at the end."""
+    """Yield the text so far and a line with its speed, at most every `REFRESH_SECONDS` and once at the end."""
     start = time.perf_counter()
     shown, text = start, ""
     with contextlib.closing(pieces):
@@ -271,7 +271,7 @@ def _speed(text: str, seconds: float) -> str:
 
 
 def _sentence(error: Exception, photos: list[Photo]) -> str:
-    """What to tell the user, with the files' own names instead of their paths on the server."""
+    """Return the message for the user, with file names instead of paths on the server."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -281,10 +281,10 @@ def _sentence(error: Exception, photos: list[Photo]) -> str:
 
 
 def launch(page: "gr.Blocks", gui: Gui) -> None:
-    """Serve the page on `gui.host`:`gui.port` from threads of its own; returns when it can be opened."""
+    """Serve the page on `gui.host`:`gui.port` in background threads; return when it is ready."""
     import gradio as gr
 
-    for variable in ("no_proxy", "NO_PROXY"):  # Gradio asks its own page once, which a proxy would not find
+    for variable in ("no_proxy", "NO_PROXY"):  # Gradio requests its own page once, which fails through a proxy
         os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "localhost", gui.host]))
     page.queue(default_concurrency_limit=4).launch(
         server_name=in_url(gui.host),
@@ -306,7 +306,7 @@ def launch(page: "gr.Blocks", gui: Gui) -> None:
 
 
 def end_on_signals() -> None:
-    """Leave by SystemExit when told to end or when the terminal is closed, so that the uploads are removed."""
+    """Raise SystemExit on SIGTERM and when the terminal is closed, so that the uploads are removed."""
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_: sys.exit(0))

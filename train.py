@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             for trainer in stages(config, resume, args.accept_changes):
                 trainer.run()
-                del trainer  # its memory is needed for the next stage
+                del trainer  # the next stage needs its memory
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What one photo becomes on its way to the language model: rows of features, and placeholders among the text.
+"""Feature rows, crops and placeholders of one photo.
 
-`visual/` says how many rows a crop has (`Grid`), the projector how many tokens it makes of them, and `qwen/chat.py`
-writes that many placeholders; none of the three imports another.
+`visual/` gives the rows of a crop (`Grid`), the projector gives the tokens of these rows, and `qwen/chat.py` writes
+that many placeholders. None of the three imports another.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Grid(NamedTuple):
-    """The rows that an encoder gives for one crop.
+    """Feature rows of one crop.
 
     Attributes:
         height, width: patches.
@@ -32,7 +32,7 @@ class VisualPlan:
 
     Attributes:
         crop_tokens: placeholders of one crop.
-        tile_rows, tile_columns: how the photo is cut into tiles; 0 and 0: it is not.
+        tile_rows, tile_columns: tile grid of the photo; 0 and 0: no tiles.
     """
 
     crop_tokens: int
@@ -41,7 +41,7 @@ class VisualPlan:
 
     @property
     def crops(self) -> int:
-        """Number of pictures that the encoder sees."""
+        """Number of crops."""
         return 1 + self.tile_rows * self.tile_columns
 
     @property

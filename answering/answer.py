@@ -1,7 +1,7 @@
-"""The answering engine: photo and messages in, a stream of text out.
+"""Answering engine: photos and messages → a stream of text.
 
-Page, command line, evaluation and benchmarks all consume `Answerer`. It keeps the keys and values of the last prompt:
-what a new prompt shares with it (the photo's tokens above all, and the dialogue so far) is not computed again.
+Page, command line, evaluation and benchmarks all use `Answerer`. It caches the keys and values of the last prompt, so
+the prefix that a new prompt shares with it (photo tokens, earlier dialogue) is not computed again.
 """
 
 import hashlib
@@ -35,9 +35,9 @@ Photo = Image.Image | str | Path
 class Answerer:
     """Answers questions with one model, one at a time.
 
-    Several threads may share one: while `answer` works, the others wait. `stream` makes them wait for one token at a
-    time only, since its caller may leave it unfinished. Where another question came between two tokens, the answer is
-    the same, but its prompt is read again.
+    Several threads may share one. `answer` blocks the others until it ends; `stream` blocks them for one token at a
+    time, because its caller may never finish it. If another question runs between two tokens, the answer is the same,
+    but its prompt is computed again.
 
     Args:
         model: in eval mode.
@@ -51,13 +51,13 @@ class Answerer:
         self._cached_photos: list[str] = []
         self._cached_key: Hashable = None
         self._cache = DynamicCache()
-        self._cache_of: object = None  # the answer whose prompt and tokens the cache holds
+        self._cache_of: object = None  # the answer whose prompt and tokens are in the cache
         self._feature_of: dict[str, torch.Tensor] = {}
         self._suppressed = torch.tensor(model.suppressed_ids)
         self._lock = threading.RLock()
 
     def answer(self, image: Photo | None, question: str) -> str:
-        """The whole answer to one question; see `stream`."""
+        """Return the whole answer to one question; see `stream`."""
         with self._lock:
             return "".join(self.stream(image, [{"role": "user", "content": question}]))
 
@@ -65,9 +65,9 @@ class Answerer:
         """Answer the last of `messages` piece by piece.
 
         Args:
-            image: belongs to the first message, before its `images`; None: none.
-            messages: `{"role": "user" | "assistant", "content": text}` in turn, the user's last. Whatever characters
-                the texts hold, they are text. A user's message may have `"images"`, a list of photos, which stand
+            image: photo of the first message, before its `images`; None: none.
+            messages: `{"role": "user" | "assistant", "content": text}`, alternating, the last one from the user.
+                Control tokens in the texts have no effect. A user's message may have `"images"`, a list of photos
                 before its text.
 
         Yields:
@@ -90,12 +90,12 @@ class Answerer:
         yield from self.stream_messages(photos, rendered)
 
     def stream_messages(self, photos: Sequence[Photo], messages: list[Message]) -> Generator[str, None, None]:
-        """As `stream`, for messages that say where each of `photos` stands, in reading order (dataset entries).
+        """As `stream`, for messages with the positions of `photos`, in reading order (dataset entries).
 
-        The plans in the messages only mark the places: a photo's own plan follows from its size.
+        The plans in the messages only mark positions; the plan used for a photo depends on its size.
         """
         tokenizer = self.model.processor.tokenizer
-        pending: list[int] = []  # tokens that end within a character wait for the rest of it
+        pending: list[int] = []  # tokens that end within a character are kept until it is complete
         for token in self._generate(photos, messages):
             pending.append(token)
             text = tokenizer.decode(pending, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -107,7 +107,7 @@ class Answerer:
 
     @contextmanager
     def _whole_step(self) -> Iterator[None]:
-        """Keep other threads out meanwhile, and forget the cache if the step does not end: it may be half written."""
+        """Exclude other threads, and clear the cache if the step fails, because it may be half written."""
         with self._lock:
             done = False
             try:
@@ -120,7 +120,7 @@ class Answerer:
 
     @torch.no_grad()
     def _prefill(self, pictures: list[Image.Image], plans: list[VisualPlan], ids: list[int]) -> torch.Tensor:
-        """Bring the cache to the end of `ids`; returns the logits (V,) after the last of them."""
+        """Extend the cache to the end of `ids`; return the last logits (V,)."""
         hashes = [hashlib.sha256(repr(p.size).encode() + p.tobytes()).hexdigest() for p in pictures]
         spans = self.model.processor.chat.photo_spans(ids, plans)
         key = self.model.language_model.prefix_key(len(ids))
@@ -138,7 +138,7 @@ class Answerer:
         return self._step(self.model.language_model.embed(new_ids, images), ids[shared:])
 
     def _features(self, picture: Image.Image, plan: VisualPlan, photo_hash: str) -> torch.Tensor:
-        """Encoder features (crops, R, Dv) of a photo; those of the last few photos are kept."""
+        """Return encoder features (crops, R, Dv) of a photo; those of the last four photos are cached."""
         if photo_hash not in self._feature_of:
             while len(self._feature_of) >= 4:
                 self._feature_of.pop(next(iter(self._feature_of)))
@@ -147,9 +147,9 @@ class Answerer:
         return self._feature_of[photo_hash]
 
     def _shared_length(self, ids: list[int], hashes: list[str], spans: list[tuple[int, int]]) -> int:
-        """How many leading tokens the cache holds already; never all of `ids`.
+        """Number of leading tokens that are already in the cache; never all of `ids`.
 
-        They end within no photo: one that both prompts begin with has the same placeholders in both.
+        The shared part never ends within a photo, because equal photos have equal placeholders in both prompts.
         """
         shared = _common_length(self._cached_ids, ids[:-1])
         same_photos = _common_length(self._cached_photos, hashes)
@@ -157,13 +157,13 @@ class Answerer:
 
     @torch.no_grad()
     def _step(self, embeddings: torch.Tensor, new_ids: list[int]) -> torch.Tensor:
-        """Read `embeddings` (1, T_new, Dl) after the cached tokens; returns the last logits (V,) in float32."""
+        """Process `embeddings` (1, T_new, Dl) after the cached tokens; return the last logits (V,) in float32."""
         logits = self.model.decode(embeddings, self._cache)
         self._cached_ids = self._cached_ids + list(new_ids)
         return logits
 
     def _generate(self, photos: Sequence[Photo], messages: list[Message]) -> Iterator[int]:
-        """New token ids, without the one that ends the answer."""
+        """Yield new token ids, without the end token."""
         settings, chat = self.settings, self.model.processor.chat
         pictures = [load_image(photo) for photo in photos]
         plans = [self.model.processor.plan(*picture.size) for picture in pictures]
@@ -185,12 +185,12 @@ class Answerer:
                     logits = self._step(self._embedded(answer[-1:]), answer[-1:])  # (V,)
                 else:
                     logits = self._prefill(pictures, plans, prompt)
-                    if answer:  # another question came in between
+                    if answer:  # another question ran in between
                         logits = self._step(self._embedded(answer), answer)
                     self._cache_of = this
-                self._suppressed = self._suppressed.to(logits.device)  # there from the second token on
+                self._suppressed = self._suppressed.to(logits.device)  # moves at the first token only
                 logits[self._suppressed] = -torch.inf
-                # only the repetition penalty looks at what was said
+                # only the repetition penalty uses the history
                 history = [*prompt, *answer] if settings.repetition_penalty != 1.0 else []
                 scores = processors(torch.tensor([history], device=logits.device), logits.unsqueeze(0))  # (1, V)
                 if settings.temperature > 0:
@@ -208,10 +208,10 @@ class Answerer:
 
 
 def _with_plans(messages: list[Message], plans: list[VisualPlan]) -> list[Message]:
-    """The messages with `plans` in the photos' places, in reading order.
+    """Return the messages with `plans` at the positions of the photos, in reading order.
 
     Raises:
-        ValueError: more or fewer places than plans.
+        ValueError: more or fewer positions than plans.
     """
     places = sum(isinstance(part, VisualPlan) for message in messages for part in message.parts)
     if places != len(plans):

@@ -1,6 +1,6 @@
-"""Finds the folder of a pretrained backbone, checks its files and tells one backbone from another.
+"""Find the folder of a pretrained backbone, check its files and compute its fingerprint.
 
-Called by `model/model.py`. Nothing here or later runs code from a checkpoint: `*.py` files are not downloaded, and
+Called by `model/model.py`. Code from a checkpoint is never run: `*.py` files are not downloaded, and
 pickled weights (`*.bin`) are opened as plain tensors or not at all.
 """
 
@@ -26,14 +26,14 @@ from safetensors import SafetensorError, safe_open
 from errors import UserError, file_error, shortened
 from paths import nearest_name_hint, resolve_path
 
-# beside the checkpoints of a run, never in one: where its backbones were found on this machine
+# file beside the checkpoints of a run, never in one: folders of its backbones on this machine
 BACKBONES_FILE = "backbones.json"
-FINGERPRINT_FORM = "v2:"  # begins a fingerprint of every tensor; those of earlier checkpoints have no such mark
-# bytes read at the start, the middle and the end of every tensor, and once in so many bytes of a large one
+FINGERPRINT_FORM = "v2:"  # prefix of a fingerprint over all tensors; fingerprints of earlier checkpoints have no prefix
+# WINDOW bytes are read at the start, middle and end of every tensor, and once per STRIDE bytes of a large one
 WINDOW = 1 << 12
 STRIDE = 1 << 22
-FIRST_FORM_BYTES = 1 << 20  # of each file, which a fingerprint of the first form covers
-# what transformers looks for, in its order: one file, or an index that names the shards
+FIRST_FORM_BYTES = 1 << 20  # of each file, covered by a fingerprint of the first form
+# weight files in transformers' search order: one file, or an index of the shards
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -51,23 +51,23 @@ GGUF = (
 def locate_backbone(
     path: str, model_root: str, key: str, hub: str = "huggingface", run_folder: Path | None = None
 ) -> Path:
-    """The local folder of a backbone: `path` itself, a folder of that name under `model_root`, or a hub id.
+    """Find the local folder of a backbone: `path` itself, a folder of that name under `model_root`, or a hub id.
 
     Args:
         path: value of config key `key` (`visual.path` or `llm.path`). A hub id has the form `owner/name` and is
-            downloaded once (`HF_ENDPOINT` names a mirror, `HF_HUB_OFFLINE=1` keeps to what is cached).
+            downloaded once (`HF_ENDPOINT` sets a mirror, `HF_HUB_OFFLINE=1` uses only the cache).
         hub: `huggingface` or `modelscope`.
-        run_folder: folder of a checkpoint's run; the places that `remember_backbones` noted there are tried last.
+        run_folder: folder of a checkpoint's run; the folders that `remember_backbones` saved there are tried last.
 
     Raises:
-        UserError: not found anywhere (says what was tried and the three ways to get it), or not a folder of whole,
-            unquantised weights.
+        UserError: not found (the message lists the tried places and three ways to get it), or not a folder of
+            complete, unquantised weights.
     """
     candidates = [resolve_path(path), resolve_path(model_root) / path, resolve_path(model_root) / Path(path).name]
     remembered = [] if run_folder is None else _remembered_folder(run_folder, path, key)
     folders = [
         folder for folder in [*candidates, *remembered] if os.path.isdir(folder)
-    ]  # takes names that are too long
+    ]  # accepts names that are too long
     if folders:  # a package of ours may have the same name, so a folder with a config.json comes first
         folder = next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
         _check_kind(folder, path, key)
@@ -80,12 +80,12 @@ def locate_backbone(
             raise UserError(f"'{key}': {folder} is a file; name the folder with config.json and *.safetensors")
     looks_like_hub_id = path.count("/") == 1 and not Path(path).is_absolute() and not path.startswith((".", "~"))
     parent = resolve_path(path).parent
-    # an owner's name may be that of a package of ours: ModelScope's qwen/, and on a Mac Qwen/ too
+    # an owner may have the name of one of our packages: ModelScope's qwen/, and on a Mac also Qwen/
     if not looks_like_hub_id or (os.path.isdir(parent) and not any(parent.glob("*.py"))):
         places = f"{shortened(candidates[0])} nor {shortened(candidates[-1])}"
         raise UserError(f"'{key}': no folder {places}. {_hint(candidates)}Set it with {key}=FOLDER")
     snapshot_download = _downloader(hub, path, model_root, key)
-    # small files first: a model that is refused for its config.json costs no time
+    # small files first: the weights of a model with an unsupported config.json are not downloaded
     folder = snapshot_download(["*.json", "*.txt", "*.jinja", "*.tiktoken"])
     _check_kind(folder, path, key)
     folder = snapshot_download(["*.safetensors"])
@@ -96,7 +96,7 @@ def locate_backbone(
 
 
 def _hint(candidates: list[Path]) -> str:
-    """'Did you mean …? ' with the model folder of the nearest name, or which parent does not exist, or ''."""
+    """Return 'Did you mean …? ' with the nearest model folder, or a sentence about the missing parent, or ''."""
     for candidate in reversed(candidates):
         parent = candidate.parent
         models = [file.parent.name for file in parent.glob("*/config.json")] if os.path.isdir(parent) else []
@@ -107,9 +107,9 @@ def _hint(candidates: list[Path]) -> str:
 
 
 def remember_backbones(output_dir: Path, visual_folder: Path, llm_folder: Path) -> None:
-    """Note beside the checkpoints of a run where its backbones are on this machine.
+    """Save the folders of a run's backbones on this machine, beside its checkpoints.
 
-    A checkpoint holds their names only, so those that are in no usual place could not be found again from it.
+    A checkpoint has only their names, so backbones outside the usual places could not be found from it.
 
     Raises:
         UserError: the file cannot be written.
@@ -128,7 +128,7 @@ def remember_backbones(output_dir: Path, visual_folder: Path, llm_folder: Path) 
 
 
 def _remembered_folder(run_folder: Path, path: str, key: str) -> list[Path]:
-    """Where the run found its backbone `key`, if `path` is the bare name that a checkpoint keeps of such a folder."""
+    """Return the saved folder of backbone `key`, if `path` is only its name, as in a checkpoint."""
     try:
         folders = json.loads((run_folder / BACKBONES_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # the file is optional, so it may be missing or damaged
@@ -138,7 +138,7 @@ def _remembered_folder(run_folder: Path, path: str, key: str) -> list[Path]:
 
 
 def _downloader(hub: str, path: str, model_root: str, key: str) -> Callable[[list[str]], Path]:
-    """A function that fetches the files of hub id `path` that match some patterns and returns their folder."""
+    """Return a function that downloads the files of hub id `path` by patterns and returns their folder."""
     if hub == "modelscope":
         try:
             library = importlib.import_module("modelscope")
@@ -153,7 +153,7 @@ def _downloader(hub: str, path: str, model_root: str, key: str) -> Callable[[lis
     def snapshot_download(patterns: list[str]) -> Path:
         try:
             return Path(library.snapshot_download(path, allow_patterns=patterns, ignore_patterns=["*/*"]))
-        except Exception as error:  # without a network, the hubs' libraries raise all kinds
+        except Exception as error:  # without a network, the hubs' libraries raise many types
             raise UserError(
                 f"'{key}': '{path}' is neither a folder here nor reachable on the hub {hub} ({type(error).__name__}). "
                 "Either set HF_ENDPOINT to a mirror you can reach (or hub=modelscope), or copy the model to "
@@ -164,7 +164,7 @@ def _downloader(hub: str, path: str, model_root: str, key: str) -> Callable[[lis
 
 
 def _check_kind(folder: Path, path: str, key: str) -> None:
-    """UserError for folders that are no pretrained model, or a quantised one."""
+    """Raise UserError if a folder is not a pretrained model, or has quantised weights."""
     if (folder / "adapter_config.json").exists():
         projectors = ("feature_proj.safetensors", "other_params.bin")
         if any((folder / name).exists() for name in projectors):
@@ -188,7 +188,7 @@ def _check_kind(folder: Path, path: str, key: str) -> None:
     if quantisation is not None:
         original = QUANTISED_SUFFIX.sub("", path.rstrip("/"))
         named = f", for example {original}" if original != path.rstrip("/") else ""
-        method = quantisation.get("quant_method", "MLX")  # which names none
+        method = quantisation.get("quant_method", "MLX")  # an MLX config names no method
         raise UserError(
             f"'{key}': {path} holds weights quantised with {method}, which are not read; "
             f"use the original model in fp16 or bf16{named}"
@@ -196,7 +196,7 @@ def _check_kind(folder: Path, path: str, key: str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The tensor files of a model folder by name, whether they exist or not; none if nothing says which they are.
+    """List the weight files of a model folder, including missing shards; empty without a weight file or index.
 
     Raises:
         UserError: an index that is not a table of shards.
@@ -214,7 +214,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _check_weights(folder: Path, key: str) -> None:
-    """UserError for tensor files that are missing, cut short or more than tensors; reads their tables only."""
+    """Raise UserError for weight files that are missing, cut short or not plain tensors; reads only their tables."""
     files = weight_files(folder)
     if not files:
         others = [file.name for kind in ("*.safetensors", "*.bin", "*.gguf") for file in sorted(folder.glob(kind))]
@@ -239,17 +239,17 @@ def _check_weights(folder: Path, key: str) -> None:
             ) from error
         except SafetensorError as error:
             raise UserError(f"'{key}': {file} is damaged or cut short ({error}): copy it again") from error
-        except Exception as error:  # torch.load meets damage with anything from EOFError to KeyError
+        except Exception as error:  # for a damaged file, torch.load raises anything from EOFError to KeyError
             raise UserError(f"'{key}': {file} is damaged or cut short ({error!r}): copy it again") from error
 
 
 def backbone_fingerprint(folder: Path) -> str:
-    """Hash that differs between backbones: it reads from every tensor. A copy in other shards has another hash.
+    """Hash over parts of every tensor, to distinguish backbones. A copy in other shards has another hash.
 
-    Of each tensor it reads the start, the middle and the end, of a large one also a window in every 4 MiB, and the
-    tables of names, shapes and offsets. A fine-tuned or merged model differs all over such tensors, and a hole of 4 MiB
-    or more is found. That is 20 MB out of 15 GB, read at each start; hashing all would take minutes on a slow disk. A
-    change of a few bytes between two windows is not found.
+    It reads the tables of names, shapes and offsets, the start, middle and end of each tensor, and a window in every
+    4 MiB of a large one. This detects a fine-tuned or merged model and a hole of 4 MiB or more, but not a change of a
+    few bytes between two windows. It reads 20 MB of 15 GB at each start; hashing everything would take minutes on a
+    slow disk.
     """
     digest = hashlib.sha256()
     for file in weight_files(folder):
@@ -267,7 +267,7 @@ def backbone_fingerprint(folder: Path) -> str:
 def same_backbone(folder: Path, stored: str) -> bool:
     """Whether `folder` holds the backbone whose fingerprint a checkpoint stored.
 
-    Fingerprints of earlier checkpoints cover the sizes and the first MiB of the files only; they are compared in that
+    Fingerprints of earlier checkpoints cover only the sizes and the first MiB of the files; they are compared in that
     form, with a warning in the log.
     """
     if stored.startswith(FINGERPRINT_FORM):
@@ -290,7 +290,7 @@ def _first_fingerprint(folder: Path) -> str:
 
 
 def _safetensors_spans(stream: BinaryIO) -> tuple[bytes, list[tuple[int, int]]]:
-    """The table of a *.safetensors file as it is written, and the first and last byte + 1 of each tensor."""
+    """Return the table of a *.safetensors file as stored, and the first byte and last byte + 1 of each tensor."""
     length = int.from_bytes(stream.read(8), "little")
     table = stream.read(length)
     entries = json.loads(table)
@@ -300,7 +300,7 @@ def _safetensors_spans(stream: BinaryIO) -> tuple[bytes, list[tuple[int, int]]]:
 
 
 def _bin_spans(file: Path, size: int) -> tuple[bytes, list[tuple[int, int]]]:
-    """The same of a *.bin file: names, checksums and places of its records; an old plain pickle is one span."""
+    """Return table and spans of a *.bin file, from its zip records; an old plain pickle is one span."""
     if not zipfile.is_zipfile(file):
         return b"", [(0, size)]
     with zipfile.ZipFile(file) as archive:
@@ -311,10 +311,12 @@ def _bin_spans(file: Path, size: int) -> tuple[bytes, list[tuple[int, int]]]:
 
 
 def _windows(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Position and length of each piece that is read: all of a short span, else its start, middle and end, and more
-    where the next would be further than `STRIDE`."""
+    """Yield position and length of each piece to read.
+
+    A short span is read fully. A longer one is read at start, middle and end, and at least once per `STRIDE` bytes.
+    """
     for begin, end in spans:
-        pieces = max(2, -(-(end - begin) // STRIDE))  # that are equally long; each of them begins with a window
+        pieces = max(2, -(-(end - begin) // STRIDE))  # equally long pieces; each starts with a window
         starts = [begin + (end - begin) * piece // pieces for piece in range(pieces)]
         for position in sorted({*starts, max(begin, end - WINDOW)}):
             yield position, min(WINDOW, end - position)

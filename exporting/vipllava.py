@@ -1,7 +1,8 @@
-"""Writes a model as one stock transformers folder that needs no code of ours. Called by `export.py`.
+"""Write a model as one stock transformers folder that needs no code of ours. Called by `export.py`.
 
-The class is `VipLlavaForConditionalGeneration`: its projector begins with a layer norm, which takes SigLIP's post layer
-norm, and it drops the first patch as we do. Before the folder gets its name it is loaded back and compared.
+The class is `VipLlavaForConditionalGeneration`. Its projector starts with a layer norm, which gets the weights of
+SigLIP's post layer norm, and it drops the first patch, as we do. The folder is loaded back and compared before it gets
+its final name.
 """
 
 import os
@@ -20,16 +21,16 @@ from errors import UserError, require_complete
 from model.model import MMultiModal
 from visual.SigLIP_VIT import SigLIPViT
 
-# float32 on both sides, the same merged weights, sums in another order
+# both sides use float32 and the same merged weights; only the order of sums differs
 TOLERANCE = 1e-4
-SHARD_SIZE = "5GB"  # of a weight file; larger models are cut into several, as on the hub
+SHARD_SIZE = "5GB"  # of a weight file; larger models are split into shards, as on the hub
 
 
 def export_checkpoint(model: MMultiModal, output: Path) -> float:
-    """Write `model` (float32, on the CPU) to the folder `output`; its LoRA is merged and gone afterwards.
+    """Write `model` (float32, on the CPU) to the folder `output`; its LoRA is merged into its weights.
 
     Returns:
-        Largest difference of a logit between ours and the exported model.
+        Largest logit difference between `model` and the exported model.
 
     Raises:
         UserError: `output` exists, the encoder is not SigLIP, the model keeps all patches, or the exported model
@@ -70,7 +71,7 @@ def export_checkpoint(model: MMultiModal, output: Path) -> float:
 
 
 def write_folder(model: MMultiModal, folder: Path) -> None:
-    """Weights under the names the hub uses, config, processor and tokenizer."""
+    """Write weights under the hub's names, config, processor and tokenizer."""
     tensors = {f"vision_tower.vision_model.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
     tensors |= {f"language_model.{name}": tensor for name, tensor in model.LLM.state_dict().items()}
     if model.LLM.config.tie_word_embeddings:
@@ -78,9 +79,9 @@ def write_folder(model: MMultiModal, folder: Path) -> None:
     projector = "multi_modal_projector."
     tensors |= {f"{projector}{name}": tensor for name, tensor in model.feature_proj.llava_tensors().items()}
     for key, tensor in model.encoder.post_layernorm.state_dict().items():
-        # a copy: the encoder's own is in the file too, and a file holds no tensor twice
+        # a copy, because the encoder's tensor is saved too and a file cannot have the same tensor twice
         tensors[f"{projector}projector_layernorm.{key}"] = tensor.clone()
-    # Qwen v1's query, key and value are views of one fused matrix, which a file cannot hold as such
+    # Qwen v1's query, key and value are views of one fused matrix, and a file cannot store views
     whole = {
         name: tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
         for name, tensor in tensors.items()
@@ -127,8 +128,10 @@ def write_folder(model: MMultiModal, folder: Path) -> None:
 
 
 def text_config(language_model: PreTrainedModel) -> dict[str, Any]:
-    """The language model's config for its stock class. Qwen v1 becomes a Qwen2 that reads `seq_length` tokens: up to
-    there the two agree."""
+    """Return the language model's config for its stock class.
+
+    Qwen v1 becomes a Qwen2 with at most `seq_length` tokens; up to this length both are equal.
+    """
     config = language_model.config.to_dict()
     if config["model_type"] == "qwen":
         config |= {"model_type": "qwen2", "max_position_embeddings": config["seq_length"]}
@@ -139,7 +142,7 @@ def text_config(language_model: PreTrainedModel) -> dict[str, Any]:
 
 
 def chat_template(model: MMultiModal) -> str:
-    """A Jinja template that renders what `qwen/chat.py` renders: the photo, a newline, the question."""
+    """Return a Jinja template with the same output as `qwen/chat.py`: the photo, a newline, the question."""
     prompt = model.config.prompt
     system_block = prompt.system or model.processor.chat.first_generation
     system = f"<|im_start|>system\n{prompt.system}<|im_end|>\n" if system_block else ""

@@ -1,8 +1,8 @@
-"""The checkpoint folder: one self-describing place for a trained model.
+"""Checkpoint folder of a trained model: saving, loading and checks.
 
-Written by `training/state.py`, read by every script.
+`training/state.py` writes it; every script reads it.
 
-    config.yaml                  the resolved run; names and relative paths, never an absolute one
+    config.yaml                  the resolved config; names and relative paths, no absolute paths
     feature_proj.safetensors     the projector
     adapter_config.json          LoRA on the language model, in peft's own layout
     adapter_model.safetensors
@@ -10,13 +10,13 @@ Written by `training/state.py`, read by every script.
     vision_adapter/              LoRA on the encoder, if any, in peft's own layout
     vision.safetensors           weights of the encoder that were trained whole, if any
     provenance.json              format version, checksums, fingerprints of backbones, prompt and transform; library
-                                 versions, commit, and what shaped the run (data, split, seeds, packing)
+                                 versions, commit, and settings of the run (data, split, seeds, packing)
     metrics.json                 the last training and validation figures
     trainer_state/               optimizer, scheduler, random generators, position in the data
 
-Which of the weight files there are follows from `model/parts.py`; frozen weights are not in it. The layout of the
-course report's published checkpoint is read too (`model/report_layout.py`). A folder is written under a temporary name,
-flushed to disk and renamed, so a folder with its final name is complete.
+`model/parts.py` determines which weight files exist; frozen weights are not saved. The course report's published
+checkpoint can be loaded too (`model/report_layout.py`). A folder is written under a temporary name, flushed to disk and
+renamed, so a folder with its final name is complete.
 """
 
 import io
@@ -71,10 +71,10 @@ def load_checkpoint(
         device: default as `model.precision.pick_device`.
         dtype: of all weights that are not quantised; default bf16 on a GPU that has it, else float32.
         overrides: config values by dotted key, for example `{"llm.path": "/models/Qwen2.5-0.5B"}`; the values are
-            taken as they are.
+            used unchanged.
 
     Raises:
-        UserError: not a complete checkpoint, or its backbones are missing or are others than it was trained on.
+        UserError: not a complete checkpoint, or its backbones are missing or differ from those in training.
     """
     folder = check_complete(Path(folder))
     device = pick_device(device)
@@ -83,7 +83,7 @@ def load_checkpoint(
     config = read_config(folder, overrides)
     model = MMultiModal.from_config(config, device, dtype, run_folder=folder.parent)
     restore_weights(model, folder)
-    # the parts only: `.to(dtype)` of all would round the frequencies of the rotary embedding too
+    # only the parts: `.to(dtype)` on the model would also round the frequencies of the rotary embedding
     for part in model.parts:
         for parameter in part.parameters.values():
             parameter.data = parameter.data.to(dtype)
@@ -91,7 +91,7 @@ def load_checkpoint(
 
 
 def fingerprints(model: MMultiModal) -> dict[str, str]:
-    """What the trained weights depend on, one hash each: both backbones, the prompt and the image transform."""
+    """Hashes of what the trained weights depend on: both backbones, the prompt and the image transform."""
     return {
         "visual": backbone_fingerprint(model.visual_folder),
         "llm": backbone_fingerprint(model.llm_folder),
@@ -107,11 +107,11 @@ def save_checkpoint(
     provenance: dict[str, Any],
     trainer_state: dict[str, Any],
 ) -> None:
-    """Write a checkpoint folder atomically; if anything fails, an existing folder of that name stays as it was.
+    """Write a checkpoint folder atomically; on failure, an existing folder of that name is unchanged.
 
     Args:
         folder: final name; its parent exists. An existing checkpoint of that name is replaced.
-        provenance: versions, commit, shape of the run; format version, fingerprints and checksums are added here.
+        provenance: versions, commit, settings of the run; format version, fingerprints and checksums are added here.
         trainer_state: tensors and plain values, for resuming.
 
     Raises:
@@ -132,7 +132,7 @@ def save_checkpoint(
             "or restore the folder, then continue with --resume auto"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # a half-written folder would keep a full disk full
+        shutil.rmtree(temporary, ignore_errors=True)  # a partial folder would keep the disk full
 
 
 def _write_files(
@@ -146,7 +146,7 @@ def _write_files(
         file = folder / part.file
         file.parent.mkdir(exist_ok=True)
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in part.parameters.items()}
-        # safetensors' own way to write a file gives it to the owner alone and turns a full disk into another error
+        # safetensors' save_file makes the file readable by its owner only and reports a full disk as another error
         file.write_bytes(save(tensors, metadata={"format": "pt"}))
         if part.lora is not None:
             part.lora.save_pretrained(file.parent)
@@ -172,7 +172,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
-    """The config a checkpoint was trained with, with `overrides` by dotted key; errors as `check_complete`."""
+    """Read the training config of a checkpoint, with `overrides` by dotted key; errors as `check_complete`."""
     folder = check_complete(folder)
     if report_layout.is_report_checkpoint(folder):
         return report_layout.read_report_config(folder, overrides or {})
@@ -181,19 +181,19 @@ def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config
 
 
 def restore_weights(model: MMultiModal, folder: Path, other_prompt: bool = False, new_run: bool = False) -> list[str]:
-    """Put the trained parts of a checkpoint into `model` and check what they were trained on.
+    """Load the trained parts of a checkpoint into `model`; check backbones, prompt and transform.
 
     Args:
-        other_prompt: the prompt may differ, because training will adapt to it; for answering it may not.
-        new_run: a part that the checkpoint does not have, or a LoRA of it that was never trained (`lr: 0`), begins as
-            it is in `model`; such a LoRA may have other settings.
+        other_prompt: allow another prompt, because training adapts to it; answering needs the same prompt.
+        new_run: a part that is missing in the checkpoint, or has an untrained LoRA there (`lr: 0`), keeps its weights
+            in `model`; such a LoRA may have other settings.
 
     Returns:
-        A sentence for each of these permissions that was made use of.
+        One sentence for each of these permissions that was used.
 
     Raises:
-        UserError: another backbone, prompt or transform than in training, other LoRA settings, weights that no part of
-            this run takes, damaged files, or tensors that do not fit.
+        UserError: another backbone, prompt or transform than in training, other LoRA settings, weights without a part
+            in this run, damaged files, or tensors that do not fit.
     """
     notes = []
     folder = check_complete(folder)
@@ -219,7 +219,7 @@ def restore_weights(model: MMultiModal, folder: Path, other_prompt: bool = False
             f"{folder} holds trained weights that this run has no part for ({', '.join(left_over)}): set train.parts "
             f"as in its {CONFIG_FILE}; a learning rate of 0 leaves a part as it is"
         )
-    # adapters first: their names and shapes say most clearly that the language model is another one
+    # adapters first: their names and shapes give the clearest error for a different language model
     for parameters, weights in sorted(taken, key=lambda item: item[1].lora is None):
         _check_shapes(parameters, weights.tensors, folder / weights.file)
     files = [weights.file for _, weights in taken if weights.file in checksums]
@@ -235,12 +235,12 @@ def restore_weights(model: MMultiModal, folder: Path, other_prompt: bool = False
 
 @dataclass
 class _Weights:
-    """What a weight file of a checkpoint holds.
+    """Content of one weight file of a checkpoint.
 
     Attributes:
-        file: its name.
-        tensors: by name.
-        lora: of an adapter, its settings; else None.
+        file: file name.
+        tensors: tensors by name.
+        lora: settings of an adapter; None for other weights.
     """
 
     file: str
@@ -249,13 +249,13 @@ class _Weights:
 
     @property
     def untrained_lora(self) -> bool:
-        """Whether these are adapter matrices whose second factors are all zero, as at the start."""
+        """Whether this is an adapter whose B matrices are all zero, as at initialisation."""
         factors = [tensor for name, tensor in self.tensors.items() if "lora_B" in name]
         return bool(factors) and not any(tensor.any() for tensor in factors)
 
 
 def _read_weights(folder: Path) -> dict[str, _Weights]:
-    """The weight files of a checkpoint by their names in our layout."""
+    """Read the weight files of a checkpoint, by their names in our layout."""
     if report_layout.is_report_checkpoint(folder):
         adapter, projector = report_layout.read_report_tensors(folder)
         return {

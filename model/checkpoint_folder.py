@@ -1,6 +1,6 @@
-"""The checkpoint folder as files: its names, what is missing or damaged, and how one replaces another without loss.
+"""Files of a checkpoint folder: names, checks for missing or damaged files, and replacement without loss.
 
-`model/checkpoint.py` fills the folder and reads it; `training/state.py` chooses among several.
+`model/checkpoint.py` writes and reads the files; `training/state.py` selects a checkpoint of a run.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ FORMAT_VERSION = 3
 
 
 def required_files(folder: Path) -> list[str]:
-    """The files that a checkpoint cannot answer without: config, provenance, and the weights that the latter lists."""
+    """List the files needed for answering: config, provenance, and the weights listed in provenance."""
     try:
         weights = [
             name for name in orjson.loads((folder / PROVENANCE_FILE).read_bytes())["checksums"] if name != STATE_FILE
@@ -43,7 +43,7 @@ def required_files(folder: Path) -> list[str]:
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Give a complete folder its final name; at every moment the old or the new one has a name that `recover` knows."""
+    """Rename a complete folder to its final name; at any time `recover` can restore the old or the new folder."""
     aside = folder.with_name(f"{folder.name}.old")
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -54,7 +54,7 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def recover(output_dir: Path) -> None:
-    """Clean up after a killed process: delete half-written folders, and put a checkpoint being replaced back."""
+    """Clean up after a killed process: delete partial folders, and restore a checkpoint that was being replaced."""
     for aside in output_dir.glob("checkpoint-*.old"):
         final = aside.with_suffix("")
         if final.exists():
@@ -67,7 +67,7 @@ def recover(output_dir: Path) -> None:
 
 def flush(path: Path) -> None:
     """Force a file's bytes, or a folder's names, to the disk."""
-    if path.is_dir() and os.name != "posix":  # Windows opens no folders
+    if path.is_dir() and os.name != "posix":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -83,7 +83,7 @@ def checksum(file: Path) -> str:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """`provenance.json` of a checkpoint.
+    """Read `provenance.json` of a checkpoint.
 
     Raises:
         UserError: it is damaged, or a newer version of this code wrote it.
@@ -107,7 +107,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path) -> list[str]:
-    """The problems that prevent resuming from `folder`, file by file; empty for a sound checkpoint."""
+    """List the problems that prevent resuming from `folder`, file by file; empty for an intact checkpoint."""
     required = [*required_files(folder), STATE_FILE]
     missing = [name for name in required if not (folder / name).is_file()]
     problems = [f"{name} is missing" for name in missing]
@@ -128,7 +128,7 @@ def damage(folder: Path) -> list[str]:
 
 
 def changed(folder: Path, name: str, checksums: dict[str, str]) -> str | None:
-    """A sentence if a file is there and is not what was written."""
+    """Return a sentence if a file exists but is unreadable or differs from its saved checksum."""
     try:
         if not (folder / name).is_file() or checksum(folder / name) == checksums[name]:
             return None
@@ -138,13 +138,13 @@ def changed(folder: Path, name: str, checksums: dict[str, str]) -> str | None:
 
 
 def check_complete(folder: Path) -> Path:
-    """`folder` itself if it holds a whole checkpoint.
+    """Return `folder` if it is a complete checkpoint.
 
     Raises:
         UserError: it does not exist or lacks files; names them.
     """
     folder = REPO_ROOT / folder
-    if not os.path.isdir(folder):  # unlike Path.is_dir it takes names that are too long
+    if not os.path.isdir(folder):  # unlike Path.is_dir, it accepts names that are too long
         raise UserError(f"checkpoint folder not found: {shortened(folder)}. {nearest_name_hint(folder)}".rstrip())
     in_report = report_layout.is_report_checkpoint(folder)
     required = report_layout.REQUIRED_FILES if in_report else required_files(folder)
@@ -157,7 +157,7 @@ def check_complete(folder: Path) -> Path:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first; unfinished ones (`.tmp`) are not among them."""
-    # isdecimal, since int refuses some of what isdigit takes, such as '²'
+    """List the checkpoint folders of a run, oldest first, without unfinished ones (`.tmp`)."""
+    # isdecimal, because isdigit accepts characters that int rejects, such as '²'
     folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))

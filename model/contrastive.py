@@ -1,7 +1,7 @@
-"""An image-text contrastive term beside the loss of the answers (`train.contrastive_weight`). Called by `model.py`.
+"""Image-text contrastive loss term (`train.contrastive_weight`). Called by `model.py`.
 
-It pulls what the projector makes of a photo towards the words of its own answers and away from those of the other
-photos of the micro-batch, as CLIP does (Radford et al. 2021, arXiv 2103.00020).
+It makes the projected features of a photo similar to the words of its own answers and dissimilar to those of other
+photos in the micro-batch, as in CLIP (Radford et al. 2021, arXiv 2103.00020).
 
 Shapes: T tokens of the row, P samples with a photo, Dl width.
 """
@@ -12,19 +12,19 @@ from torch.nn import functional
 from batch import Batch
 from qwen.chat import IGNORE_INDEX
 
-TEMPERATURE = 0.07  # the value that CLIP starts with
+TEMPERATURE = 0.07  # CLIP's initial value
 
 
 def contrastive_loss(batch: Batch, embeddings: torch.Tensor, image_token_id: int) -> torch.Tensor:
-    """Mean cross-entropy of finding each photo's answers among those of all photos, and the other way round.
+    """Mean cross-entropy of matching each photo to its answers among all photos, in both directions.
 
     Args:
-        embeddings: (1, T, Dl) input embeddings of the row, with the projected features in the photos' places.
+        embeddings: (1, T, Dl) input embeddings of the row, with the projected features at the placeholders.
 
     Returns:
-        float32 scalar; 0 with a graph where fewer than two samples have a photo.
+        float32 scalar; 0 with a graph if fewer than two samples have a photo.
     """
-    own: list[int] = []  # the first crop of each sample with a photo, which tells equal photos
+    own: list[int] = []  # first crop of each sample with a photo; equal crops mean equal photos
     photos, texts = [], []
     start = crops = 0
     placeholders = int((batch.input_ids == image_token_id).sum())
@@ -45,7 +45,7 @@ def contrastive_loss(batch: Batch, embeddings: torch.Tensor, image_token_id: int
     right = functional.normalize(torch.stack(texts), dim=1)
     scores = left @ right.T / TEMPERATURE  # (P, P)
     same = torch.tensor(own, device=scores.device)
-    # another sample on the same photo is no counterexample
+    # another sample with the same photo is not a negative example
     other_copy = (same[:, None] == same[None, :]) & ~torch.eye(len(own), dtype=torch.bool, device=scores.device)
     scores = scores.masked_fill(other_copy, -torch.inf)
     targets = torch.arange(len(own), device=scores.device)

@@ -2,8 +2,8 @@
 
 `train.py` builds it with `MMultiModal.from_config`; the other scripts load it with `model.checkpoint.load_checkpoint`.
 
-Shapes: B batch, C crops (a photo without tiles is one), T text and image tokens, R rows of a crop that the encoder
-gives and M tokens that the projector makes of them, Dv and Dl widths, V vocabulary.
+Shapes: B batch, C crops (a photo without tiles is one), T text and image tokens, R encoder rows of a crop, M projector
+tokens of a crop, Dv and Dl widths, V vocabulary.
 """
 
 from pathlib import Path
@@ -31,8 +31,8 @@ from visual.encoder import load_encoder
 from visual.tower import Tower
 from visual.transform import ImageTransform
 
-# crops that pass the encoder at once, whatever the batch: at so400m 5,832 rows, enough to keep a GPU busy, whose
-# widest activation (4,304 columns in bf16) is 50 MB
+# crops per encoder call, for any batch size: 5,832 rows at so400m, enough to use a GPU fully; their widest activation
+# (4,304 columns in bf16) is 50 MB
 ENCODER_CROPS = 8
 
 
@@ -44,9 +44,9 @@ class MMultiModal(nn.Module):
         feature_proj: a projector of `model.projector.PROJECTORS`.
         LLM: one of `qwen.loading.LANGUAGE_MODELS`, in peft's wrapper where it has LoRA; see `language_model`.
         processor: makes the inputs.
-        parts: what is trained; all other weights are frozen.
-        config: what the run was configured with.
-        visual_folder, llm_folder: where the backbones were found.
+        parts: the trained parts; all other weights are frozen.
+        config: config of the run.
+        visual_folder, llm_folder: folders of the backbones.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class MMultiModal(nn.Module):
 
         Args:
             device: default as `pick_device`.
-            dtype: of the frozen weights; default what `train.precision` says.
-            run_folder: of a checkpoint that `config` is of; says where its backbones were on this machine.
+            dtype: of the frozen weights; default as `train.precision`.
+            run_folder: run folder of the checkpoint with this config; it records the backbones' folders.
 
         Raises:
             UserError: a backbone is missing, incomplete or of an unknown kind, or the config does not fit it.
@@ -115,10 +115,10 @@ class MMultiModal(nn.Module):
             quantization=config.llm.quantization,
         )
         transform = ImageTransform.from_folder(visual_folder)
-        with torch.random.fork_rng(devices=[]):  # the same weights at the start, whatever drew random numbers before
+        with torch.random.fork_rng(devices=[]):  # same initial weights, independent of earlier random numbers
             torch.manual_seed(config.train.seed)
             model = cls(config, encoder, LLM, tokenizer, transform, visual_folder, llm_folder)
-        # the language model is in its place already; adapters are made where their layers are
+        # the language model is already on its device, and adapters are created on the device of their layers
         model.feature_proj.to(device)
         return model
 
@@ -133,13 +133,13 @@ class MMultiModal(nn.Module):
 
     @property
     def suppressed_ids(self) -> list[int]:
-        """Ids no answer holds: the photo's placeholder, and the spare rows of the embedding, which mean nothing."""
+        """Ids excluded from answers: the placeholder, and the unused spare rows of the embedding."""
         rows = self.LLM.get_output_embeddings().weight.shape[0]
         return [self.processor.chat.image_token_id, *range(len(self.processor.tokenizer), rows)]
 
     @property
     def trains_encoder(self) -> bool:
-        """Whether a gradient is wanted of something in the encoder."""
+        """Whether any weight of the encoder needs a gradient."""
         return any(parameter.requires_grad for parameter in self.encoder.parameters())
 
     def train(self, mode: bool = True) -> "MMultiModal":
@@ -150,16 +150,16 @@ class MMultiModal(nn.Module):
         return self
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """`(C, 3, H, W)` pixels → `(C, R, Dv)` encoder features, without a graph where the encoder is frozen."""
+        """`(C, 3, H, W)` pixels → `(C, R, Dv)` encoder features, without a graph if the encoder is frozen."""
         trained = self.trains_encoder and torch.is_grad_enabled()
-        # under autocast, the layer norms of frozen weights would take their input to float32 and back
+        # under autocast, the layer norms of a frozen encoder would convert their input to float32 and back
         autocast = torch.is_autocast_enabled(pixels.device.type) and self.trains_encoder
         with torch.set_grad_enabled(trained), torch.autocast(pixels.device.type, enabled=autocast):
             pixels = pixels.to(self.encoder.dtype)
             return torch.cat([self.encoder(crops) for crops in pixels.split(ENCODER_CROPS)])
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """`(C, R, Dv)` encoder features → `(C, M, Dl)` rows the language model reads."""
+        """`(C, R, Dv)` encoder features → `(C, M, Dl)` image tokens."""
         return self.feature_proj(features, self.encoder.grid)
 
     def forward(
@@ -171,14 +171,14 @@ class MMultiModal(nn.Module):
         logits_to_keep: int | torch.Tensor = 0,
         position_ids: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
-        """Logits of ordinary sequences, and the loss where there are labels; training uses `loss` instead.
+        """Logits of ordinary sequences, and the loss if labels are given; training uses `loss` instead.
 
         Args:
             image: (C, 3, H, W) in reading order of the placeholders; None: no photo.
             input_ids: (B, T), with the placeholders of each photo.
-            labels: (B, T), -100 where nothing is asked.
+            labels: (B, T), -100 at unsupervised positions.
             attention_mask: (B, T).
-            logits_to_keep: compute logits for the last so many positions only; 0: all.
+            logits_to_keep: number of last positions with logits; 0: all.
             position_ids: (B, T).
 
         Raises:
@@ -196,7 +196,7 @@ class MMultiModal(nn.Module):
         )
 
     def loss(self, batch: Batch, num_items: int | None = None) -> torch.Tensor:
-        """Next-token loss of a packed micro-batch, computed at its supervised positions alone; a scalar.
+        """Next-token loss of a packed micro-batch, computed at its supervised positions only; a scalar.
 
         In training mode, `train.contrastive_weight` times the contrastive term of its photos is added.
 
@@ -210,14 +210,14 @@ class MMultiModal(nn.Module):
         embeddings, images = self._embed(batch)
         loss = self.language_model.packed_loss(embeddings, batch.labels, batch.position_ids, batch.samples, num_items)
         if self.training and (images is None or self.trains_encoder):
-            # all processes of a distributed run must have gradients for the same weights: also with text alone, and of
-            # those that the encoder's output does not need (CLIP's last norm, DINOv2's mask token)
+            # all processes of a distributed run need gradients for the same weights: also in a batch without photos,
+            # and for weights that the encoder's output does not depend on (CLIP's last norm, DINOv2's mask token)
             visual = (*self.feature_proj.parameters(), *self.encoder.parameters())
             loss = loss + 0.0 * sum(weight.flatten()[:1].sum() for weight in visual if weight.requires_grad)
         weight = self.config.train.contrastive_weight
         if weight > 0 and images is not None and self.training:
             own = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
-            share = own / num_items if num_items is not None else 1.0  # of this batch in the whole step
+            share = own / num_items if num_items is not None else 1.0  # share of this batch in the step
             term = contrastive_loss(batch, embeddings, self.processor.chat.image_token_id)
             loss = loss + weight * share * term
         return loss
@@ -238,7 +238,7 @@ class MMultiModal(nn.Module):
         return self.language_model.embed(batch.input_ids, shown), images
 
     def decode(self, embeddings: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Read `embeddings` (1, T, Dl) behind what `cache` holds; logits (V,) after the last of them, in float32."""
+        """Process `embeddings` (1, T, Dl) after the tokens in `cache`; return the last logits (V,) in float32."""
         start = cache.get_seq_length()
         positions = torch.arange(start, start + embeddings.shape[1], device=embeddings.device).unsqueeze(0)
         output = self.LLM(
@@ -266,14 +266,14 @@ class MMultiModal(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         stop_ids = sorted(self.processor.chat.stop_ids)
         settings = {"eos_token_id": stop_ids, "pad_token_id": stop_ids[0], "suppress_tokens": self.suppressed_ids}
-        # the ids go along for a repetition penalty, which counts those of the prompt too
+        # the ids are passed for the repetition penalty, which includes the prompt
         tokens = self.LLM.generate(
             input_ids=input_ids, inputs_embeds=embeddings, attention_mask=attention_mask, **(settings | kwargs)
         )
         return tokens[:, input_ids.shape[1] :]
 
     def parameter_summary(self) -> str:
-        """One line: parameters in all, those trained of each part, dtype and device."""
+        """One line: total parameters, trained parameters of each part, dtype and device."""
         # a byte of a quantised matrix holds two 4-bit weights
         total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in self.parameters())
         trained = ", ".join(
@@ -287,7 +287,7 @@ class MMultiModal(nn.Module):
 
 
 class LossOf(nn.Module):
-    """`model.loss` as a forward pass, since torch's wrapper for several processes wraps only that."""
+    """`model.loss` as a forward pass, because torch's DistributedDataParallel wraps only `forward`."""
 
     def __init__(self, model: MMultiModal) -> None:
         super().__init__()

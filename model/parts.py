@@ -1,8 +1,8 @@
-"""The table of trained parts: what learns, at which rate, and in which file of a checkpoint it is kept.
+"""Table of trained parts: weights, learning rate and checkpoint file of each.
 
-`MMultiModal.parts` is made from it. Freezing, optimizer, checkpoint, log and estimates loop over these parts and name
-none of them, so another thing to train is one function and one line in `PARTS`, and its settings stand under
-`train.parts` in the config.
+`MMultiModal.parts` is built from it. Freezing, optimizer, checkpoint, log and estimates loop over these parts and name
+none of them. A new part is therefore one function and one line in `PARTS`, with settings under `train.parts` in the
+config.
 """
 
 import difflib
@@ -29,7 +29,7 @@ VISION_ADAPTER_FILE = "vision_adapter/adapter_model.safetensors"
 
 
 class Network(Protocol):
-    """What of a model its parts are made of; `model.model.MMultiModal`, which holds them."""
+    """Attributes of `model.model.MMultiModal` that the parts are built from."""
 
     config: Config
     encoder: Tower
@@ -39,14 +39,14 @@ class Network(Protocol):
 
 @dataclass
 class Part:
-    """Something that is trained.
+    """One trained part.
 
     Attributes:
         name: in the log (`<name>_lr`) and in messages.
-        lr: peak learning rate; 0: left as it is, but kept in the checkpoint.
+        lr: peak learning rate; 0: unchanged, but saved in the checkpoint.
         parameters: by their names in `file`.
-        file: of the checkpoint folder.
-        lora: settings in peft's own form, kept beside the file; None: the parameters are no adapter.
+        file: file in the checkpoint folder.
+        lora: peft's settings of an adapter, saved beside the file; None for other parts.
     """
 
     name: str
@@ -57,18 +57,18 @@ class Part:
 
 
 def projector_part(model: Network, settings: PartSettings) -> list[Part]:
-    """The projector, always whole."""
+    """Return the projector part; all its weights are trained."""
     return [Part("projector", settings.lr, dict(model.feature_proj.named_parameters()), PROJECTOR_FILE)]
 
 
 def llm_parts(model: Network, settings: LlmSettings) -> list[Part]:
-    """LoRA on the language model (`lora`), or all its weights (`full`); `layers` alone are trained whole in both.
+    """Return the parts of the language model: LoRA (`lora`) or all its weights (`full`).
 
-    With `lora` and `layers`, these layers are trained whole and the others get LoRA.
+    All weights of `layers` are trained in both modes. The other layers get LoRA with `lora` and are frozen with `full`.
 
     Raises:
-        UserError: a layer or a target module that does not exist, quantised weights that would be trained, or no layer
-            that is left for LoRA.
+        UserError: a layer or a target module that does not exist, quantised weights in a layer to train, or no layer
+            left for LoRA.
     """
     if settings.mode == "frozen":
         return []
@@ -104,9 +104,9 @@ def llm_parts(model: Network, settings: LlmSettings) -> list[Part]:
             task_type="CAUSAL_LM",
             **arguments,
         )
-        if model.config.llm.quantization == "none":  # quantised layers have LoRA layers of their own in peft
+        if model.config.llm.quantization == "none":  # peft has its own LoRA layers for quantised layers
             use_lora_layer(adapter, LoraLinear, nn.Linear)
-        with warnings.catch_warnings():  # peft reads what transformers has renamed
+        with warnings.catch_warnings():  # peft reads an attribute that transformers renamed
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             model.LLM = get_peft_model(model.LLM, adapter)
         parts.append(Part("lora", settings.lr, _adapter_parameters(model.LLM), ADAPTER_FILE, adapter))
@@ -114,7 +114,7 @@ def llm_parts(model: Network, settings: LlmSettings) -> list[Part]:
 
 
 def vision_parts(model: Network, settings: VisionSettings) -> list[Part]:
-    """LoRA on the linear layers of the encoder (`lora`), or all its weights (`full`)."""
+    """Return the part of the encoder: LoRA on its linear layers (`lora`), or all its weights (`full`)."""
     if settings.mode == "frozen":
         return []
     if settings.mode == "full":
@@ -137,12 +137,12 @@ PARTS: dict[str, Callable[[Any, Any], list[Part]]] = {
 
 
 def make_parts(model: Network) -> list[Part]:
-    """The parts of a model whose weights are all frozen; turns the gradients of those with a learning rate on.
+    """Build the parts of a frozen model and enable gradients where the learning rate is above 0.
 
-    What is trained is kept in float32: a small step would be lost in bf16.
+    Trained weights are kept in float32, because bf16 would lose small steps.
 
     Raises:
-        UserError: a part that `PARTS` does not have, or what its function raises.
+        UserError: an unknown part, or an error of its function in `PARTS`.
     """
     parts: list[Part] = []
     for key, settings in model.config.train.parts:
@@ -160,13 +160,13 @@ def make_parts(model: Network) -> list[Part]:
 
 
 def _layer_of(name: str) -> int | None:
-    """The number in `model.layers.3.mlp.up_proj.weight`."""
+    """Return the layer number in `model.layers.3.mlp.up_proj.weight`; None without a number."""
     _, found, rest = name.partition("layers.")
     return int(rest.partition(".")[0]) if found else None
 
 
 def _linear_names(module: nn.Module, wanted: list[str] | None, key: str) -> list[str]:
-    """`wanted`, or all names of linear layers in `module`; UserError for one that it does not have."""
+    """Return `wanted`, or all names of linear layers in `module`; UserError for an unknown name."""
     names = {name.rpartition(".")[2] for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     unknown = sorted(set(wanted or ()) - names)
     if unknown:

@@ -1,4 +1,4 @@
-"""The config of a run as a checkpoint keeps it. Called by `model/checkpoint.py`."""
+"""Portable form of a run's config for its checkpoints. Called by `model/checkpoint.py`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from paths import REPO_ROOT
 
 
 def portable_config(config: Config) -> dict[str, Any]:
-    """The config as a mapping whose paths work on other machines: relative to the repository, else the bare name."""
+    """Return the config with portable paths: relative to the repository, or only the name if they are outside it."""
     raw = config.model_dump(mode="json")
 
     def portable(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Which device and which number format a model runs in. Used by `model/model.py` and `training/`."""
+"""Device and precision of a model. Used by `model/model.py` and `training/`."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """`device` if given, else CUDA, Apple's MPS or the CPU, whichever is there first."""
+    """Return `device` if given, else the first available one of CUDA, Apple's MPS and the CPU."""
     if device is not None:
         return torch.device(device)
     if torch.cuda.is_available():
@@ -20,11 +20,11 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether oneDNN, which computes matrix products in bf16, does it with instructions of this CPU.
+    """Whether oneDNN computes matrix products in bf16 with native instructions of this CPU.
 
-    Torch has a private operator only for what oneDNN may use (`ONEDNN_MAX_CPU_ISA` can hide instructions). It says yes
-    for any AVX512, where without the bf16 instructions every product is emulated and slower than in float32; so the
-    CPU is asked too.
+    Torch's private operator reports only what oneDNN may use (`ONEDNN_MAX_CPU_ISA` can hide instructions). It returns
+    true for any AVX512. Without bf16 instructions, products are emulated and slower than in float32, so the CPU's
+    capabilities are checked too.
     """
     if not onednn_has_bf16():
         return False
@@ -35,10 +35,10 @@ def cpu_has_bf16() -> bool:
 
 
 def pick_precision(precision: Literal["auto", "bf16", "fp16", "float32"], device: torch.device) -> str:
-    """`auto` is bf16 where the device computes in it, fp16 on older GPUs, float32 elsewhere.
+    """Return the precision; `auto` is bf16 if the device computes in it, fp16 on older GPUs, else float32.
 
     Raises:
-        UserError: bf16 asked of a GPU, or fp16 of a CPU, that cannot.
+        UserError: bf16 on a GPU without it, or fp16 without a CUDA GPU.
     """
     if device.type == "cuda":
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -1,4 +1,4 @@
-"""What turns photos and texts into the model's inputs, apart from the network, so that worker processes can have it."""
+"""Conversion of photos and texts to model inputs, separate from the network for use in worker processes."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Processor:
     """Tokenizer, image transform and prompt format of one model; can be pickled.
 
     Attributes:
-        tiles: most tiles of a photo (`visual.tiles`); 0: the whole photo alone.
+        tiles: most tiles of a photo (`visual.tiles`); 0: only the whole photo.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ class Processor:
     tiles: int = 0
 
     def plan(self, width: int, height: int) -> VisualPlan:
-        """What a photo of `width` × `height` pixels becomes."""
+        """Return the plan of a photo of `width` × `height` pixels."""
         if self.tiles == 0:
             return self.chat.plan
         return VisualPlan(self.chat.plan.crop_tokens, *self.transform.tiles(width, height, self.tiles))

@@ -1,7 +1,7 @@
-"""Projectors: what an encoder says about a crop becomes tokens of the language model.
+"""Projectors: encoder features of a crop → tokens of the language model.
 
-`build_projector` makes the one that `projector.kind` names. A new one is a subclass of `FeatureProjector` and a line in
-`PROJECTORS`; nobody else addresses the layers of one.
+`build_projector` builds the kind named by `projector.kind`. A new kind is a subclass of `FeatureProjector` and a line
+in `PROJECTORS`; no other code uses a projector's layers.
 
 Shapes: C crops, R rows of a crop (`grid.rows`), M tokens of a crop, Dv width of the encoder, Dl of the language model.
 """
@@ -18,11 +18,11 @@ from visual_plan import Grid
 
 
 class FeatureProjector(nn.Module):
-    """Base of all projectors; one has at least one parameter.
+    """Base class of all projectors; each has at least one parameter.
 
     Args:
         settings: section `projector` of the config.
-        grid: the rows of a crop that it is built for.
+        grid: the rows of a crop.
         width, out_width: Dv and Dl.
     """
 
@@ -42,20 +42,20 @@ class FeatureProjector(nn.Module):
         """Floating-point operations of one crop in a training step.
 
         Counted as `training/costs.py` does: a matrix with P weights costs 2·P for each position in the forward pass,
-        2·P more for its own gradient and 2·P for that of its input where that needs one. A projector that is not
-        trained and passes nothing on costs its forward pass.
+        2·P more for its own gradient, and 2·P for the gradient of its input if that is needed. If neither projector nor
+        encoder is trained, only the forward pass is counted.
 
         Args:
             trained: its weights get gradients.
-            passes_on: so do its rows, because the encoder is trained.
+            passes_on: its input rows get gradients, because the encoder is trained.
         """
         raise NotImplementedError
 
     def llava_tensors(self) -> dict[str, torch.Tensor]:
-        """Its weights under the names of the projector in transformers' LLaVA classes.
+        """Return its weights under the names of the projector in transformers' LLaVA classes.
 
         Raises:
-            UserError: those classes cannot hold this kind.
+            UserError: those classes have no such projector.
         """
         raise UserError(
             f"'projector.kind' is {self.kind}, and no stock LLaVA class holds such a projector: "
@@ -71,7 +71,7 @@ class FeatureProjector(nn.Module):
         return next(self.parameters()).device
 
     def cast(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """`rows` in the projector's dtype; ValueError where they are not those of `grid`."""
+        """Return `rows` in the projector's dtype; ValueError if their number is not that of `grid`."""
         if rows.shape[1] != grid.rows:
             raise ValueError(f"{rows.shape[1]} rows of a crop, but {grid} has {grid.rows}")
         return rows.to(self.dtype)
@@ -80,7 +80,7 @@ class FeatureProjector(nn.Module):
 class Mlp(FeatureProjector, nn.Sequential):
     """Linear(Dv, Dl), GELU, Linear(Dl, Dl) on each row: LLaVA-1.5's (Liu et al. 2023, arXiv 2310.03744). M = R.
 
-    A sequence, since its tensors are called "0.weight", "0.bias", "2.weight" and "2.bias" in the report's checkpoints.
+    A sequence, because its tensors are named "0.weight", "0.bias", "2.weight" and "2.bias" in the report's checkpoints.
     """
 
     def __init__(self, settings: Projector, grid: Grid, width: int, out_width: int) -> None:
@@ -105,25 +105,25 @@ class Mlp(FeatureProjector, nn.Sequential):
 
 
 class PixelShuffle(Mlp):
-    """Squares of `projector.factor`² patches, each laid out as one row, and `Mlp` on them: fewer, wider rows.
+    """`Mlp` on squares of `projector.factor`² patches, each joined to one row: fewer, wider rows.
 
-    Space-to-depth in front of the layers is done by InternVL 1.5 (arXiv 2404.16821, factor 2) and SmolVLM (arXiv
-    2504.05299, also larger ones). 27 × 27 patches become 9 × 9 = 81 tokens at factor 3.
+    InternVL 1.5 (arXiv 2404.16821, factor 2) and SmolVLM (arXiv 2504.05299, also larger factors) use the same
+    space-to-depth step. 27 × 27 patches become 9 × 9 = 81 tokens at factor 3.
 
-    Tokens go row by row, as the patches do. With f the factor, token (i, j) holds the patches (f·i + y, f·j + x) in the
-    order of y, then x: columns Dv·(f·y + x) to Dv·(f·y + x + 1) of its row.
+    Tokens are in row order, like the patches. With f the factor, token (i, j) joins the patches (f·i + y, f·j + x) in
+    the order of y, then x: columns Dv·(f·y + x) to Dv·(f·y + x + 1) of its row.
 
-    A dropped first patch is put back as zeros, so that the grid is whole. Where the factor does not divide a side, rows
-    of zeros fill the last squares at the bottom and on the right: 14 × 14 patches become 5 × 5 tokens at factor 3.
+    Zeros replace a dropped first patch to complete the grid. If the factor does not divide a side, zeros fill the last
+    squares at the bottom and on the right: 14 × 14 patches become 5 × 5 tokens at factor 3.
 
     Raises:
-        UserError: the encoder puts rows in front of the patches, which belong to no square.
+        UserError: the encoder has rows in front of the patches; they belong to no square.
     """
 
     def __init__(self, settings: Projector, grid: Grid, width: int, out_width: int) -> None:
         super().__init__(settings, grid, width * settings.factor**2, out_width)
         self.factor = settings.factor
-        self.tokens(grid)  # refuses a grid that it cannot cut, before anything is trained
+        self.tokens(grid)  # raises for an unsupported grid, before training starts
 
     def tokens(self, grid: Grid) -> int:
         if grid.extra > 0:
@@ -148,16 +148,16 @@ class PixelShuffle(Mlp):
 
 
 class Resampler(FeatureProjector):
-    """`projector.queries` learned vectors that each attend over all rows of a crop; M = queries, whatever the grid.
+    """`projector.queries` learned vectors that attend to all rows of a crop; M = queries for any grid.
 
-    The idea is Flamingo's (arXiv 2204.14198, perceiver resampler, 64 queries) and that of BLIP-2's Q-Former (arXiv
-    2301.12597, 32 queries); the single layer of cross-attention with fixed sine positions on the keys is Qwen-VL's
-    (arXiv 2308.12966, 256 queries). Two layers as in `Mlp` follow, which also mix the heads.
+    The idea is from Flamingo (arXiv 2204.14198, perceiver resampler, 64 queries) and BLIP-2's Q-Former (arXiv
+    2301.12597, 32 queries). The single layer of cross-attention with fixed sine positions on the keys is from Qwen-VL
+    (arXiv 2308.12966, 256 queries). Two layers as in `Mlp` follow and also mix the heads.
 
         keys = key(norm(rows) + positions), values = value(norm(rows))
         tokens = mlp(norm(queries + attention(norm(queries), keys, values)))
 
-    Rows in front of the patches have positions of their own; a dropped first patch is simply absent.
+    Rows in front of the patches have their own positions; a dropped first patch is absent.
 
     Raises:
         UserError: `projector.heads` does not divide Dl.
@@ -174,7 +174,7 @@ class Resampler(FeatureProjector):
             )
         self.queries = nn.Parameter(torch.empty(settings.queries, out_width))
         self.query_norm = nn.LayerNorm(out_width)
-        # the softmax is blind to a bias of the keys: it adds the same to all scores of a query, so none is learned
+        # no key bias: it would add the same value to all scores of a query and cancel in the softmax
         self.key = nn.Linear(width, out_width, bias=False)
         self.value = nn.Linear(width, out_width)
         self.token_norm = nn.LayerNorm(out_width)
@@ -187,7 +187,7 @@ class Resampler(FeatureProjector):
 
     def forward(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
         rows = self.cast(rows, grid)
-        # no weights here: those of key and value can do the same, and so no gradient has to pass through these two
+        # no norm weights: key and value can represent them, and no gradient has to pass through key and value
         rows = nn.functional.layer_norm(rows, rows.shape[-1:])
         keys = self.key(rows + sine_positions(grid, rows.shape[-1], rows.device).to(rows.dtype))  # (C, R, Dl)
         queries = self.query_norm(self.queries).expand(len(rows), -1, -1)  # (C, M, Dl)
@@ -198,18 +198,18 @@ class Resampler(FeatureProjector):
     def operations(self, grid: Grid, trained: bool, passes_on: bool = False) -> int:
         rows = self.key.weight.numel() + self.value.weight.numel()
         tokens = self.mlp[0].weight.numel() + self.mlp[2].weight.numel()
-        # scores, and sums of values: each row meets M · Dl numbers twice, and both factors need gradients
+        # scores and weighted values: two products of M · Dl numbers per row, and both factors need gradients
         own, inner = 2 + 2 * trained, 2 * (trained or passes_on)
         attention = (own + inner + 2 + 2 * inner) * self.queries.numel()
         return grid.rows * ((own + 2 * passes_on) * rows + attention) + self.tokens(grid) * (own + inner) * tokens
 
 
 def sine_positions(grid: Grid, width: int, device: torch.device) -> torch.Tensor:
-    """(R, width) float32: where each row of a crop came from, by sines and cosines of its two coordinates.
+    """Return (R, width) float32 sine and cosine encodings of the two coordinates of each row of a crop.
 
     A quarter of the columns each: sine and cosine of the vertical, then of the horizontal coordinate in patches, at
-    wavelengths from 2π to 10,000 · 2π (Vaswani et al. 2017, arXiv 1706.03762); columns that are left over are 0. Rows
-    in front of the patches stand side by side in a line of their own above the grid.
+    wavelengths from 2π to 10,000 · 2π (Vaswani et al. 2017, arXiv 1706.03762). Remaining columns are 0. Rows in front
+    of the patches have coordinates side by side in a separate line above the grid.
     """
     vertical = torch.arange(grid.height, device=device).repeat_interleave(grid.width)
     horizontal = torch.arange(grid.width, device=device).repeat(grid.height)
@@ -240,11 +240,11 @@ PROJECTORS: dict[str, type[FeatureProjector]] = {"mlp": Mlp, "pixel_shuffle": Pi
 
 
 def build_projector(settings: Projector, grid: Grid, width: int, out_width: int) -> FeatureProjector:
-    """The projector that `projector.kind` names, newly initialised from torch's global generator.
+    """Build the projector named by `projector.kind`, initialised from torch's global generator.
 
     Args:
         settings: section `projector` of the config.
-        grid: the rows of a crop, without those that `visual` drops.
+        grid: the rows of a crop, without dropped rows (`visual.drop`).
         width, out_width: Dv and Dl.
 
     Raises:

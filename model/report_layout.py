@@ -1,12 +1,12 @@
-"""Reads the checkpoint that the course report published: other files, other tensor names, its own way to ask.
+"""Read the course report's published checkpoint, which has other files, tensor names and prompt.
 
     adapter_config.json   LoRA on Qwen v1's fused matrices (peft 0.11)
     adapter_model.bin     its tensors, saved from a GPU
     other_params.bin      the projector
     training_args.bin     a pickled object of the training script; never opened
 
-A pair of LoRA matrices on the fused `c_attn` becomes three, on query, key and value, that begin with the same A. Called
-by `model/checkpoint.py`.
+A pair of LoRA matrices on the fused `c_attn` becomes three pairs, on query, key and value, with the same A. Called by
+`model/checkpoint.py`.
 """
 
 import json
@@ -23,7 +23,7 @@ from paths import REPO_ROOT
 PROJECTOR_FILE = "other_params.bin"
 ADAPTER_FILE = "adapter_model.bin"
 REQUIRED_FILES = ("adapter_config.json", ADAPTER_FILE, PROJECTOR_FILE)
-# Qwen v1's linear layers → Qwen2's; a fused one names what its rows are, in order
+# Qwen v1's linear layers → Qwen2's; a fused layer lists its parts in row order
 LAYERS = {
     "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.c_proj": ("self_attn.o_proj",),
@@ -31,10 +31,10 @@ LAYERS = {
     "mlp.w2": ("mlp.gate_proj",),
     "mlp.c_proj": ("mlp.down_proj",),
 }
-# how the report's model was trained to be asked (its prompt code), and Qwen-7B-Chat's own repetition penalty
+# prompt of the report's model (from its prompt code), and Qwen-7B-Chat's own repetition penalty
 PROMPT = {"system": "你是一位图像理解助手。", "question_prefix": "用中文回答：", "end_token": "<|endoftext|>"}
 REPETITION_PENALTY = 1.1
-# settings of peft that change what the matrices mean and that the report's adapter does not use
+# peft settings that change the meaning of the matrices; the report's adapter does not use them
 PLAIN_LORA = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
 
 
@@ -44,7 +44,7 @@ def is_report_checkpoint(folder: Path) -> bool:
 
 
 def lora_settings(folder: Path) -> dict[str, Any]:
-    """The section `llm.lora` of our config for the adapter in `folder`.
+    """Return section `llm.lora` of our config for the adapter in `folder`.
 
     Raises:
         UserError: not a plain LoRA on Qwen v1's linear layers.
@@ -64,7 +64,7 @@ def lora_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_report_config(folder: Path, overrides: dict[str, Any]) -> Config:
-    """`config.yaml` of the repository (the report's run) with the adapter's base model, its LoRA and its prompt."""
+    """Load the repository's `config.yaml` (the report's run) with the adapter's base model, LoRA and prompt."""
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     settings = {
         "llm.path": base,
@@ -76,7 +76,7 @@ def read_report_config(folder: Path, overrides: dict[str, Any]) -> Config:
 
 
 def read_report_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Adapter, under the names of Qwen2's layers, and projector.
+    """Return the tensors of the adapter, under the names of Qwen2's layers, and of the projector.
 
     Raises:
         UserError: a file is not a plain file of tensors, or a tensor has an unknown name.

@@ -1,4 +1,4 @@
-"""The address of the page, tried before the model is loaded. Called by `test_gui.py`."""
+"""Check of the page's address before the model is loaded. Called by `test_gui.py`."""
 
 import os
 import socket
@@ -8,12 +8,12 @@ from errors import UserError, shortened
 
 
 def in_url(host: str) -> str:
-    """An IPv6 address in brackets, as in URLs; Gradio removes them again."""
+    """Return `host`, with an IPv6 address in brackets as in URLs; Gradio removes them again."""
     return f"[{host}]" if ":" in host else host
 
 
 def check_port(gui: Gui) -> None:
-    """Try whether the page can be served, by IPv4 or IPv6.
+    """Check that the page can be served, by IPv4 or IPv6.
 
     Raises:
         UserError: `gui.host`:`gui.port` is taken or cannot be used.
@@ -28,7 +28,7 @@ def check_port(gui: Gui) -> None:
     for family, kind, protocol, _, address in addresses:
         try:
             with socket.socket(family, kind, protocol) as probe:
-                if os.name == "posix":  # elsewhere it would let two programs share the port
+                if os.name == "posix":  # on Windows, two programs could share the port
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
         except OSError as error:

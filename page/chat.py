@@ -1,4 +1,4 @@
-"""The dialogue of the page: what was typed, the photos it was sent with, and how both are shown. For `test_gui.py`."""
+"""Dialogue of the page: typed text, uploaded photos and their display. Called by `test_gui.py`."""
 
 import html
 import mimetypes
@@ -12,40 +12,40 @@ NOTHING = "(no answer 无回答)"
 
 
 class Photo(NamedTuple):
-    """An upload that was checked; `name` is that of the user's file, for messages."""
+    """A checked upload; `name` is the name of the user's file, for messages."""
 
     path: str
     name: str
 
 
-# in turn {"role": "user", "content": text, "photos": [Photo, …]} and {"role": "assistant", "content": text}
+# alternating {"role": "user", "content": text, "photos": [Photo, …]} and {"role": "assistant", "content": text}
 History = list[dict[str, Any]]
 
 
 def typed(payload: Any) -> tuple[str, list[Any]]:
-    """Text and uploads of what the question box, or an API client, sends; neither is checked."""
+    """Return text and uploads from the question box or an API client; neither is checked."""
     payload = payload if isinstance(payload, dict) else {}
     text, uploads = payload.get("text"), payload.get("files")
     return text.strip() if isinstance(text, str) else "", uploads if isinstance(uploads, list) else []
 
 
 def checked(upload: Any, folder: Path) -> Photo:
-    """An upload without what else a client sent of it, such as an address that the server would fetch.
+    """Return an upload without other fields from the client, such as an address that the server would fetch.
 
     Raises:
-        UserError: it is no file in `folder`.
+        UserError: it is not a file in `folder`.
     """
     return Photo(str(uploaded_photo(upload, folder)), photo_name(upload))
 
 
 def in_box(text: str, photos: Sequence[Photo] = ()) -> dict[str, Any]:
-    """What the question box holds."""
+    """Content of the question box."""
     files = [{"path": path, "orig_name": name, "mime_type": _kind(path)} for path, name in photos]
     return {"text": text, "files": files}
 
 
 def answered(history: History) -> History:
-    """The history without a last question that has no answer."""
+    """Return the history without an unanswered last question."""
     return history[: len(history) // 2 * 2]
 
 
@@ -55,7 +55,7 @@ def photos_of(history: History) -> list[Photo]:
 
 
 def as_shown(history: History) -> History:
-    """The chat in letters: the page would take tags in a text for HTML and drop them, or fetch pictures they name."""
+    """Return the chat with escaped text, because the page would interpret HTML tags and fetch their images."""
     return [
         {
             "role": message["role"],

@@ -1,4 +1,4 @@
-"""The photos that the page was sent: their folder, and the check that nothing else is opened. Called by `test_gui.py`.
+"""Uploaded photos: their folder, and the check that no other file is opened. Called by `test_gui.py`.
 
 Each folder has a lock, which the system releases when its page ends or is killed. The next start removes the folders
 whose lock is free.
@@ -28,7 +28,7 @@ NOT_UPLOADED = (
 
 @contextlib.contextmanager
 def upload_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A new folder for uploads, for this user only, removed at the end. First removes what killed pages left.
+    """Create a private folder for uploads and remove it at the end; first remove folders of killed pages.
 
     Args:
         parent: default the system's folder for temporary files.
@@ -36,7 +36,7 @@ def upload_folder(parent: Path | None = None) -> Iterator[Path]:
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     remove_leftovers(parent)
     folder = parent / f"{PREFIX}{secrets.token_hex(8)}"
-    # locked before the folder exists, so that another start cannot take it for a leftover
+    # locked before the folder exists, so that another start does not remove it as a leftover
     lock = filelock.FileLock(f"{folder}.lock", mode=0o600)
     try:
         with lock:
@@ -70,14 +70,14 @@ def _is_own_file(path: Path) -> bool:
 
 
 def uploaded_photo(upload: Any, folder: Path) -> Path:
-    """The file of what a browser or an API client calls a photo.
+    """Return the file of a photo sent by a browser or an API client.
 
     Raises:
-        UserError: it is of another shape, or not a file in `folder`; the same sentence for all.
+        UserError: it has a wrong form, or is not a file in `folder`; the same sentence for all.
     """
     path = upload.get("path") if isinstance(upload, dict) else None
     folders = (folder.absolute(), folder.resolve())
-    # compares the text first, so that other paths never reach the disk
+    # compares the text first, so that no other path is accessed on the disk
     if not isinstance(path, str) or not any(Path(os.path.abspath(path)).is_relative_to(place) for place in folders):
         raise UserError(NOT_UPLOADED)
     if not os.path.isfile(path):
@@ -91,6 +91,6 @@ def uploaded_photo(upload: Any, folder: Path) -> Path:
 
 
 def photo_name(upload: Any) -> str:
-    """The name that the user's file had, for messages."""
+    """Return the name of the user's file, for messages."""
     name = upload.get("orig_name") if isinstance(upload, dict) else None
     return name if isinstance(name, str) and name else "photo"

@@ -1,8 +1,8 @@
-"""Qwen2 and Qwen3 language models that read image features in place of `<|extra_0|>`, and learn from packed rows.
+"""Qwen2 and Qwen3 language models with image features at `<|extra_0|>` and a loss for packed rows.
 
-The classes are transformers' own plus two steps: where `input_ids` holds the placeholder, the embedding is replaced by
-the next row of the image features (`fuse_image_features`), and `packed_loss` computes the loss of a packed row from its
-supervised positions alone. Loaded by `qwen/loading.py`.
+The classes add two steps to transformers' classes. `fuse_image_features` replaces the embedding of each placeholder in
+`input_ids` by the next row of image features. `packed_loss` computes the loss of a packed row at its supervised
+positions only. Loaded by `qwen/loading.py`.
 
 Shapes: B batch, T text and image tokens, M image tokens in all, Dl width, V vocabulary, S supervised positions.
 """
@@ -27,7 +27,7 @@ FP16_GRADIENT_SCALE = 1024.0  # a power of two: exact in every dtype
 def fuse_image_features(
     embeddings: torch.Tensor, image_features: torch.Tensor, is_image_token: torch.Tensor
 ) -> torch.Tensor:
-    """Put image features where the placeholders stand.
+    """Replace the placeholders' embeddings by image features.
 
     Args:
         embeddings: (B, T, Dl) of the text.
@@ -51,14 +51,14 @@ def fuse_image_features(
 
 
 class _CrossEntropyOfFrozenHead(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T` that never holds the logits of more than `LOSS_ROWS` positions.
+    """Summed cross-entropy of `hidden @ weight.T` with logits of at most `LOSS_ROWS` positions in memory.
 
-    The gradient of the hidden states is known as soon as the logits are, so it is taken at once and the logits go.
+    The forward pass also computes the gradient of the hidden states, so the logits need not be kept.
     """
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """(S, Dl), (S,), (V, Dl) → scalar in float32, or float64 where the weights are."""
+        """(S, Dl), (S,), (V, Dl) → scalar in float32, or float64 for float64 weights."""
         losses, gradients = [], []
         for rows, wanted in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
             logits = functional.linear(rows, weight)  # (rows, V), in the dtype autocast picks
@@ -70,7 +70,7 @@ class _CrossEntropyOfFrozenHead(torch.autograd.Function):
             losses.append(norm.log() - score_of_target)
             if ctx.needs_input_grad[0]:
                 gradient = scores.div_(norm).scatter_add_(1, wanted, torch.full_like(norm, -1))
-                # in fp16, the share of an unlikely word would round to 0
+                # in fp16, the probability of an unlikely token would round to 0
                 gradient *= FP16_GRADIENT_SCALE
                 gradients.append((gradient.to(logits.dtype) @ weight.to(logits.dtype)).to(norm.dtype))
         ctx.hidden_dtype = hidden.dtype
@@ -93,12 +93,12 @@ def _summed_cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, lm_head: 
 def supervised_loss(
     hidden: torch.Tensor, targets: torch.Tensor, lm_head: torch.nn.Module, num_items: int | None
 ) -> torch.Tensor:
-    """Cross-entropy of `lm_head(hidden)` that holds the logits of at most `LOSS_ROWS` positions at a time.
+    """Cross-entropy of `lm_head(hidden)` with logits of at most `LOSS_ROWS` positions in memory.
 
     Args:
         hidden: (S, Dl) after the last norm, at the positions that predict a supervised token.
         targets: (S,) these tokens.
-        lm_head: a frozen linear layer without bias, or anything else, which then costs a second forward pass of it.
+        lm_head: a frozen linear layer without bias; any other module costs a second forward pass.
         num_items: divisor of the summed loss; None: S.
 
     Returns:
@@ -114,14 +114,14 @@ def supervised_loss(
 
 
 class ReadsImages(torch.nn.Module):
-    """What our classes add to transformers' causal language models."""
+    """Methods that our classes add to transformers' causal language models."""
 
     image_token_id: int  # set by load_language_model
 
     def prefix_key(self, length: int) -> Hashable:
-        """What the keys of a prompt of `length` tokens depend on besides its tokens.
+        """Return a value that the keys of a prompt of `length` tokens depend on, besides the tokens.
 
-        The answering engine reuses cached keys only where this is equal.
+        The answering engine reuses cached keys only if this value is equal.
         """
         return None
 
@@ -144,14 +144,14 @@ class ReadsImages(torch.nn.Module):
         samples: Samples,
         num_items: int | None = None,
     ) -> torch.Tensor:
-        """Next-token loss of a packed row, from its supervised positions alone.
+        """Next-token loss of a packed row, computed at its supervised positions only.
 
         Args:
             embeddings: (1, T, Dl) of `embed`.
-            labels: (1, T), -100 where nothing is asked.
+            labels: (1, T), -100 at unsupervised positions.
             position_ids: (1, T), from 0 in each sample.
-            samples: the parts of the row (`batch.Batch`).
-            num_items: divisor of the summed loss; None: the labels of this row.
+            samples: segment lengths of the row (`batch.Batch`).
+            num_items: divisor of the summed loss; None: the number of supervised tokens in this row.
         """
         predicts = functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))  # (1, T)
         hidden = self.packed_states(embeddings, position_ids, samples, predicts)  # (S, Dl)
@@ -166,8 +166,8 @@ class ReadsImages(torch.nn.Module):
     ) -> torch.Tensor:
         """Hidden states after the last norm: (1, T, Dl), or (S, Dl) where `wanted` (1, T) is true.
 
-        The layers are called one by one and not through transformers' loop, because the last one needs its MLP at the
-        wanted positions only. Arguments as in `packed_loss`.
+        Calls the layers directly instead of transformers' loop, because the MLP of the last layer runs only at the
+        wanted positions. Arguments as in `packed_loss`.
         """
         windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
         masks = {kind: PackedMask(samples, windows[kind]) for kind in set(self.config.layer_types)}
@@ -180,7 +180,7 @@ class ReadsImages(torch.nn.Module):
             mask = masks[self.config.layer_types[index]]
             if index < last or wanted is None:
                 hidden = layer(hidden, attention_mask=mask, **arguments)
-            else:  # as in the layer's own forward pass, but for the selection of rows
+            else:  # the layer's own forward pass, with a selection of positions
                 attended, _ = layer.self_attn(layer.input_layernorm(hidden), attention_mask=mask, **arguments)
                 hidden = (hidden + attended)[wanted]  # (S, Dl)
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

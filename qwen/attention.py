@@ -1,10 +1,10 @@
-"""Attention over samples that follow one another in a single row, each with branches that share its prefix.
+"""Attention over a packed row of samples, each with branches that share its prefix.
 
     row 0:  [prefix of sample 1][branch][branch] … [prefix of sample 2][branch] … [sample without branches] …
 
-A token sees the earlier ones of its prefix and of its own branch, and nothing of other samples. `batch.Batch.samples`
-gives the lengths; `Mqwen.py` hands them to every layer as a `PackedMask`; the function registered here computes what
-they say. Ordinary masks (answering, generation) go to transformers' own `sdpa`.
+A token attends to earlier tokens of its prefix and of its own branch, never to other samples. `batch.Batch.samples`
+has the lengths, and `Mqwen.py` passes them to every layer as a `PackedMask`. The function registered here computes the
+attention. Ordinary masks (answering, generation) go to transformers' `sdpa`.
 
 Shapes: B batch, H and G query and key heads, T tokens of the row, L of one sample, D head width.
 """
@@ -18,30 +18,32 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from batch import Samples, sample_positions
 
-ATTENTION = "shared_prefix"  # the name transformers knows it by
+ATTENTION = "shared_prefix"  # its name in transformers
 
 
 def _branch_numbers(lengths: tuple[int, ...]) -> torch.Tensor:
-    """(L,) 0 for the prefix, 1, 2, … for the branches."""
+    """Return (L,): 0 for the prefix, 1, 2, … for the branches."""
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
 
 @dataclass
 class PackedMask:
-    """The mask of one kind of layers over a packed row; passed in place of a mask tensor.
+    """Mask of one layer type over a packed row, passed instead of a mask tensor.
 
     Attributes:
-        samples: the parts of the row.
-        window: a token sees so many positions back, itself included; None: all.
+        samples: segment lengths of the row.
+        window: number of positions that a token attends to, itself included; None: all.
     """
 
     samples: Samples
     window: int | None
-    _dense: dict[tuple, torch.Tensor] = field(default_factory=dict)  # one set for all layers of a step
+    _dense: dict[tuple, torch.Tensor] = field(default_factory=dict)  # shared by all layers of a step
 
     def dense(self, number: int, like: torch.Tensor) -> torch.Tensor:
-        """Scores to add within sample `number`, 0 or -inf, of dtype and device of `like`: (L - prefix, L) for the
-        rows of its branches, or (L, L) where there is a window."""
+        """Return additive scores within sample `number`, 0 or -inf, in dtype and device of `like`.
+
+        Their shape is (L - prefix, L) for the tokens of its branches, or (L, L) with a window.
+        """
         key = (number, like.dtype, like.device)
         if key not in self._dense:
             lengths = self.samples[number]
@@ -56,7 +58,7 @@ class PackedMask:
         return self._dense[key]
 
 
-# torch.compile would make the lengths of a batch part of the compiled code, and compile anew for every batch
+# torch.compile would specialise the code on the lengths of a batch and recompile it for every batch
 @torch.compiler.disable
 def shared_prefix_attention(
     module: torch.nn.Module,
@@ -68,12 +70,12 @@ def shared_prefix_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function of our language models, called by their layers.
+    """Attention function of our language models, called by their layers.
 
     Args:
         query: (B, H, T, D); key and value (B, G, T, D), H a multiple of G.
-        attention_mask: a `PackedMask` for a packed row (B = 1), else whatever `sdpa` takes.
-        scaling: of the scores; None: D ** -0.5.
+        attention_mask: a `PackedMask` for a packed row (B = 1), else a mask for `sdpa`.
+        scaling: factor of the scores; None: D ** -0.5.
 
     Returns:
         (B, T, H, D), and None in place of attention weights.
@@ -88,10 +90,10 @@ def shared_prefix_attention(
 def _packed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: PackedMask, settings: dict[str, Any]
 ) -> torch.Tensor:
-    """(1, H, T, D): sample by sample, its prefix as plain causal attention, then all its branches under one mask.
+    """Compute (1, H, T, D) per sample: causal attention for the prefix, then all branches with one mask.
 
-    One call for all branches of a sample took as long as a call for each (two CPU cores, 1 and 5 branches of 70 tokens
-    behind 740), and it copies no keys.
+    One call for all branches of a sample took as long as one call per branch (two CPU cores, 1 and 5 branches of 70
+    tokens after 740), and it copies no keys.
     """
     heads_per_key = query.shape[1] // key.shape[1]
     rows = []
@@ -105,7 +107,7 @@ def _packed_attention(
             prefix = (q[:, :, :first], k[:, :, :first], v[:, :, :first])
             rows.append(scaled_dot_product_attention(*prefix, is_causal=True, enable_gqa=True, **settings))
         if first < size:
-            # with a mask, CUDA's fast kernels take no grouped heads; the copy is small beside the layer's other work
+            # with a mask, CUDA's fast kernels do not support grouped heads; the copy costs little compared to the layer
             k, v = k.repeat_interleave(heads_per_key, dim=1), v.repeat_interleave(heads_per_key, dim=1)
             scores = mask.dense(number, like=q)
             rows.append(scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=scores, **settings))
@@ -114,6 +116,6 @@ def _packed_attention(
 
 
 def register_attention() -> None:
-    """Make `ATTENTION` known to transformers; ordinary masks are built as for `sdpa`."""
+    """Register `ATTENTION` with transformers; ordinary masks are built as for `sdpa`."""
     AttentionInterface.register(ATTENTION, shared_prefix_attention)
     AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])

@@ -1,8 +1,8 @@
-"""Messages to `(input_ids, labels)`: the only file that knows the prompt format.
+"""Prompt format: messages to `(input_ids, labels)`. No other file defines the format.
 
-Training, evaluation, page and command line all call `ChatFormat.render`, so the model is asked the way it was taught.
-The format is ChatML, `<|im_start|>role\\ntext<|im_end|>\\n`; only this file writes control tokens. Text of users is
-data: `<|im_end|>`, `<|extra_0|>` or `<think>` typed in it is tokenised as the plain characters it is made of.
+Training, evaluation, page and command line all call `ChatFormat.render`, so they use the same format.
+The format is ChatML, `<|im_start|>role\\ntext<|im_end|>\\n`; only this file writes control tokens. User text is
+data: `<|im_end|>`, `<|extra_0|>` or `<think>` in it is tokenised as plain characters.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from config import IMAGE_TAG, Prompt
 from qwen.tokenizer import image_token_id, text_encoder
 from visual_plan import VisualPlan
 
-THINK_BLOCK = "<think>\n\n</think>\n\n"  # how Qwen3 is told not to think (its model card)
+THINK_BLOCK = "<think>\n\n</think>\n\n"  # turns Qwen3's thinking off (its model card)
 IGNORE_INDEX = -100  # label of positions without supervision, the default of torch's cross-entropy
 
 
-# the photos of a message, in reading order; a number: so many photos of one crop
+# the photos of a message, in reading order; a number: that many photos of one crop each
 Photos = int | Sequence[VisualPlan]
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. A part is a text or the plan of a photo; a text holds no control tokens, only characters."""
+    """One turn. A part is a text or the plan of a photo; control tokens in a text are plain characters."""
 
     role: str  # user | assistant
     parts: tuple[str | VisualPlan, ...]
@@ -39,11 +39,11 @@ class ChatFormat:
     Args:
         tokenizer: from `qwen.tokenizer.load_tokenizer`.
         prompt: system sentence, question prefix, place of the photo, end token (config section `prompt`).
-        crop_tokens: how many placeholders stand for one crop of a photo.
-        model_type: of the language model. `qwen3` gets an empty think block before each answer, unsupervised, where its
+        crop_tokens: number of placeholders of one crop.
+        model_type: of the language model. `qwen3` gets an empty, unsupervised think block before each answer, if its
             own template writes one with `enable_thinking=False` (the 2507 instruct models do not think). `qwen`, the
-            first generation, always has a system block, and tokenises role and text apart where there is no photo, as
-            its `make_context` does.
+            first generation, always has a system block. Its role and text are tokenised separately in messages without
+            a photo, as in its `make_context`.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class ChatFormat:
         self.think_ids = tokenizer.encode(self.think, add_special_tokens=False)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of `text` with every control token spelt out in plain characters."""
-        # a call of the tokenizer takes 0.1 ms however short the text, and most texts but the answer come again
+        """Return the ids of `text`; control tokens in it are encoded as plain characters."""
+        # a tokenizer call takes 0.1 ms even for a short text, and most texts except answers repeat
         if text not in self._encoded:
             if len(self._encoded) >= 4096:
                 self._encoded.clear()
@@ -74,7 +74,7 @@ class ChatFormat:
         return list(self._encoded[text])
 
     def question(self, text: str, photos: Photos) -> Message:
-        """The user message of a record: the first tags `<|extra_0|>` in `text` are its photos, one tag each.
+        """Return the user message of a record: the first tags `<|extra_0|>` in `text` mark its photos, one tag each.
 
         Raises:
             ValueError: fewer tags than photos; gives both numbers.
@@ -92,7 +92,7 @@ class ChatFormat:
         return Message("user", tuple(parts))
 
     def typed_question(self, text: str, photos: Photos) -> Message:
-        """The user message of a person who types `text` below `photos`; all of `text` is text."""
+        """Return the user message for `text` typed below `photos`; tags in `text` have no effect."""
         prefix, plans = self.prompt.question_prefix, self._plans(photos)
         if not plans:
             return Message("user", (prefix + text,))
@@ -104,15 +104,15 @@ class ChatFormat:
         return [self.plan] * photos if isinstance(photos, int) else list(photos)
 
     def answer(self, text: str) -> Message:
-        """The assistant message `text`."""
+        """Return the assistant message with `text`."""
         return Message("assistant", (text.strip(),))
 
     def render(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a dialogue; when the last message is the user's, the answer is left open.
+        """Return token ids and labels of a dialogue; if the last message is the user's, the answer is left open.
 
         Returns:
-            `input_ids` (T,) with the placeholders of each photo's plan, and `labels` (T,): the id where the assistant
-            speaks or ends its turn, -100 elsewhere.
+            `input_ids` (T,) with the placeholders of each photo's plan, and `labels` (T,): the id at tokens of
+            answers and at their end tokens, -100 elsewhere.
 
         Raises:
             ValueError: an empty dialogue, or roles that do not alternate beginning with the user.
@@ -159,7 +159,7 @@ class ChatFormat:
         add([self.turn_end_id])
 
     def _photo_ids(self, plan: VisualPlan) -> list[int]:
-        """Placeholders of the whole photo, then of each tile behind a line with its row and column, as in `[1,2]`."""
+        """Return placeholders of the whole photo, then of each tile after a line with its row and column: `[1,2]`."""
         crop = [self.image_token_id] * plan.crop_tokens
         ids = list(crop)
         for row in range(1, plan.tile_rows + 1):
@@ -168,7 +168,7 @@ class ChatFormat:
         return ids
 
     def photo_spans(self, ids: Sequence[int], plans: Sequence[VisualPlan]) -> list[tuple[int, int]]:
-        """Start and end in `ids` of each photo, whose `plans` are in reading order."""
+        """Return start and end of each photo in `ids`; `plans` are in reading order."""
         places = [position for position, token in enumerate(ids) if token == self.image_token_id]
         ends = list(itertools.accumulate(plan.tokens for plan in plans))
         assert not plans or ends[-1] == len(places), "the plans are not those of the rendered photos"
@@ -177,7 +177,7 @@ class ChatFormat:
     def _add_assistant(self, message: Message, add) -> None:
         answer = "".join(part for part in message.parts if isinstance(part, str))
         role = "assistant\n"
-        if self.think_ids:  # control tokens stand between role and answer, so each is a string of its own
+        if self.think_ids:  # control tokens separate role and answer, so each is a string of its own
             add([*self.encode_text(role), *self.think_ids])
             add(self.encode_text(answer), supervised=True)
         else:
@@ -188,8 +188,7 @@ class ChatFormat:
         add([self.answer_end_id], supervised=True)
 
     def fingerprint(self) -> str:
-        """Short hash of everything that shapes a prompt: the rendered ids of a fixed dialogue, and the tokens
-        of a crop."""
+        """Short hash of the prompt format: the rendered ids of a fixed dialogue, and the tokens of a crop."""
         dialogue = [
             self.typed_question("What is this? 这是什么？", 1),
             self.answer("A café. 一家咖啡馆。"),

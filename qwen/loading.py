@@ -1,4 +1,4 @@
-"""Loads a Qwen checkpoint of any generation, strictly, whole or quantised. Called by `model/model.py`."""
+"""Load a Qwen checkpoint of any generation strictly, unquantised or quantised. Called by `model/model.py`."""
 
 import importlib.util
 import json
@@ -20,11 +20,11 @@ LANGUAGE_MODELS = {"qwen": qwen1.MQwen1ForCausalLM, "qwen2": MQwen2ForCausalLM, 
 def loading_options(
     dtype: torch.dtype, placement: torch.device | Literal["auto"], quantization: Literal["none", "nf4", "int8"]
 ) -> dict[str, Any]:
-    """Keyword arguments of transformers' `from_pretrained`: weights go straight to their place in their last form.
+    """Return keyword arguments of transformers' `from_pretrained`, which load final weights directly on their device.
 
     Args:
-        dtype: of the weights; with quantisation of the products, and of what is not quantised (embedding, `lm_head`).
-        placement: a device, or `auto`: spread over all GPUs and, where they do not suffice, the CPU.
+        dtype: of the weights; with quantisation, of the products and the unquantised weights (embedding, `lm_head`).
+        placement: a device, or `auto`: all GPUs and, if they are too small, the CPU.
         quantization: nf4 as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314), with its double quantisation.
 
     Raises:
@@ -50,7 +50,7 @@ def loading_options(
         )
     else:
         settings = BitsAndBytesConfig(load_in_8bit=True)
-        # it says in every layer of every step that activations become fp16
+        # it logs in every layer of every step that activations become fp16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return options | {"quantization_config": settings}
 
@@ -88,7 +88,7 @@ def load_language_model(
         folder,
         config=config,
         attn_implementation=ours.ATTENTION,
-        ignore_mismatched_sizes=True,  # require_complete names them; transformers would only say that there are some
+        ignore_mismatched_sizes=True,  # require_complete names these tensors; transformers would not
         output_loading_info=True,
         **loading_options(dtype, placement, quantization),
     )
@@ -96,22 +96,21 @@ def load_language_model(
     if quantization == "nf4":
         _keep_4bit_layout(language_model)
     language_model.image_token_id = image_token_id
-    # published generation configs bring a repetition penalty and sampling; here only config section `generate` decides
+    # published generation configs set a repetition penalty and sampling; here only config section `generate` applies
     language_model.generation_config = GenerationConfig()
     if vocabulary_size > language_model.get_input_embeddings().weight.shape[0]:
-        # the new rows are never read, so they need no values like those of the others
+        # the new rows are never read, so their values do not matter
         language_model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
     return language_model
 
 
 def _keep_4bit_layout(language_model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first pass in eval mode, as it does on a CPU with bf16.
+    """Prevent bitsandbytes from repacking 4-bit weights at the first eval pass, as it does on a CPU with bf16.
 
-    Packed ones round their scales and products to bf16, whatever the run's precision, have no backward pass, and are
-    refused where a layer's size is no multiple of 32. Training after a validation would fail, and answers would
-    depend on the CPU.
+    Repacked weights round scales and products to bf16 at any precision, have no backward pass, and need layer sizes
+    that are multiples of 32. Training after a validation would fail, and answers would depend on the CPU.
     """
-    from bitsandbytes.nn import Linear4bit  # only installed where it is needed
+    from bitsandbytes.nn import Linear4bit  # installed only if it is needed
 
     for module in language_model.modules():
         if isinstance(module, Linear4bit):

@@ -1,7 +1,7 @@
-"""peft's LoRA layer with its arithmetic in one piece: same numbers, fewer passes over memory.
+"""peft's LoRA layer with fused arithmetic: same results, fewer passes over memory.
 
-peft computes `W x + (B A x) · s` with a tensor of its own for each term, and so does its backward pass. Here the second
-product is added to the first while it is made. Used by `model/model.py` for weights that are not quantised.
+peft computes `W x + (B A x) · s` with one tensor per term, in the forward and the backward pass. Here the second
+product is added to the first during its computation. Used by `model/parts.py` for weights that are not quantised.
 
 Shapes: T tokens, I and O inputs and outputs of the layer, r rank.
 """
@@ -47,7 +47,7 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 class LoraLinear(Linear):
-    """As `peft.tuners.lora.Linear` with one plain adapter; whatever else it is asked for, peft does."""
+    """As `peft.tuners.lora.Linear` with one plain adapter; in all other cases, peft's own forward pass runs."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """(…, I) → (…, O), in the dtype that autocast picks, or that of `x`."""

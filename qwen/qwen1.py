@@ -1,9 +1,9 @@
 """Qwen v1 (`Qwen-1_8B`, `Qwen-7B`, `Qwen-14B` and their `-Chat`) as a Qwen2 model: config, weight names, positions.
 
-Its weights are those of Qwen2 under other names, so no code of the checkpoint runs; transformers' own loader renames
-them and cuts the fused query-key-value matrix, tensor by tensor. Two things Qwen2 does not have begin in eval mode
-where a sequence is longer than `seq_length` (8192 tokens in the published models): the rotary base grows (dynamic NTK)
-and queries are scaled by the logarithm of their position (log-n). Used by `qwen/loading.py`; no other file knows of it.
+Its weights are Qwen2's under other names, so no code of the checkpoint runs. transformers' loader renames them and
+splits the fused query-key-value matrix, tensor by tensor. In eval mode, Qwen v1 differs from Qwen2 for sequences longer
+than `seq_length` (8192 tokens in the published models). The rotary base grows (dynamic NTK), and queries are scaled by
+the logarithm of their position (log-n). Used by `qwen/loading.py` only.
 """
 
 import json
@@ -20,11 +20,11 @@ from errors import UserError
 from qwen.attention import shared_prefix_attention
 from qwen.Mqwen import ReadsImages
 
-ATTENTION = "shared_prefix_logn"  # the name transformers knows its attention function by
+ATTENTION = "shared_prefix_logn"  # name of its attention function in transformers
 
-# the published code has a table of log-n factors for so many positions and fails beyond it
+# the published code has log-n factors for this many positions and fails beyond them
 MAX_LENGTH = 32767
-# settings of the published checkpoints that the mapping onto Qwen2 stands on
+# settings of the published checkpoints that the mapping to Qwen2 requires
 REQUIRED = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False}
 LAYER_NAMES = {
     "ln_1": "input_layernorm",
@@ -37,7 +37,7 @@ LAYER_NAMES = {
 
 
 class Qwen1Config(Qwen2Config):
-    """Qwen2's config and what Qwen v1 does to positions beyond `seq_length` tokens."""
+    """Qwen2's config with Qwen v1's settings for positions beyond `seq_length` tokens."""
 
     model_type = "qwen"
     seq_length: int = 8192
@@ -46,7 +46,7 @@ class Qwen1Config(Qwen2Config):
 
 
 def read_config(folder: Path) -> Qwen1Config:
-    """The `config.json` of a Qwen v1 checkpoint in Qwen2's terms.
+    """Read the `config.json` of a Qwen v1 checkpoint as a Qwen2 config.
 
     Raises:
         UserError: a setting that no published Qwen v1 checkpoint has; names it.
@@ -74,7 +74,7 @@ def read_config(folder: Path) -> Qwen1Config:
 
 
 def register_names(class_name: str) -> None:
-    """Tell transformers' loader how the tensors of Qwen v1 are called in the model class `class_name`."""
+    """Register the names of Qwen v1's tensors for the model class `class_name` with transformers' loader."""
     outer = {
         r"transformer\.h\.": "model.layers.",
         r"transformer\.wte\.": "model.embed_tokens.",
@@ -86,7 +86,7 @@ def register_names(class_name: str) -> None:
 
 
 class Qwen1RotaryEmbedding(torch.nn.Module):
-    """Rotary positions whose base grows with `ntk_alpha` (B,), set by the model before each forward pass."""
+    """Rotary positions; the base grows with `ntk_alpha` (B,), which the model sets before each forward pass."""
 
     def __init__(self, config: Qwen1Config) -> None:
         super().__init__()
@@ -137,13 +137,13 @@ def logn_attention(
 
 
 def register_attention() -> None:
-    """Make `ATTENTION` known to transformers."""
+    """Register `ATTENTION` with transformers."""
     AttentionInterface.register(ATTENTION, logn_attention)
     AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])
 
 
 class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
-    """Qwen v1. In eval mode it treats sequences longer than `seq_length` as its own code does."""
+    """Qwen v1; in eval mode, sequences longer than `seq_length` are treated as in the published code."""
 
     config_class = Qwen1Config
 
@@ -165,8 +165,8 @@ class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
         """As the parent's.
 
         Raises:
-            UserError: a sample longer than `seq_length` in eval mode, where each question would need positions of its
-                own.
+            UserError: a sample longer than `seq_length` in eval mode, where each question would need its own
+                positions.
         """
         end = int(position_ids.max()) + 1
         if not self.training and end > self.config.seq_length:
@@ -203,7 +203,7 @@ class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
             positions = torch.arange(start, end, device=tokens.device)[None] if position_ids is None else position_ids
             kwargs["query_scale"] = logn_scale(positions, self.config)
             if past_key_values is not None and start > 0:
-                alphas = past_key_values.ntk_alpha  # keys in the cache keep the base they were rotated with
+                alphas = past_key_values.ntk_alpha  # cached keys were rotated with this base
             else:
                 lengths = [end] if attention_mask is None else attention_mask.sum(-1).tolist()
                 alphas = [ntk_alpha(length, self.config) for length in lengths]

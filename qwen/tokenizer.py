@@ -1,9 +1,9 @@
-"""Loads the tokenizer of a Qwen checkpoint and gives `<|extra_0|>`, the photo's placeholder, an id of its own.
+"""Load the tokenizer of a Qwen checkpoint and give the placeholder `<|extra_0|>` its own id.
 
-Called by `model/model.py`. Qwen v1 ships `qwen.tiktoken`, which is read into a fast tokenizer here; it knows
-`<|extra_0|>`. Qwen2, 2.5 and 3 do not; their embedding has spare rows above the last token (Qwen2.5: 151,936 rows,
-151,665 used), and the placeholder takes the first of them. Its row is never looked up: image features stand in its
-place before the language model reads anything.
+Called by `model/model.py`. Qwen v1 has `qwen.tiktoken`, which is converted to a fast tokenizer here; it contains
+`<|extra_0|>`. Qwen2, 2.5 and 3 lack it. Their embedding has spare rows above the last token (Qwen2.5: 151,936 rows,
+151,665 used), and the placeholder takes the first of them. This row has no effect, because image features replace it
+before the first layer.
 """
 
 import base64
@@ -20,7 +20,7 @@ from errors import UserError
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 TIKTOKEN_FILE = "qwen.tiktoken"
-# Qwen v1's tokenizer: its special tokens follow the ranks of qwen.tiktoken in this order, and this is how it cuts text
+# Qwen v1's tokenizer: the special tokens follow the ranks of qwen.tiktoken in this order; the pattern splits text
 QWEN1_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
 QWEN1_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,7 +28,7 @@ QWEN1_PATTERN = (
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer in `folder`, with `<|extra_0|>` as a special token.
+    """Load the fast tokenizer in `folder`, with `<|extra_0|>` as a special token.
 
     Raises:
         UserError: no tokenizer files, damaged ones, or a vocabulary without the ChatML control tokens.
@@ -50,23 +50,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of `<|extra_0|>`."""
+    """Return the id of `<|extra_0|>`."""
     return tokenizer.convert_tokens_to_ids(IMAGE_TAG)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the tokenizer's core that reads control tokens as the plain characters they are made of, all of them.
+    """Return a copy of the tokenizer's core that encodes all control tokens as plain characters.
 
-    The tokenizer itself does so for special tokens alone, and `<think>` or `<tool_call>` of Qwen2.5 and 3 are not
-    special. They must not become so: what is special is hidden when an answer is decoded.
+    The tokenizer itself can do this only for special tokens, and `<think>` or `<tool_call>` of Qwen2.5 and 3 are not
+    special. They must not become special, because decoding hides special tokens in an answer.
     """
     core = json.loads(tokenizer.backend_tokenizer.to_str())
-    # without those tokens, not with its encode_special_tokens: that setting does not come along to a spawned worker
+    # removes the tokens instead of setting encode_special_tokens, because a spawned worker loses that setting
     return Tokenizer.from_str(json.dumps(core | {"added_tokens": [], "truncation": None, "padding": None}))
 
 
 def read_tiktoken(file: Path) -> PreTrainedTokenizerFast:
-    """Qwen v1's tokenizer from its table of byte strings and ranks.
+    """Build Qwen v1's tokenizer from its table of byte strings and ranks.
 
     Raises:
         UserError: a line is not a base64 string and a rank, or the ranks are not 0, 1, 2, …
@@ -80,9 +80,9 @@ def read_tiktoken(file: Path) -> PreTrainedTokenizerFast:
             raise UserError(f"{file}, line {number}: not a token and its rank: fetch the file again") from error
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise UserError(f"{file}: ranks are missing, so it is cut short or damaged: fetch it again")
-    letters = bytes_to_unicode()  # the printable letter that stands for each byte in a byte-level vocabulary
+    letters = bytes_to_unicode()  # printable letter of each byte in a byte-level vocabulary
     text = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    # tiktoken joins whatever two neighbours make a token, the lowest rank first: so every way to cut a token is a merge
+    # tiktoken joins any two neighbours that form a token, lowest rank first, so every split of a token is a merge
     merges = [
         (text[token[:cut]], text[token[cut:]])
         for token in sorted(ranks, key=ranks.__getitem__)
@@ -99,7 +99,7 @@ def read_tiktoken(file: Path) -> PreTrainedTokenizerFast:
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    # normalized: the original normalises first and looks for special tokens then
+    # normalized: the original normalises text before it searches for special tokens
     backend.add_special_tokens([AddedToken(token, special=True, normalized=True) for token in QWEN1_SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -114,15 +114,15 @@ def test_interrupted_run_goes_on(tmp_path):
     ]
     process_image(["--config", "configs/demo.yaml", *overrides])
     command = [sys.executable, "train.py", "--config", "configs/demo.yaml", *overrides]
-    process = subprocess.Popen(command, cwd=REPO_ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=REPO_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    stderr = process.communicate()[1]
-    assert process.returncode == 130, stderr
-    assert "go on with --resume auto" in stderr
+    output = process.communicate()[0]
+    assert process.returncode == 130, output
+    assert "continue with --resume auto" in output
     done = subprocess.run([*command, "--resume", "auto"], cwd=REPO_ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""CLIP's vision tower, its last hidden state as a plain tensor. Loaded by `visual/encoder.py`."""
+"""CLIP's vision tower with its last hidden state as a plain tensor. Loaded by `visual/encoder.py`."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -12,13 +12,13 @@ from visual.tower import Tower, load_pretrained, pair
 class CLIPViT(Tower, CLIPVisionModel):
     """CLIP's tower, with a class token in front.
 
-    The output is what transformers calls `last_hidden_state`: CLIP's post layer norm was trained on the class token
-    alone and stands behind it, unlike SigLIP's, which belongs to every patch.
+    The output is transformers' `last_hidden_state`, before the post layer norm: CLIP trained that norm on the class
+    token only. SigLIP's post layer norm applies to every patch.
     """
 
     leading = 1
-    base_model_prefix = "vision_model"  # of the tower's tensors in a whole CLIPModel
-    # what else a published CLIPModel holds, never read; anything more that is left over is an error
+    base_model_prefix = "vision_model"  # of the tower's tensors in a full CLIPModel
+    # unused tensors of a published CLIPModel; any other extra tensor is an error
     unread = (
         r"^text_model\.",
         r"^logit_scale$",

@@ -1,4 +1,4 @@
-"""SigLIP's vision tower, its last hidden state as a plain tensor. Loaded by `visual/encoder.py`."""
+"""SigLIP's vision tower with its last hidden state as a plain tensor. Loaded by `visual/encoder.py`."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from visual.tower import Tower, load_pretrained, pair
 
-# parameters of the pooling head, which makes one vector of a photo: published, and of no use here
+# parameters of the published pooling head (one vector per photo), unused here
 POOLING_HEAD = (
     "probe",
     *(f"attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")),
@@ -21,7 +21,7 @@ class SigLIPViT(Tower, SiglipVisionModel):
     """SigLIP or SigLIP 2 (fixed resolution) without the pooling head; it has no class token."""
 
     leading = 0
-    # what else a published SiglipModel holds, never read; anything more that is left over is an error
+    # unused tensors of a published SiglipModel; any other extra tensor is an error
     unread = (
         r"^text_model\.",
         r"^logit_(scale|bias)$",

@@ -1,4 +1,4 @@
-"""ViT, DINOv2 and DINOv3: transformers' own models, their last hidden state after the final layer norm.
+"""ViT, DINOv2 and DINOv3: transformers' models with the last hidden state after the final layer norm.
 
 Loaded by `visual/encoder.py`.
 """
@@ -15,10 +15,10 @@ from visual.transform import ImageTransform
 
 
 class LibraryTower(Tower):
-    """Holds a model of transformers instead of being one.
+    """Tower that wraps a transformers model instead of subclassing it.
 
-    transformers 5 renames the tensors of older files by the name of the model's class, so a subclass of another name
-    would not find them.
+    transformers 5 renames the tensors of older files by the model's class name, so a subclass with another name would
+    not find them.
     """
 
     model_class: ClassVar[Any]
@@ -44,9 +44,9 @@ class LibraryTower(Tower):
 
     @classmethod
     def picture_size(cls, config: Any, folder: Path) -> tuple[int, int]:
-        """(H, W) in pixels; of models that take any size, what `preprocessor_config.json` makes.
+        """(H, W) in pixels; for models that accept any size, the output size of `preprocessor_config.json`.
 
-        facebook/dinov2-base has positions for 518 px and is published with pictures of 224 px.
+        facebook/dinov2-base has positions for 518 px, but its published crop size is 224 px.
         """
         return ImageTransform.from_folder(folder).size
 
@@ -71,7 +71,7 @@ class ViT(LibraryTower):
 
     @classmethod
     def picture_size(cls, config: Any, folder: Path) -> tuple[int, int]:
-        """(H, W) in pixels of its positions."""
+        """(H, W) in pixels, from its position embeddings."""
         return pair(config.image_size)
 
 

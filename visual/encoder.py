@@ -1,4 +1,4 @@
-"""Loads the frozen image encoder from a checkpoint folder. Called by `model/model.py`."""
+"""Load the frozen image encoder from a checkpoint folder. Called by `model/model.py`."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ NAFLEX = ("siglip2", "siglip2_vision_model")  # SigLIP 2 of fixed resolution is 
 def load_encoder(folder: Path, dtype: torch.dtype, drop: Drop = "first") -> Tower:
     """Load the vision tower from a folder with a whole model or the tower alone; all parameters frozen, in eval mode.
 
-    The text tower and the other parts that have no use here are left out; the classes name them.
+    The text tower and other unused parts are not loaded; the tower classes list them.
 
     Args:
         drop: rows that the tower leaves out, see `Tower`.

@@ -1,7 +1,7 @@
 """`load_image`: any photo file → upright RGB picture, with bounded memory and without starting other programs.
 
-It is apart from `visual/transform.py`, which re-exports it, and imports no torch, so that the processes in which
-`process_image.py` decodes photos start in a fraction of a second and stay small.
+This module imports no torch, so the decoding processes of `process_image.py` start in a fraction of a second and stay
+small. `visual/transform.py` re-exports `load_image`.
 """
 
 import os
@@ -15,8 +15,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from errors import UserError, file_error, shortened
 
-# What Pillow may read. Formats that start another program (EPS: Ghostscript) and those of no camera or website are left
-# out. JPEG includes MPO (cameras with several views), PPM covers PBM, PGM, PNM and PFM.
+# Formats that Pillow may read. Formats that start another program (EPS: Ghostscript) and formats that no camera or
+# website uses are excluded. JPEG includes MPO (cameras with several views), PPM covers PBM, PGM, PNM and PFM.
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 
 # Decoding takes up to 12 bytes a pixel (progressive JPEG and AVIF 10 to 12, others 1 to 4, measured with Pillow 12.3),
@@ -26,9 +26,9 @@ MAX_PIXELS = 64_000_000
 HEAVY_FORMATS = ("WEBP", "JPEG2000")
 
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-BAND_PIXELS = 1_000_000  # converted to RGB at a time, so that intermediate copies stay small
+BAND_PIXELS = 1_000_000  # converted to RGB at a time, to keep intermediate copies small
 
-# EXIF orientation -> what turns the stored picture upright (Exif 2.32, tag 0x0112)
+# EXIF orientation -> transpose that turns the stored photo upright (Exif 2.32, tag 0x0112)
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,38 +38,38 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-TILE_SIZE_TAGS = (322, 323)  # TileWidth and TileLength (TIFF 6.0): a tile is decoded whole, also beyond the picture
+TILE_SIZE_TAGS = (322, 323)  # TileWidth and TileLength (TIFF 6.0): a tile is decoded fully, also beyond the photo
 
-# Pillow warns from 89 million pixels on, but MAX_PIXELS refuses those in a sentence
+# Pillow warns from 89 million pixels on, but `load_image` already rejects photos above MAX_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def load_image(file: str | Path | BinaryIO | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open and decode a photo as RGB, upright (EXIF orientation applied).
 
-    Transparency is laid on white, 16-bit gray is scaled to 8 bit, and of an animation the first frame is taken. The
-    size is read from the header and compared with `max_pixels` (width × height) before anything is decoded.
+    Transparent pixels are blended with white, 16-bit gray is scaled to 8 bit, and an animation gives its first frame.
+    The size in the header is compared with `max_pixels` (width × height) before decoding.
 
     Raises:
-        UserError: no such file, empty, not one of `PHOTO_FORMATS`, cut off, too large, or of a kind that has no clear
-            RGB form; the message names the file.
+        UserError: no such file, empty, not one of `PHOTO_FORMATS`, cut off, too large, or without a clear RGB form; the
+            message names the file.
     """
     if isinstance(file, Image.Image):
         image, orientation = _decode(file, "the given picture", max_pixels)
     else:
         name = "the given file" if not isinstance(file, str | Path) else _checked_name(file)
         image, orientation = _decode_file(file, name, max_pixels)
-    # last, when the memory of the decoded original is free again
+    # last, after the memory of the decoded original is freed
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 def photo_size(file: str | Path) -> tuple[int, int]:
-    """Width and height of a photo, upright, from its header alone; errors as `load_image`."""
+    """Width and height of an upright photo, from its header only; errors as `load_image`."""
     name = _checked_name(file)
     with _opened(file, name, MAX_PIXELS) as image:
         _check_size(image, name, MAX_PIXELS)
         width, height = image.size
-        # the orientations from 5 on turn the picture by a quarter
+        # orientations 5 to 8 rotate the photo by 90 degrees
         return (height, width) if (_orientation(image) or 1) >= 5 else (width, height)
 
 
@@ -78,7 +78,7 @@ def _checked_name(file: str | Path) -> str:
         status = os.stat(file)
     except FileNotFoundError as error:
         raise UserError(f"photo not found: {shortened(file)}") from error
-    except OSError as error:  # a name that is too long, a folder that may not be read
+    except OSError as error:  # a name that is too long, no permission for a folder
         raise file_error(error, f"photo {shortened(file)}") from error
     except ValueError as error:  # a NUL character, or one that the file system cannot encode
         raise UserError(f"{shortened(file)!r} is no file name ({error})") from error
@@ -90,7 +90,7 @@ def _checked_name(file: str | Path) -> str:
 
 
 def _opened(file: str | Path | BinaryIO, name: str, max_pixels: int) -> Image.Image:
-    """The photo with its header read."""
+    """Open the photo and read its header."""
     try:
         return Image.open(file, formats=PHOTO_FORMATS)
     except UnidentifiedImageError as error:
@@ -105,13 +105,13 @@ def _opened(file: str | Path | BinaryIO, name: str, max_pixels: int) -> Image.Im
 
 
 def _decode_file(file: str | Path | BinaryIO, name: str, max_pixels: int) -> tuple[Image.Image, int | None]:
-    """As `_decode`. A function of its own, so that the decoded original is freed before the copy is turned upright."""
+    """Open and `_decode` a file; a separate function frees the decoded original before the copy is rotated."""
     with _opened(file, name, max_pixels) as image:
         return _decode(image, name, max_pixels)
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> tuple[Image.Image, int | None]:
-    """RGB as it is stored, and the EXIF orientation."""
+    """Return RGB pixels as stored, and the EXIF orientation."""
     _check_size(image, name, max_pixels)
     try:
         image.load()
@@ -141,10 +141,10 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    # not ImageOps.exif_transpose: it also writes the EXIF block anew, and one damaged tag of any kind makes that fail
+    # not ImageOps.exif_transpose: it also rewrites the EXIF block, which fails for any damaged tag
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # struct.error, SyntaxError …: a damaged block is no reason to lose a photo with sound pixels
+    except Exception:  # struct.error, SyntaxError …: a damaged block does not make the pixels unusable
         return None
 
 

@@ -1,6 +1,6 @@
 """Image processors that transformers has no Pillow class for. Used by `visual/transform.py`.
 
-Both take what every processor of transformers takes, and need no torchvision.
+Both have the interface of transformers' processors and need no torchvision.
 """
 
 import math
@@ -17,12 +17,12 @@ FILTERS = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bic
 
 
 class DINOv3ImageProcessor(ViTImageProcessorPil):
-    """DINOv3's: resizes in float32, where Pillow would round to 8 bit before the values are scaled.
+    """DINOv3's processor: resizes in float32, because Pillow would round to 8 bit before scaling.
 
-    transformers scales first and resizes then; both are linear, so the order changes the last float32 digit only.
+    transformers scales before it resizes. Both are linear, so the order changes only the last float32 digit.
 
     Raises:
-        ValueError: a filter other than bilinear and bicubic, which are all that torch has.
+        ValueError: a filter other than bilinear and bicubic, the only ones in torch.
     """
 
     image_mean = IMAGENET_MEAN
@@ -45,11 +45,11 @@ class DINOv3ImageProcessor(ViTImageProcessorPil):
 class TimmImageProcessor(CLIPImageProcessorPil):
     """timm's transform for evaluation, from `pretrained_cfg` in its config.json.
 
-    `crop_pct` is the edge of the crop over the edge before it. `crop_mode` `center` keeps the aspect ratio and loses
-    what is outside, `squash` changes it.
+    `crop_pct` is the edge after cropping divided by the edge before. `crop_mode` `center` keeps the aspect ratio and
+    cuts the margins off; `squash` changes the aspect ratio.
 
     Raises:
-        ValueError: a setting is missing, or of a kind that is not read.
+        ValueError: a setting is missing or not supported.
     """
 
     def __init__(
@@ -85,6 +85,6 @@ class TimmImageProcessor(CLIPImageProcessorPil):
         )
 
     def center_crop(self, image: np.ndarray, size: Any, **kwargs: Any) -> np.ndarray:
-        """(3, h, w) → (3, H, W); of an odd margin the half is rounded to even, where transformers rounds down."""
+        """(3, h, w) → (3, H, W); half of an odd margin is rounded to even; transformers rounds it down."""
         top, left = round((image.shape[-2] - size.height) / 2), round((image.shape[-1] - size.width) / 2)
         return image[:, top : top + size.height, left : left + size.width]

@@ -16,9 +16,9 @@ WEIGHTS = "model.safetensors"
 
 
 class TimmViT(Tower):
-    """A vision transformer of timm: what its `forward_features` gives, after the final layer norm where it has one.
+    """A vision transformer of timm; gives its `forward_features`, after the final layer norm if it has one.
 
-    Models that average the patches have their norm behind the average (`fc_norm`), so their rows come without.
+    Models that average the patches apply their norm after the average (`fc_norm`), so their rows are not normalised.
     """
 
     def __init__(self, model: Any) -> None:
@@ -31,16 +31,17 @@ class TimmViT(Tower):
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> tuple[Self, dict[str, Any]]:
-        """The tower of a folder as the hub holds it: `config.json` with `architecture`, and `model.safetensors`.
+        """Load the tower from a hub folder: `config.json` with `architecture`, and `model.safetensors`.
 
         Raises:
-            UserError: timm is missing or does not know the model, other weight files, or not a vision transformer.
+            UserError: timm is missing or lacks the model, the weights have another format, or the model is not a vision
+                transformer.
         """
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"'visual.path': {folder} has no {WEIGHTS}, the only form in which timm's models are read")
         model = build(settings, folder)
-        # the classifier, whose name differs between architectures; the model is built without
+        # the classifier is skipped, because the model has none; its name depends on the architecture
         head = tuple(f"{name}." for name in _names(settings["pretrained_cfg"].get("classifier")))
         tensors = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if not name.startswith(head)}
         wanted = model.state_dict()
@@ -68,7 +69,7 @@ class TimmViT(Tower):
 
 
 def build(settings: dict[str, Any], folder: Path) -> Any:
-    """The model that timm's config.json describes, without a classifier and with random weights.
+    """Build the model of timm's config.json, without a classifier and with random weights.
 
     Raises:
         UserError: as `TimmViT.load`.

@@ -1,6 +1,6 @@
-"""What every image encoder tells the rest: the rows it gives for a crop, their grid and width, the pixels it takes.
+"""Interface of all image encoders: rows of a crop, their grid and width, and the crop size.
 
-`visual/encoder.py` loads towers; the classes are in the files beside it.
+`visual/encoder.py` loads towers; their classes are in the other files of this folder.
 
 Shapes: C crops, H × W pixels, Dv width.
 """
@@ -20,15 +20,15 @@ Drop = Literal["first", "leading", "none"]
 
 
 class Tower(nn.Module):
-    """Pictures → rows of features.
+    """Image encoder: crops → rows of features.
 
     Attributes:
-        leading: rows that the library gives in front of the patches (class token, registers).
+        leading: rows in front of the patches in the library's output (class token, registers).
         width: Dv.
-        size: (H, W) in pixels of the pictures it takes.
-        patch_size: (height, width) in pixels of a patch.
-        drop: which rows `forward` leaves out: `first`, row 0 whatever it is (of SigLIP the top-left patch), `leading`,
-            all rows in front of the patches, or `none`.
+        size: (H, W) of a crop in pixels.
+        patch_size: (height, width) of a patch in pixels.
+        drop: rows that `forward` leaves out: `first`, row 0 (for SigLIP the top-left patch), `leading`, all rows in
+            front of the patches, or `none`.
     """
 
     leading: int
@@ -39,7 +39,7 @@ class Tower(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> tuple[Self, dict[str, Any]]:
-        """The tower in a checkpoint folder, and which tensors did not fit, as `errors.require_complete` reads it."""
+        """Load the tower in a checkpoint folder; return it and its loading info for `errors.require_complete`."""
         raise NotImplementedError
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -48,12 +48,12 @@ class Tower(nn.Module):
 
     @property
     def library_model(self) -> nn.Module:
-        """The library's own model, by whose names of layers peft finds those of an adapter; here the tower itself."""
+        """The library's own model, whose layer names peft uses for an adapter; here the tower itself."""
         return self
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and so of the pixels it takes."""
+        """Dtype of the weights and of the input pixels."""
         return next(self.parameters()).dtype
 
     @property
@@ -63,12 +63,12 @@ class Tower(nn.Module):
 
     @property
     def all_rows(self) -> int:
-        """Number of rows that pass its layers for one crop, before any is left out."""
+        """Number of rows of one crop in the layers, before any are left out."""
         return self.grid.rows + self.dropped
 
     @property
     def grid(self) -> Grid:
-        """The rows of one crop as `forward` gives them."""
+        """Grid of the rows that `forward` returns for one crop."""
         height, width = (pixels // patch for pixels, patch in zip(self.size, self.patch_size, strict=True))
         return Grid(height, width, self.leading - self.dropped)
 
@@ -76,7 +76,7 @@ class Tower(nn.Module):
         """`(C, 3, H, W)` pixels as `visual.transform` makes them → `(C, grid.rows, Dv)`, patches row by row at the end.
 
         Raises:
-            ValueError: pictures of another size than the tower's.
+            ValueError: crops of another size than the tower's.
         """
         height, width = pixels.shape[-2:]
         if (height, width) != self.size:
@@ -85,7 +85,7 @@ class Tower(nn.Module):
 
 
 def check_drop(drop: str) -> None:
-    """Raise ValueError unless `drop` is one of those that `Tower` knows."""
+    """Raise ValueError unless `drop` is a valid `Tower.drop`."""
     if drop not in get_args(Drop):
         raise ValueError(f"drop is {drop!r}, not one of {', '.join(get_args(Drop))}")
 
@@ -93,20 +93,20 @@ def check_drop(drop: str) -> None:
 def load_pretrained(
     model_class: Any, folder: Path, dtype: torch.dtype, unread: Collection[str] = (), **settings: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """A model by its class in transformers and what did not fit, save for the tensors whose names match `unread`.
+    """Load a transformers model; return it and its loading info, without extra tensors that match `unread`.
 
     Args:
-        unread: regular expressions for tensors that a published model holds and the tower has no use for.
+        unread: regular expressions for tensors of a published model that the tower does not use.
         settings: further arguments of `from_pretrained`.
     """
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it would print a table of what `unread` names
+    transformers_logging.set_verbosity_error()  # it would print a table of the `unread` tensors
     try:
         model, info = model_class.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation="sdpa",
-            ignore_mismatched_sizes=True,  # so that they are listed with the others
+            ignore_mismatched_sizes=True,  # to list them with the others
             output_loading_info=True,
             **settings,
         )

@@ -1,7 +1,7 @@
-"""The one way a photo becomes pixels: `load_image` (any file → RGB) and `ImageTransform` (RGB → tensor).
+"""Photo to pixels: `load_image` (any file → RGB) and `ImageTransform` (RGB → tensor).
 
-Dataset, page, command line, evaluation and the check in `process_image.py` all use it, so a photo looks the same to
-the encoder wherever it comes from.
+Dataset, page, command line, evaluation and the check in `process_image.py` all use it, so a photo always gives the same
+pixels.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from visual.processors import DINOv3ImageProcessor, TimmImageProcessor
 __all__ = ["MAX_PIXELS", "PHOTO_FORMATS", "ImageTransform", "load_image"]
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
-LONGEST_ASPECT = 100  # long edge / short edge of photos whose middle is cut out: 34 MB a copy at 336 px
+LONGEST_ASPECT = 100  # largest long edge / short edge for a center crop: 34 MB a copy at 336 px
 
-# transformers' AutoImageProcessor asks for torchvision in 5.17, and torchvision's resize differs from Pillow's
+# AutoImageProcessor of transformers 5.17 requires torchvision, and torchvision's resize differs from Pillow's
 PROCESSORS = {
     "SiglipImageProcessor": SiglipImageProcessorPil,
     "SiglipImageProcessorFast": SiglipImageProcessorPil,
@@ -47,8 +47,8 @@ PROCESSORS = {
 class ImageTransform:
     """RGB picture → `pixel_values`, by the checkpoint's own Hugging Face image processor.
 
-    The processor is wrapped and not rewritten: it costs 9 ms for a 640 × 480 photo where a table look-up of our own
-    costs 6 ms, beside 3 ms for the JPEG itself, and so equality with it cannot drift.
+    It wraps the processor, so its pixels always equal the processor's. A 640 × 480 photo takes 9 ms; a table look-up of
+    our own would take 6 ms, and decoding the JPEG takes 3 ms.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -60,10 +60,10 @@ class ImageTransform:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ImageTransform":
-        """The transform that a checkpoint's folder describes in `preprocessor_config.json`, or timm in `config.json`.
+        """Load the transform of a checkpoint folder from `preprocessor_config.json`, or from timm's `config.json`.
 
         Raises:
-            UserError: the file is missing, not JSON, of another kind of processor, or gives no fixed output size.
+            UserError: the file is missing, not JSON, has an unsupported processor, or gives no fixed output size.
         """
         file = Path(folder) / PREPROCESSOR_FILE
         if file.is_file():
@@ -93,8 +93,7 @@ class ImageTransform:
             (3, H, W) float32, H and W in pixels as in `size`.
 
         Raises:
-            UserError: the processor cuts out the middle, and the photo is more than `LONGEST_ASPECT` times as long as
-                wide.
+            UserError: the processor uses a center crop, and the photo's aspect ratio is above `LONGEST_ASPECT`.
         """
         if image.mode != "RGB":
             raise ValueError(f"the picture is {image.mode}, not RGB: pass it through load_image first")
@@ -102,8 +101,8 @@ class ImageTransform:
         return self.processor(image, return_tensors="pt")["pixel_values"][0]  # (3, H, W)
 
     def _check_shape(self, image: Image.Image) -> None:
-        # these processors resize the short edge first and crop then: at 336 px, a strip of 20,000 × 10 pixels would
-        # grow to 0.7 GB a copy, and all but 0.05 % of it would be cut off
+        # these processors resize the short edge and then crop: at 336 px, a strip of 20,000 × 10 pixels would grow to
+        # 0.7 GB a copy, and cropping would keep 0.05 % of it
         short, long = sorted(image.size)
         cropping = self.processor.do_center_crop and (self.processor.size or {}).get("shortest_edge")
         if cropping and long > LONGEST_ASPECT * short:
@@ -114,17 +113,17 @@ class ImageTransform:
             )
 
     def tiles(self, width: int, height: int, most: int) -> tuple[int, int]:
-        """(rows, columns) of the tiles of a photo: the grid of at most `most` tiles nearest to it in aspect ratio.
+        """Return (rows, columns): the grid of at most `most` tiles with the aspect ratio nearest to the photo's.
 
-        Distance is the logarithm of the ratio of both aspect ratios. Of equally near grids the one with more tiles is
-        taken only if the photo has at least half its pixels, since enlarging shows nothing new (as in InternVL 1.5,
+        Distance is the logarithm of the ratio of both aspect ratios. Among equally near grids, a larger one is used
+        only if the photo has at least half of its pixels, because enlarging adds no detail (as in InternVL 1.5,
         arXiv 2404.16821).
 
         Args:
             width, height: of the photo in pixels.
 
         Returns:
-            (0, 0) where one crop is enough: the photo is no larger than that, or one tile is nearest to it.
+            (0, 0) if one crop is enough: the photo is not larger than a crop, or one tile is nearest to it.
         """
         if width <= self.size[1] and height <= self.size[0]:
             return 0, 0
@@ -132,7 +131,7 @@ class ImageTransform:
 
         def order(grid: tuple[int, int]) -> tuple[Fraction, int]:
             rows, columns = grid
-            # exact, so that equally near is no matter of rounding; the logarithm has the same order
+            # exact, so ties do not depend on rounding; the logarithm has the same order
             ratio = Fraction(width * rows * tile_height, height * columns * tile_width)
             enough = 2 * width * height >= rows * columns * tile_height * tile_width
             return max(ratio, 1 / ratio), -rows * columns if enough else rows * columns
@@ -142,14 +141,14 @@ class ImageTransform:
         return (0, 0) if rows * columns == 1 else (rows, columns)
 
     def crops(self, image: Image.Image, rows: int, columns: int) -> torch.Tensor:
-        """The whole photo, then its tiles row by row, each as large as a crop.
+        """Return the whole photo, then its tiles row by row, each as one crop.
 
         The photo is resized to `columns` × `rows` crops with the processor's own filter and cut; the tiles are scaled
         and normalised.
 
         Args:
             image: RGB, from `load_image`.
-            rows, columns: from `tiles`; 0 and 0: the whole photo alone.
+            rows, columns: from `tiles`; 0 and 0: only the whole photo.
 
         Returns:
             (1 + rows * columns, 3, H, W) float32.
@@ -169,7 +168,7 @@ class ImageTransform:
         return torch.cat([whole, pixels])
 
     def fingerprint(self) -> str:
-        """16 hex digits that differ between transforms that give different pixels; stable over library versions."""
+        """Hash of the settings that affect the pixels, 16 hex digits; stable over library versions."""
         processor = self.processor
         settings: list[Any] = [
             [processor.do_resize, dict(processor.size or {}), int(processor.resample)],
@@ -177,7 +176,7 @@ class ImageTransform:
             [processor.do_rescale, processor.rescale_factor],
             [processor.do_normalize, list(processor.image_mean), list(processor.image_std)],
         ]
-        # these give other pixels than transformers' classes with the same settings
+        # these classes give other pixels than transformers' classes with the same settings
         if isinstance(processor, DINOv3ImageProcessor | TimmImageProcessor):
             settings.append(type(processor).__name__)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
