@@ -40,8 +40,8 @@ def export_checkpoint(model: MMultiModal, output: Path) -> float:
         raise UserError(f"{output} exists already: name a new folder with --output")
     if not isinstance(model.encoder, SigLIPViT):
         raise UserError(
-            "'visual.path' is a CLIP encoder: the stock class written here takes SigLIP's last layer norm into its "
-            "projector, so only models with a SigLIP encoder can be exported"
+            "'visual.path' is not a SigLIP encoder: the stock class written here takes SigLIP's last layer norm into "
+            "its projector, so only models with a SigLIP encoder can be exported"
         )
     if model.config.visual.drop != "first" or model.config.visual.tiles:
         raise UserError(

@@ -84,7 +84,7 @@ def test_equals_stock_llava(backbones, clip_folder):
 
 
 def test_export_says_that_it_cannot(backbones, clip_folder, tmp_path):
-    with pytest.raises(ValueError, match="'visual.path' is a CLIP encoder: .* only models with a SigLIP encoder"):
+    with pytest.raises(ValueError, match="'visual.path' is not a SigLIP encoder: .* only models with a SigLIP encoder"):
         export_checkpoint(build(backbones, clip_folder), tmp_path / "out")
 
 
