@@ -83,7 +83,7 @@ class Run:
     def __init__(
         self, config: Config, resume: str | None = None, accept_changes: bool = False, dry_run: bool = False
     ) -> None:
-        assert not config.train.stages, "training.stages.train runs them"
+        assert not config.train.stages, "training.stages.stages runs them"
         check_trackers(config.train)
         self.config = config
         self.accelerator, self.precision = make_accelerator(config)

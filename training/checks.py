@@ -23,6 +23,7 @@ class NonFiniteError(UserError):
 
 
 def step_figures(run: Run, batches: list[Batch]) -> dict[str, Any]:
+    """Return learning rates, arithmetic of this process's `batches`, and the number of replaced photos."""
     rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
     encoded = sum(len(batch.pixel_values) for batch in batches if batch.pixel_values is not None)
     cached = sum(len(batch.image_features) for batch in batches if batch.image_features is not None)

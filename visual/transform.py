@@ -23,7 +23,6 @@ __all__ = ["MAX_PIXELS", "PHOTO_FORMATS", "ImageTransform", "load_image"]
 PREPROCESSOR_FILE = "preprocessor_config.json"
 LONGEST_ASPECT = 100  # largest long edge / short edge for a center crop: 34 MB a copy at 336 px
 
-# AutoImageProcessor of transformers 5.17 requires torchvision, and torchvision's resize differs from Pillow's
 PROCESSORS = {
     "SiglipImageProcessor": SiglipImageProcessorPil,
     "SiglipImageProcessorFast": SiglipImageProcessorPil,
