@@ -26,7 +26,7 @@ from config import Generate, Gui, changed, parse_overrides
 from errors import UserError, check_text, is_out_of_memory
 from model.checkpoint import load_checkpoint, read_config
 from page.address import check_port, in_url
-from page.chat import History, Photo, answered, as_shown, checked, in_box, photos_of, typed
+from page.chat import History, UploadedPhoto, answered, as_shown, checked, in_box, photos_of, typed
 from page.uploads import upload_folder
 from visual.transform import load_image
 
@@ -89,7 +89,7 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
     decoded = functools.lru_cache(maxsize=8)(load_image)  # each upload has its own path; follow-ups decode nothing
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
 
-    def load(photo: Photo) -> "Image.Image":
+    def load(photo: UploadedPhoto) -> "Image.Image":
         return decoded(checked({"path": photo.path}, folder).path)  # checks that it still exists, keeps it another hour
 
     with gr.Blocks(
@@ -240,7 +240,9 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
     return page
 
 
-def _readable(photos: list[Photo], load: Callable[[Photo], Any]) -> tuple[list[Photo], list[UserError]]:
+def _readable(
+    photos: list[UploadedPhoto], load: Callable[[UploadedPhoto], Any]
+) -> tuple[list[UploadedPhoto], list[UserError]]:
     """Return the readable photos, and the errors of the others."""
     sound, problems = [], []
     for photo in photos:
@@ -270,7 +272,7 @@ def _speed(text: str, seconds: float) -> str:
     return f"{len(text)} characters 字符 · {seconds:.1f} s · {len(text) / max(seconds, 1e-6):.0f}/s"
 
 
-def _sentence(error: Exception, photos: list[Photo]) -> str:
+def _sentence(error: Exception, photos: list[UploadedPhoto]) -> str:
     """Return the message for the user, with file names instead of paths on the server."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY

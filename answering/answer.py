@@ -29,7 +29,7 @@ from qwen.chat import Message
 from visual.photo import load_image
 from visual_plan import VisualPlan
 
-Photo = Image.Image | str | Path
+PhotoSource = Image.Image | str | Path
 
 
 class Answerer:
@@ -56,12 +56,12 @@ class Answerer:
         self._suppressed = torch.tensor(model.suppressed_ids)
         self._lock = threading.RLock()
 
-    def answer(self, image: Photo | None, question: str) -> str:
+    def answer(self, image: PhotoSource | None, question: str) -> str:
         """Return the whole answer to one question; see `stream`."""
         with self._lock:
             return "".join(self.stream(image, [{"role": "user", "content": question}]))
 
-    def stream(self, image: Photo | None, messages: list[dict[str, Any]]) -> Generator[str, None, None]:
+    def stream(self, image: PhotoSource | None, messages: list[dict[str, Any]]) -> Generator[str, None, None]:
         """Answer the last of `messages` piece by piece.
 
         Args:
@@ -89,7 +89,7 @@ class Answerer:
                 photos += own
         yield from self.stream_messages(photos, rendered)
 
-    def stream_messages(self, photos: Sequence[Photo], messages: list[Message]) -> Generator[str, None, None]:
+    def stream_messages(self, photos: Sequence[PhotoSource], messages: list[Message]) -> Generator[str, None, None]:
         """As `stream`, for messages with the positions of `photos`, in reading order (dataset entries).
 
         The plans in the messages only mark positions; the plan used for a photo depends on its size.
@@ -162,7 +162,7 @@ class Answerer:
         self._cached_ids = self._cached_ids + list(new_ids)
         return logits
 
-    def _generate(self, photos: Sequence[Photo], messages: list[Message]) -> Iterator[int]:
+    def _generate(self, photos: Sequence[PhotoSource], messages: list[Message]) -> Iterator[int]:
         """Yield new token ids, without the end token."""
         settings, chat = self.settings, self.model.processor.chat
         pictures = [load_image(photo) for photo in photos]

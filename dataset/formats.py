@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.json_files import parse_json, read_content
-from dataset.rows import DropRowError, Part, Row, check_text, shown
+from dataset.rows import DropRowError, Row, RowPart, check_text, shown
 from errors import UserError, shortened
 
 # Arguments: paths of annotations, questions (vqav2 only) and photos, and a dict for the encoding of each file that is
@@ -41,10 +41,10 @@ def load_jsonl(annotations: Path, questions: Path | None, images: Path, encoding
         try:
             value = parse_json(line, str(annotations), number)
         except UserError as error:
-            broken = Part(place, line.decode("utf-8", errors="backslashreplace"))
+            broken = RowPart(place, line.decode("utf-8", errors="backslashreplace"))
             rows.append(Row(None, (broken,), DropRowError("line is not JSON", error)))
         else:
-            rows.append(Row(value, (Part(place, value),)))
+            rows.append(Row(value, (RowPart(place, value),)))
     if not any(isinstance(row.value, dict) for row in rows):
         first = rows[0].problem.detail if rows[0].problem else f"the first is {shortened(shown(rows[0].value))}"
         raise UserError(f"{annotations}: no line holds a JSON object ({first}): is 'format' right?")
@@ -53,10 +53,10 @@ def load_jsonl(annotations: Path, questions: Path | None, images: Path, encoding
 
 @dataclass(slots=True)
 class _CocoPhoto:
-    part: Part
+    part: RowPart
     named: bool = False  # at least one caption has its id
     ambiguous: bool = False  # another file has the same id
-    captions: list[Part] = field(default_factory=list)
+    captions: list[RowPart] = field(default_factory=list)
 
 
 def load_coco_captions(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> list[Row]:
@@ -99,9 +99,9 @@ QUESTION_FIELDS = ("image_id", "question")  # items of one question_id with equa
 
 @dataclass(slots=True)
 class _VqaQuestion:
-    part: Part
+    part: RowPart
     ambiguous: bool = False  # another question has the same id
-    annotation: Part | None = None
+    annotation: RowPart | None = None
 
 
 def load_vqav2(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> list[Row]:
@@ -181,15 +181,15 @@ def _read(file: Path, encodings: dict[str, str]) -> Any:
     return parse_json(_text(file, encodings), str(file))
 
 
-def _parts(data: Any, name: str, path: Path) -> Iterator[Part]:
+def _parts(data: Any, name: str, path: Path) -> Iterator[RowPart]:
     items = data.get(name) if isinstance(data, dict) else None
     if not isinstance(items, list):
         raise UserError(f"{path}: expected an object with a list of objects '{name}': is 'format' right?")
     for number, item in enumerate(items, start=1):
-        yield Part(f"{name.removesuffix('s')} {number}", item, str(path))
+        yield RowPart(f"{name.removesuffix('s')} {number}", item, str(path))
 
 
-def _id(part: Part, name: str) -> str:
+def _id(part: RowPart, name: str) -> str:
     if not isinstance(part.content, dict):
         raise DropRowError("row is not an object", shown(part.content))
     value = part.content.get(name)

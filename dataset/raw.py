@@ -17,7 +17,7 @@ from config import IMAGE_TAG
 from dataset.formats import Loader, load_coco_captions, load_jsonl, load_list, load_vqav2
 from dataset.photo_check import Check
 from dataset.records import TEXT_KEY, Captions, ImageMap
-from dataset.rows import DropRowError, Part, Report, Row, shown
+from dataset.rows import DropRowError, Report, Row, RowPart, shown
 from dataset.turns import Notes, Turns, answers_of, dialogue, image_names, kind_of, place_by_turn, place_photos, turn_of
 from paths import resolve_path
 
@@ -175,8 +175,8 @@ def _parse_rows(
     return parsed
 
 
-def _parts(number: int, row: Any) -> tuple[Part, ...]:
-    return row.parts if isinstance(row, Row) else (Part(f"row {number}", row),)
+def _parts(number: int, row: Any) -> tuple[RowPart, ...]:
+    return row.parts if isinstance(row, Row) else (RowPart(f"row {number}", row),)
 
 
 class _Register:

@@ -35,7 +35,7 @@ class DropRowError(Exception):
         self.reason, self.detail = reason, shortened(detail)
 
 
-class Part(NamedTuple):
+class RowPart(NamedTuple):
     """One row as read: `place` in `file`, for example `row 3`; `file` "" means the source's annotations."""
 
     place: str
@@ -47,7 +47,7 @@ class Row(NamedTuple):
     """Unit of parsing: a value with the rows it was read from (several for COCO captions), or a problem."""
 
     value: Any
-    parts: tuple[Part, ...]
+    parts: tuple[RowPart, ...]
     problem: DropRowError | None = None
 
 
@@ -65,9 +65,9 @@ class Report:
     blank_answers: int = 0  # removed from rows that have other answers
     encodings: dict[str, str] = field(default_factory=dict)  # encodings of files that are not UTF-8
     dropped: dict[str, dict[str, Any]] = field(default_factory=dict)  # reason -> {"count", "examples"}
-    rejected: list[tuple[Part, str, str]] = field(default_factory=list)  # every dropped row, reason and detail
+    rejected: list[tuple[RowPart, str, str]] = field(default_factory=list)  # every dropped row, reason and detail
 
-    def drop(self, parts: Iterable[Part], reason: str, detail: str) -> None:
+    def drop(self, parts: Iterable[RowPart], reason: str, detail: str) -> None:
         """Count and store rejected rows; the first `EXAMPLES` of a reason are its examples."""
         entry = self.dropped.setdefault(reason, {"count": 0, "examples": []})
         for part in parts:

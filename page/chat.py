@@ -11,14 +11,14 @@ from page.uploads import photo_name, uploaded_photo
 NOTHING = "(no answer 无回答)"
 
 
-class Photo(NamedTuple):
+class UploadedPhoto(NamedTuple):
     """A checked upload; `name` is the name of the user's file, for messages."""
 
     path: str
     name: str
 
 
-# alternating {"role": "user", "content": text, "photos": [Photo, …]} and {"role": "assistant", "content": text}
+# alternating {"role": "user", "content": text, "photos": [UploadedPhoto, …]} and {"role": "assistant", "content": text}
 History = list[dict[str, Any]]
 
 
@@ -29,16 +29,16 @@ def typed(payload: Any) -> tuple[str, list[Any]]:
     return text.strip() if isinstance(text, str) else "", uploads if isinstance(uploads, list) else []
 
 
-def checked(upload: Any, folder: Path) -> Photo:
+def checked(upload: Any, folder: Path) -> UploadedPhoto:
     """Return an upload without other fields from the client, such as an address that the server would fetch.
 
     Raises:
         UserError: it is not a file in `folder`.
     """
-    return Photo(str(uploaded_photo(upload, folder)), photo_name(upload))
+    return UploadedPhoto(str(uploaded_photo(upload, folder)), photo_name(upload))
 
 
-def in_box(text: str, photos: Sequence[Photo] = ()) -> dict[str, Any]:
+def in_box(text: str, photos: Sequence[UploadedPhoto] = ()) -> dict[str, Any]:
     """Content of the question box."""
     files = [{"path": path, "orig_name": name, "mime_type": _kind(path)} for path, name in photos]
     return {"text": text, "files": files}
@@ -49,7 +49,7 @@ def answered(history: History) -> History:
     return history[: len(history) // 2 * 2]
 
 
-def photos_of(history: History) -> list[Photo]:
+def photos_of(history: History) -> list[UploadedPhoto]:
     """All photos of a dialogue in reading order."""
     return [photo for message in history for photo in message.get("photos", ())]
 

@@ -137,6 +137,15 @@ def test_a_circle_is_found_in_functions_and_among_type_imports():
     assert circles(edges) == {frozenset({"room.a", "room.b", "room.c"})}
 
 
+def test_no_two_classes_have_one_name():
+    places = {}
+    for path in product_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(path.relative_to(REPO_ROOT).as_posix())
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
 LONGEST_FILE, LONGEST_FUNCTION = 350, 60  # lines
 LONG_FILES = {
     "benchmarks/train_step.py": "five sides that are compared, each short, with one set of helpers",

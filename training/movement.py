@@ -16,15 +16,15 @@ from model.model import MMultiModal
 
 MOST = 4096  # numbers per tensor (16 KiB): 7 MiB for LoRA on all 448 matrices of a 7B model
 
-Sample = dict[str, dict[str, torch.Tensor]]  # part → weight → sampled numbers of it
+WeightSample = dict[str, dict[str, torch.Tensor]]  # part → weight → sampled numbers of it
 
 
-def sample_weights(model: MMultiModal) -> Sample:
+def sample_weights(model: MMultiModal) -> WeightSample:
     """Return the sampled numbers of every part: 1-D, float32, on the CPU."""
     return {part.name: {name: _numbers(weight) for name, weight in part.parameters.items()} for part in model.parts}
 
 
-def movement(model: MMultiModal, start: Sample) -> dict[str, float]:
+def movement(model: MMultiModal, start: WeightSample) -> dict[str, float]:
     """Return the relative change of each part since `start`; 1.0 for a part that started at zero and changed."""
     moved = {}
     for part in model.parts:

@@ -37,7 +37,7 @@ class Attempt:
 
 
 @dataclass
-class Sample:
+class ShownQuestion:
     """One question of the page. `pictures` are data URIs, or error messages of unreadable photos."""
 
     key: str  # identifies the question after a resume
@@ -49,7 +49,7 @@ class Sample:
     attempts: dict[int, Attempt] = field(default_factory=dict)  # by step
 
 
-def render_page(run: str, samples: list[Sample], held_out: bool) -> str:
+def render_page(run: str, samples: list[ShownQuestion], held_out: bool) -> str:
     """Return the whole page. All texts are escaped, so HTML in questions and answers is displayed as text."""
     steps = sorted({step for sample in samples for step in sample.attempts})
     if held_out:
@@ -73,7 +73,7 @@ def render_page(run: str, samples: list[Sample], held_out: bool) -> str:
     )
 
 
-def _card(sample: Sample) -> str:
+def _card(sample: ShownQuestion) -> str:
     pictures = "".join(
         f'<img src="{html.escape(picture)}" alt="photo">' if picture.startswith("data:") else _text(picture, "failed")
         for picture in sample.pictures

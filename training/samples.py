@@ -26,7 +26,7 @@ from evaluation import metrics
 from model.model import MMultiModal
 from qwen.chat import IGNORE_INDEX, ChatFormat
 from training.run_log import write_whole
-from training.sample_page import Attempt, Sample, render_page
+from training.sample_page import Attempt, ShownQuestion, render_page
 from visual.transform import load_image
 
 Photos = Mapping[int, Photo] | Sequence[Photo]  # by ID
@@ -216,10 +216,10 @@ def _from_json(attempts: dict[str, Any], last: int) -> dict[int, Attempt]:
     }
 
 
-def _sample(entry: Entry, photos: Photos) -> Sample:
+def _sample(entry: Entry, photos: Photos) -> ShownQuestion:
     turn = entry.turns[0]
     pictures = [_picture(photos[ID]) for ID in turn.images]
-    return Sample(
+    return ShownQuestion(
         key=" ".join([*(photos[ID].key for ID in entry.images), turn.question, *turn.answers]),
         source=entry.source,
         type=turn.type or entry.type,

@@ -33,7 +33,7 @@ from model.checkpoint_folder import (
 from model.model import MMultiModal
 from training.agreement import all_or_none, on_main
 from training.estimate import Setting
-from training.movement import Sample
+from training.movement import WeightSample
 
 
 @dataclasses.dataclass
@@ -89,7 +89,7 @@ class Resumable(Protocol):
     total_steps: int
     provenance: dict[str, Any]
     progress: Progress
-    start: Sample | None
+    start: WeightSample | None
 
     def say(self, sentence: str) -> None: ...
 
