@@ -136,6 +136,14 @@ PARTS: dict[str, Callable[[Any, Any], list[Part]]] = {
 }
 
 
+def check_part_name(key: str, where: str = "") -> None:
+    """Raise UserError unless `key` is in `PARTS`; the message opens with `where` and names the nearest part."""
+    if key not in PARTS:
+        near = difflib.get_close_matches(key, PARTS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"parts are {', '.join(PARTS)}"
+        raise UserError(f"{where}'train.parts.{shortened(key)}' is not a part that can be trained, {hint}")
+
+
 def make_parts(model: Network) -> list[Part]:
     """Build the parts of a frozen model and enable gradients where the learning rate is above 0.
 
@@ -146,10 +154,7 @@ def make_parts(model: Network) -> list[Part]:
     """
     parts: list[Part] = []
     for key, settings in model.config.train.parts:
-        if key not in PARTS:
-            near = difflib.get_close_matches(key, PARTS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"parts are {', '.join(PARTS)}"
-            raise UserError(f"'train.parts.{shortened(key)}' is not a part that can be trained, {hint}")
+        check_part_name(key)
         parts += PARTS[key](model, settings)
     for part in parts:
         for parameter in part.parameters.values():

@@ -26,6 +26,7 @@ from errors import UserError
 from model.checkpoint import fingerprints, read_config, restore_weights
 from model.checkpoint_folder import check_complete
 from model.model import LossOf, MMultiModal
+from model.parts import check_part_name
 from model.precision import DTYPES, pick_device, pick_precision
 from paths import REPO_ROOT, check_folder, resolve_path
 from training import state
@@ -85,6 +86,8 @@ class Run:
     ) -> None:
         assert not config.train.stages, "training.stages.stages runs them"
         check_trackers(config.train)
+        for key, _ in config.train.parts:
+            check_part_name(key)
         self.config = config
         self.accelerator, self.precision = make_accelerator(config)
         self.output_dir = resolve_path(config.train.output_dir)

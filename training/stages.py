@@ -8,7 +8,6 @@ A resumed run continues in the newest stage that has checkpoints. If that stage 
 checkpoints are thus the only record of the progress.
 """
 
-import difflib
 import gc
 import re
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from accelerate.utils import gather_object
 from config import Config, Parts, overridden
 from errors import UserError, file_error, shortened
 from model.checkpoint_folder import check_complete, list_checkpoints, recover
-from model.parts import PARTS
+from model.parts import check_part_name
 from paths import existing_path, resolve_path
 from training import state
 from training.agreement import on_main
@@ -144,10 +143,8 @@ def _check_key(key: str, where: str) -> None:
             f"{where}: a stage cannot change '{shortened(key)}', only keys of train and data other than "
             f"{', '.join(FIXED)}: set it for the whole run"
         )
-    if section == "train" and rest[0] == "parts" and rest[1:] and rest[1] not in PARTS:
-        near = difflib.get_close_matches(rest[1], PARTS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"parts are {', '.join(PARTS)}"
-        raise UserError(f"{where}: 'train.parts.{shortened(rest[1])}' is not a part that can be trained, {hint}")
+    if section == "train" and rest[0] == "parts" and rest[1:]:
+        check_part_name(rest[1], f"{where}: ")
 
 
 def _check_parts(trained: set[str], before: Parts, after: Parts, where: str) -> None:

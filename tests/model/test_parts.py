@@ -292,3 +292,9 @@ def test_untied_embeddings_are_trained_apart(backbones, tmp_path):
     assert not torch.equal(loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight)
     first = MMultiModal.from_config(config).language_model.get_output_embeddings().weight
     assert not torch.equal(first, loaded.get_output_embeddings().weight)
+
+
+def test_a_misspelt_part_is_named_before_data_and_models_are_read(configure):
+    missing = {"captions": "/nowhere/captions.json"}
+    with pytest.raises(UserError, match=r"'train\.parts\.visoin' is not a part .*, did you mean 'vision'\?"):
+        Trainer(configure(data=missing, parts={"visoin": {"lr": 1e-3}}))
