@@ -108,6 +108,7 @@ def test_the_readme_names_and_counts_it(to_the_loss, language, sentence):
     assert 0 < int(most_lines.replace(",", "")) - lines_of(to_the_loss) <= 100
     assert int(hops) == max(len(stack) - 1 for stack in to_the_loss.values())
     assert {"six": 6, "六": 6, "five": 5, "五": 5}[count] == len(named)
+    assert re.search(rf"\[({count} files|{count}个文件)\]", text), "the list at the top of the README counts them too"
 
 
 def test_the_way_to_an_answer_is_short(tiny_checkpoint, workshop, watch, monkeypatch):

@@ -6,10 +6,10 @@ from typing import Any, Self
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from visual.tower import Tower, load_pretrained, pair
+from visual.tower import ConfigTower, load_pretrained
 
 
-class CLIPViT(Tower, CLIPVisionModel):
+class CLIPViT(ConfigTower, CLIPVisionModel):
     """CLIP's tower, with a class token in front.
 
     The output is transformers' `last_hidden_state`, before the post layer norm: CLIP trained that norm on the class
@@ -25,12 +25,6 @@ class CLIPViT(Tower, CLIPVisionModel):
         r"^(visual|text)_projection\.weight$",
         r"^(vision_model\.)?embeddings\.position_ids$",
     )
-
-    def __init__(self, config: CLIPVisionConfig) -> None:
-        super().__init__(config)
-        self.width = config.hidden_size
-        self.size = pair(config.image_size)
-        self.patch_size = pair(config.patch_size)
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> tuple[Self, dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from visual.tower import Tower, load_pretrained, pair
+from visual.tower import ConfigTower, load_pretrained
 
 # parameters of the published pooling head (one vector per photo), unused here
 POOLING_HEAD = (
@@ -17,7 +17,7 @@ POOLING_HEAD = (
 )
 
 
-class SigLIPViT(Tower, SiglipVisionModel):
+class SigLIPViT(ConfigTower, SiglipVisionModel):
     """SigLIP or SigLIP 2 (fixed resolution) without the pooling head; it has no class token."""
 
     leading = 0
@@ -28,12 +28,6 @@ class SigLIPViT(Tower, SiglipVisionModel):
         r"^(vision_model\.)?embeddings\.position_ids$",
         rf"^(vision_model\.)?head\.({'|'.join(map(re.escape, POOLING_HEAD))})$",
     )
-
-    def __init__(self, config: SiglipVisionConfig) -> None:
-        super().__init__(config)
-        self.width = config.hidden_size
-        self.size = pair(config.image_size)
-        self.patch_size = pair(config.patch_size)
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> tuple[Self, dict[str, Any]]:

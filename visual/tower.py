@@ -84,6 +84,24 @@ class Tower(nn.Module):
         return self.encode(pixels)[:, self.dropped :]
 
 
+class ConfigTower(Tower):
+    """Tower that is a transformers model of a fixed picture size; its config has width and sizes."""
+
+    config: Any
+
+    @property
+    def width(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return pair(self.config.image_size)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return pair(self.config.patch_size)
+
+
 def check_drop(drop: str) -> None:
     """Raise ValueError unless `drop` is a valid `Tower.drop`."""
     if drop not in get_args(Drop):
