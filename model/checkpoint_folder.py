@@ -14,6 +14,7 @@ import yaml
 
 from errors import UserError, file_error, shortened
 from model import report_layout
+from model.parts import ADAPTER_FILE, PROJECTOR_FILE
 from paths import REPO_ROOT, nearest_name_hint
 
 CONFIG_FILE = "config.yaml"
@@ -22,7 +23,7 @@ METRICS_FILE = "metrics.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"  # beside a file adapter_model.safetensors
 STATE_FILE = "trainer_state/state.pt"
 # weight files of a checkpoint without checksums
-FORMER_FILES = ("feature_proj.safetensors", "adapter_model.safetensors")
+FORMER_FILES = (PROJECTOR_FILE, ADAPTER_FILE)
 # 1: no checksums, the position in the data counted in micro-batches. 2: checksums, position in samples. 3: trained
 # parts of several kinds, under train.parts in the config
 FORMAT_VERSION = 3
@@ -37,7 +38,7 @@ def required_files(folder: Path) -> list[str]:
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError):  # format 1, or a damaged file
         weights = list(FORMER_FILES)
     adapters = [
-        Path(name).with_name(ADAPTER_CONFIG_FILE).as_posix() for name in weights if Path(name).name == FORMER_FILES[1]
+        Path(name).with_name(ADAPTER_CONFIG_FILE).as_posix() for name in weights if Path(name).name == ADAPTER_FILE
     ]
     return [CONFIG_FILE, PROVENANCE_FILE, *adapters, *weights]
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import Projector, load_config
 from errors import UserError
 from model.projector import PROJECTORS, FeatureProjector, build_projector, sine_positions
+from paths import REPO_ROOT
 from visual_plan import Grid
 
 WIDTH, OUT_WIDTH = 12, 32
@@ -315,3 +316,19 @@ def test_settings_of_another_kind(overrides, message):
 def test_settings_at_their_default_are_no_choice(kind):
     config = load_config("config.yaml", [f"projector.kind={kind}"])
     assert Projector(**config.projector.model_dump()) == config.projector  # as a checkpoint writes it
+
+
+@pytest.mark.parametrize(("language", "unit", "kinds"), [("", 1e6, ("M", "G")), ("_zh", 1e4, ("万", "亿次"))])
+def test_the_table_of_the_docs_holds_what_is_counted(language, unit, kinds):
+    """Tokens, parameters and operations at 27 × 27 patches less the first, widths 1152 and 1536."""
+    text = (REPO_ROOT / f"docs/changing_the_model{language}.md").read_text(encoding="utf-8")
+    for kind in PROJECTORS:
+        projector = build_projector(Projector(kind=kind), Grid(27, 27, -1), 1152, 1536)
+        cells = next(line for line in text.splitlines() if line.startswith(f"| `{kind}`")).split("|")
+        tokens, parameters, operations = (cell.strip() for cell in cells[2:5])
+        assert int(tokens) == projector.tokens(Grid(27, 27, -1))
+        count = sum(parameter.numel() for parameter in projector.parameters())
+        assert float(parameters.removesuffix(kinds[0])) == pytest.approx(count / unit, rel=0.01)
+        scale = {"G": 1e9, "亿次": 1e8}[kinds[1]]
+        needed = projector.operations(Grid(27, 27, -1), True)
+        assert float(operations.removesuffix(kinds[1])) == pytest.approx(needed / scale, rel=0.01)
