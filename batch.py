@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 # per sample: token length of its prefix, then of each branch; a sample with one question has only a prefix
-Samples = tuple[tuple[int, ...], ...]
+Lengths = tuple[tuple[int, ...], ...]
 
 
 def sample_positions(lengths: tuple[int, ...]) -> torch.Tensor:
@@ -26,7 +26,7 @@ class Batch:
 
     Attributes:
         input_ids, labels, position_ids: (1, T) int64; labels are -100 at unsupervised positions.
-        samples: segment lengths of the row.
+        lengths: segment lengths of the row, of each sample in turn.
         pixel_values: (C, 3, H, W) float32, each distinct crop once; None without photos or with cached features.
         image_features: (C, R, Dv) cached features, used instead of `pixel_values`.
         crop_index: (shown crops,) int64, the index of the crop at each run of placeholders, in reading order.
@@ -36,7 +36,7 @@ class Batch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
-    samples: Samples
+    lengths: Lengths
     pixel_values: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
     crop_index: torch.Tensor | None = None

@@ -220,7 +220,7 @@ class Train(Section):
     def _step_in_samples_or_micro_batches(self) -> "Train":
         if (self.micro_batch == "auto") != (self.samples_per_step is not None):
             raise ValueError(
-                "with micro_batch: auto, 'samples_per_step' says how many samples make an optimiser step (and "
+                "with micro_batch: auto, 'samples_per_step' says how many samples make an optimizer step (and "
                 "'accumulation' follows); with a number, 'accumulation' does and 'samples_per_step' is null"
             )
         if self.contrastive_weight > 0 and self.micro_batch == 1 and self.tokens_per_batch is None:

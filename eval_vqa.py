@@ -1,4 +1,4 @@
-"""Scores a checkpoint on its own data: accuracy per question type, with the photo and with another one (blind).
+"""Score a checkpoint on its own data: accuracy per question type, with the photo and with another one (blind).
 
     python eval_vqa.py --checkpoint checkpoints/demo/checkpoint-240
     python eval_vqa.py --checkpoint DIR --split all --limit 100 --gallery gallery.png data.captions=data/captions.json

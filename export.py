@@ -1,4 +1,4 @@
-"""Writes a checkpoint as one stock transformers model: `python export.py --checkpoint DIR --output DIR [key=value …]`.
+"""Write a checkpoint as one stock transformers model: `python export.py --checkpoint DIR --output DIR [key=value …]`.
 
 LoRA is merged into the weights as they were before any quantisation, and the folder loads with
 `VipLlavaForConditionalGeneration.from_pretrained`, without any code of ours. It gets its name only after it was loaded

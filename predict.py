@@ -1,4 +1,4 @@
-"""Answers a question about photos, or a file of questions, with a checkpoint.
+"""Answer a question about photos, or a file of questions, with a checkpoint.
 
     python predict.py --checkpoint DIR --image photo.jpg --question "What is in this picture?"
     python predict.py --checkpoint DIR --image before.jpg --image after.jpg --question "What has changed?"
@@ -139,7 +139,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _finite(text: str) -> float:

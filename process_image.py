@@ -1,4 +1,4 @@
-"""Turns the raw annotations that the config names into `image_map.json` and `captions.json`.
+"""Convert the raw annotations that the config names to `image_map.json` and `captions.json`.
 
     python process_image.py                                       # the sources of config.yaml
     python process_image.py --config configs/demo.yaml --check    # only print what would be kept and rejected
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(report_text(reports))
     empty = [report.source for report in reports if report.kept == 0]
     if empty:
-        raise UserError(f"no row is left of {', '.join(empty)}, see the reasons above; nothing was written")
+        raise UserError(f"no row was kept of {', '.join(empty)}, see the reasons above; nothing was written")
     excess = too_many_rejected(reports, data.max_rejected)
     if args.check:
         if excess:

@@ -1,4 +1,4 @@
-"""A web page to ask a checkpoint about photos: each question may bring one or several.
+"""Web page to ask a checkpoint about photos; each question may come with one or several.
 
     python test_gui.py --checkpoint checkpoints/demo/checkpoint-240
     python test_gui.py --checkpoint DIR gui.port=8000 gui.max_upload_mb=50

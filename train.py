@@ -1,4 +1,4 @@
-"""Trains what `train.parts` names: projector, language model, encoder.
+"""Train what `train.parts` names: projector, language model, encoder.
 
     python train.py --config my.yaml --dry-run        # try the longest sample; print memory and time by setting
     python train.py --config my.yaml train.max_steps=100

@@ -1,4 +1,4 @@
-"""Fetches both backbones of a config ahead of the run: `python -m backbones.download [--config FILE] [key=value …]`.
+"""Fetch both backbones of a config ahead of the run: `python -m backbones.download [--config FILE] [key=value …]`.
 
 Nothing else needs a network afterwards; `HF_HUB_OFFLINE=1` makes sure of it. `HF_ENDPOINT` names a mirror,
 `hub=modelscope` asks ModelScope.

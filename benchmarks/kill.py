@@ -1,4 +1,4 @@
-"""Kills training at random moments and compares what comes out with an uninterrupted run, bit for bit.
+"""Kill training at random moments and compare the result with an uninterrupted run, bit for bit.
 
     python -m benchmarks.kill --kills 50 --output benchmarks/results/kill.json
 

@@ -1,4 +1,4 @@
-"""How time and peak memory of a training step grow: with text, supervised tokens, questions per photo and photos.
+"""Growth of the time and peak memory of a training step with text, supervised tokens, questions per photo and photos.
 
     python -m benchmarks.scaling [--shape tiny|half-b] [--output FILE.json]
 

@@ -1,4 +1,4 @@
-"""Trains the demo once with each projector, and on small things with and without tiles: accuracy, tokens, time a step.
+"""Train the demo once with each projector, and on small things with and without tiles: accuracy, tokens, time a step.
 
     python -m benchmarks.seams --output benchmarks/results/seams.json
 

@@ -1,4 +1,4 @@
-"""The estimate of `train.py --dry-run` beside what a step then really takes: peak memory and time.
+"""Estimates of `train.py --dry-run` beside measured steps: peak memory and time.
 
     python -m benchmarks.train_estimate [--config configs/demo.yaml] [--micro-batch 8] [--output FILE] [key=value …]
 
@@ -24,7 +24,7 @@ from training.signals import StopSignals
 
 
 def measure(trainer: Trainer, micro_batch: int, checkpointing: bool) -> dict:
-    """Estimated and measured figures of one optimiser step with one micro-batch, and their relative error."""
+    """Estimated and measured figures of one optimizer step with one micro-batch, and their relative error."""
     vars(trainer).pop("estimate", None)  # clear the cached property to measure again
     estimate = trainer.estimate
     tokens = micro_batch * estimate.longest

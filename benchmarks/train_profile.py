@@ -1,4 +1,4 @@
-"""Where the time of one of our training steps goes, beside the machine's own matrix peak.
+"""Profile of one of our training steps, beside the machine's own matrix peak.
 
     python -m benchmarks.train_profile --shape half-b-24 --questions 1 --output benchmarks/results/train_profile.json
 

@@ -1,4 +1,4 @@
-"""One optimiser step of ours beside what else one could train with: time, memory, ratios.
+"""One optimizer step of ours beside other ways to train: time, memory, ratios.
 
     python -m benchmarks.train_step --shape tiny|half-b|half-b-24|so400m-1.5b|qwen-7b --questions 1 2 5
 

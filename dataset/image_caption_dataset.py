@@ -323,7 +323,7 @@ def collate(samples: Sequence[Sample | str]) -> Batch | str:
         input_ids=torch.cat([sample.input_ids for sample in sound]).unsqueeze(0),
         labels=torch.cat([sample.labels for sample in sound]).unsqueeze(0),
         position_ids=torch.cat([sample_positions(sample.lengths) for sample in sound]).unsqueeze(0),
-        samples=tuple(sample.lengths for sample in sound),
+        lengths=tuple(sample.lengths for sample in sound),
         replaced=tuple(sentence for sample in sound for sentence in sample.replaced),
     )
     distinct = {ID: crops for sample in sound for ID, crops in sample.photos.items()}

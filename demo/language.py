@@ -97,13 +97,13 @@ class SceneReader(nn.Module):
 
     def loss(self, batch: Batch, noise: float) -> Tensor:
         """Mean loss over the supervised tokens of the row."""
-        return self.language.packed_loss(self.embed(batch, noise), batch.labels, batch.position_ids, batch.samples)
+        return self.language.packed_loss(self.embed(batch, noise), batch.labels, batch.position_ids, batch.lengths)
 
     def hits(self, batch: Batch, noise: float) -> Tensor:
         """Mask (T,) bool of the supervised tokens that the model predicts correctly from the tokens before them."""
         asked = batch.labels != IGNORE_INDEX  # (1, T)
         predicts = pad(asked[:, 1:], (0, 1))
-        hidden = self.language.packed_states(self.embed(batch, noise), batch.position_ids, batch.samples, predicts)
+        hidden = self.language.packed_states(self.embed(batch, noise), batch.position_ids, batch.lengths, predicts)
         hits = asked.clone()
         hits[asked] = self.language.lm_head(hidden).argmax(-1) == batch.labels[asked]
         return hits[0]
@@ -212,7 +212,7 @@ def score(reader: SceneReader, tokenizer, seed: int, scenes: int, patches: int, 
     right, total = defaultdict(int), defaultdict(int)
     for _ in range(scenes // 16):
         batch, types = writer.batch(kind, 16, patches)
-        parts = [length for lengths in batch.samples for length in lengths]
+        parts = [length for lengths in batch.lengths for length in lengths]
         names = [name for row_types in types for name in (None, *row_types)]  # None: the prefix
         hits, asked = reader.hits(batch, NOISE).split(parts), (batch.labels[0] != IGNORE_INDEX).split(parts)
         for name, part_hits, part_asked in zip(names, hits, asked, strict=True):

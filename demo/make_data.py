@@ -1,4 +1,4 @@
-"""Writes the demo's photos and raw annotations in the two source formats, as a person would download them.
+"""Write the demo's photos and raw annotations in the two source formats, as a person would download them.
 
     python -m demo.make_data --output data/demo --photos 1200 --seed 0
 

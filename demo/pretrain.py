@@ -1,4 +1,4 @@
-"""Makes the demo's two backbones from the drawn world alone, in the on-disk layout of the public ones.
+"""Make the demo's two backbones from the drawn world alone, in the on-disk layout of the public ones.
 
     python -m demo.pretrain encoder     # demo/backbones/siglip
     python -m demo.pretrain language    # demo/backbones/qwen

@@ -1,4 +1,4 @@
-"""Takes the pictures of the page for the READMEs: starts it, asks about photos in Chromium, saves what is seen.
+"""Take the pictures of the page for the READMEs: start it, ask about photos in Chromium, save the screen.
 
     python -m evaluation.screenshots --checkpoint DIR --photo FILE --output docs/
 

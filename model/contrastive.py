@@ -28,7 +28,7 @@ def contrastive_loss(batch: Batch, embeddings: torch.Tensor, image_token_id: int
     photos, texts = [], []
     start = crops = 0
     placeholders = int((batch.input_ids == image_token_id).sum())
-    for lengths in batch.samples:
+    for lengths in batch.lengths:
         end = start + sum(lengths)
         rows = embeddings[0, start:end].float()  # (L, Dl)
         is_photo = batch.input_ids[0, start:end] == image_token_id

@@ -208,7 +208,7 @@ class MMultiModal(nn.Module):
             ValueError: placeholders and photos differ in number.
         """
         embeddings, images = self._embed(batch)
-        loss = self.language_model.packed_loss(embeddings, batch.labels, batch.position_ids, batch.samples, num_items)
+        loss = self.language_model.packed_loss(embeddings, batch.labels, batch.position_ids, batch.lengths, num_items)
         if self.training and (images is None or self.trains_encoder):
             # all processes of a distributed run need gradients for the same weights: also in a batch without photos,
             # and for weights that the encoder's output does not depend on (CLIP's last norm, DINOv2's mask token)
@@ -225,7 +225,7 @@ class MMultiModal(nn.Module):
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits (1, T, V) of every position of a packed micro-batch; errors as `loss`."""
         embeddings, _ = self._embed(batch)
-        states = self.language_model.packed_states(embeddings, batch.position_ids, batch.samples)
+        states = self.language_model.packed_states(embeddings, batch.position_ids, batch.lengths)
         return self.language_model.lm_head(states)
 
     def _embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:

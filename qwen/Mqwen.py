@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from batch import Samples
+from batch import Lengths
 from qwen.attention import PackedMask
 from qwen.chat import IGNORE_INDEX
 
@@ -60,16 +60,16 @@ class _CrossEntropyOfFrozenHead(torch.autograd.Function):
     def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """(S, Dl), (S,), (V, Dl) → scalar in float32, or float64 for float64 weights."""
         losses, gradients = [], []
-        for rows, wanted in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
+        for rows, target in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
             logits = functional.linear(rows, weight)  # (rows, V), in the dtype autocast picks
             scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            wanted = wanted.unsqueeze(1)
+            target = target.unsqueeze(1)
             scores -= scores.amax(dim=1, keepdim=True)
-            score_of_target = scores.gather(1, wanted)
+            score_of_target = scores.gather(1, target)
             norm = scores.exp_().sum(dim=1, keepdim=True)
             losses.append(norm.log() - score_of_target)
             if ctx.needs_input_grad[0]:
-                gradient = scores.div_(norm).scatter_add_(1, wanted, torch.full_like(norm, -1))
+                gradient = scores.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1))
                 # in fp16, the probability of an unlikely token would round to 0
                 gradient *= FP16_GRADIENT_SCALE
                 gradients.append((gradient.to(logits.dtype) @ weight.to(logits.dtype)).to(norm.dtype))
@@ -141,7 +141,7 @@ class ReadsImages(torch.nn.Module):
         embeddings: torch.Tensor,
         labels: torch.Tensor,
         position_ids: torch.Tensor,
-        samples: Samples,
+        lengths: Lengths,
         num_items: int | None = None,
     ) -> torch.Tensor:
         """Next-token loss of a packed row, computed at its supervised positions only.
@@ -150,27 +150,27 @@ class ReadsImages(torch.nn.Module):
             embeddings: (1, T, Dl) of `embed`.
             labels: (1, T), -100 at unsupervised positions.
             position_ids: (1, T), from 0 in each sample.
-            samples: segment lengths of the row (`batch.Batch`).
+            lengths: segment lengths of the row (`batch.Batch`).
             num_items: divisor of the summed loss; None: the number of supervised tokens in this row.
         """
         predicts = functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))  # (1, T)
-        hidden = self.packed_states(embeddings, position_ids, samples, predicts)  # (S, Dl)
+        hidden = self.packed_states(embeddings, position_ids, lengths, predicts)  # (S, Dl)
         return supervised_loss(hidden, labels.roll(-1)[predicts], self.lm_head, num_items)
 
     def packed_states(
         self,
         embeddings: torch.Tensor,
         position_ids: torch.Tensor,
-        samples: Samples,
-        wanted: torch.Tensor | None = None,
+        lengths: Lengths,
+        selected: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states after the last norm: (1, T, Dl), or (S, Dl) where `wanted` (1, T) is true.
+        """Hidden states after the last norm: (1, T, Dl), or (S, Dl) where `selected` (1, T) is true.
 
         Calls the layers directly instead of transformers' loop, because the MLP of the last layer runs only at the
-        wanted positions. Arguments as in `packed_loss`.
+        selected positions. Arguments as in `packed_loss`.
         """
         windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
-        masks = {kind: PackedMask(samples, windows[kind]) for kind in set(self.config.layer_types)}
+        masks = {kind: PackedMask(lengths, windows[kind]) for kind in set(self.config.layer_types)}
         arguments = {
             "position_ids": position_ids,
             "position_embeddings": self.model.rotary_emb(embeddings, position_ids),
@@ -178,11 +178,11 @@ class ReadsImages(torch.nn.Module):
         hidden, last = embeddings, len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
             mask = masks[self.config.layer_types[index]]
-            if index < last or wanted is None:
+            if index < last or selected is None:
                 hidden = layer(hidden, attention_mask=mask, **arguments)
             else:  # the layer's own forward pass, with a selection of positions
                 attended, _ = layer.self_attn(layer.input_layernorm(hidden), attention_mask=mask, **arguments)
-                hidden = (hidden + attended)[wanted]  # (S, Dl)
+                hidden = (hidden + attended)[selected]  # (S, Dl)
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.model.norm(hidden)
 

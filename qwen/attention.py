@@ -2,7 +2,7 @@
 
     row 0:  [prefix of sample 1][branch][branch] … [prefix of sample 2][branch] … [sample without branches] …
 
-A token attends to earlier tokens of its prefix and of its own branch, never to other samples. `batch.Batch.samples`
+A token attends to earlier tokens of its prefix and of its own branch, never to other samples. `batch.Batch.lengths`
 has the lengths, and `Mqwen.py` passes them to every layer as a `PackedMask`. The function registered here computes the
 attention. Ordinary masks (answering, generation) go to transformers' `sdpa`.
 
@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from batch import Samples, sample_positions
+from batch import Lengths, sample_positions
 
 ATTENTION = "shared_prefix"  # its name in transformers
 
@@ -31,11 +31,11 @@ class PackedMask:
     """Mask of one layer type over a packed row, passed instead of a mask tensor.
 
     Attributes:
-        samples: segment lengths of the row.
+        lengths: segment lengths of the row.
         window: number of positions that a token attends to, itself included; None: all.
     """
 
-    samples: Samples
+    lengths: Lengths
     window: int | None
     _dense: dict[tuple, torch.Tensor] = field(default_factory=dict)  # shared by all layers of a step
 
@@ -46,7 +46,7 @@ class PackedMask:
         """
         key = (number, like.dtype, like.device)
         if key not in self._dense:
-            lengths = self.samples[number]
+            lengths = self.lengths[number]
             position, branch = sample_positions(lengths), _branch_numbers(lengths)
             first = lengths[0] if self.window is None else 0
             distance = position[first:, None] - position[None, :]
@@ -98,7 +98,7 @@ def _packed_attention(
     heads_per_key = query.shape[1] // key.shape[1]
     rows = []
     start = 0
-    for number, lengths in enumerate(mask.samples):
+    for number, lengths in enumerate(mask.lengths):
         end, size = start + sum(lengths), sum(lengths)
         q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
         first = 0  # first row of the sample that needs a mask

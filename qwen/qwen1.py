@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from batch import Samples
+from batch import Lengths
 from compat import register_weight_names
 from errors import UserError
 from qwen.attention import shared_prefix_attention
@@ -159,8 +159,8 @@ class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
         self,
         embeddings: torch.Tensor,
         position_ids: torch.Tensor,
-        samples: Samples,
-        wanted: torch.Tensor | None = None,
+        lengths: Lengths,
+        selected: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As the parent's.
 
@@ -175,7 +175,7 @@ class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
                 f"length of the whole prompt; lower data.max_length to {self.config.seq_length}"
             )
         self.model.rotary_emb.ntk_alpha = [1.0]
-        return super().packed_states(embeddings, position_ids, samples, wanted)
+        return super().packed_states(embeddings, position_ids, lengths, selected)
 
     def forward(
         self,

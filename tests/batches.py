@@ -13,7 +13,7 @@ def as_packed(image, input_ids, labels, attention_mask) -> Batch:
         input_ids=input_ids[real][None],
         labels=labels[real][None],
         position_ids=torch.cat([sample_positions((length,)) for length in lengths])[None],
-        samples=tuple((length,) for length in lengths),
+        lengths=tuple((length,) for length in lengths),
         pixel_values=image,
         crop_index=torch.arange(len(image)),
     )

@@ -79,7 +79,9 @@ def break_photos(world):
 def test_bad_photos(world, capsys, mode, kept):
     break_photos(world)
     if 0 in kept:
-        with pytest.raises(ValueError, match="no row is left of reasoning, see the reasons above; nothing was written"):
+        with pytest.raises(
+            ValueError, match="no row was kept of reasoning, see the reasons above; nothing was written"
+        ):
             world.run(f"data.check_images={mode}")
         assert world.written() == {}
     else:
@@ -106,7 +108,7 @@ def test_a_failed_run_leaves_the_old_files(world):
     world.run()
     before = world.written()
     write_json(world.annotations["detail"], [])
-    with pytest.raises(ValueError, match="no row is left of detail"):
+    with pytest.raises(ValueError, match="no row was kept of detail"):
         world.run()
     assert world.written() == before
 

@@ -238,8 +238,8 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
     )
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError(
-            "accelerate launch was asked for several processes on the CPU and started one, for it needs MPI there: use "
-            "torchrun --nproc-per-node N train.py … (or unset MASTER_ADDR if one is meant)"
+            "accelerate launch was asked for several processes on the CPU and started one, because it needs MPI there: "
+            "use torchrun --nproc-per-node N train.py … (or unset MASTER_ADDR if one is meant)"
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:

@@ -52,7 +52,7 @@ def _table(run: Run, lengths: list[int]) -> list[str]:
     step = f"{per_step} samples" if budget is None else f"{chosen.accumulation} × {budget:,} tokens"
     kind = "GPU memory" if run.accelerator.device.type == "cuda" else "resident memory, a rough figure,"
     lines = [
-        f"peak {kind} and time of an optimiser step of {step} on each process, in {run.precision};",
+        f"peak {kind} and time of an optimizer step of {step} on each process, in {run.precision};",
         "measured on up to 4 copies of the longest sample, the rest extrapolated",
         "                             gradient checkpointing off      gradient checkpointing on",
         "micro_batch × accumulation         GiB   seconds                   GiB   seconds",

@@ -163,7 +163,7 @@ def _check_parts(trained: set[str], before: Parts, after: Parts, where: str) -> 
         if part in trained and _mode(settings) != "frozen" and kept != now:
             key = next(key for key in kept if key not in now or kept[key] != now[key])
             raise UserError(
-                f"{where}: 'train.parts.{part}.{key}' is {now.get(key)!r}, but a stage before trains this part with "
+                f"{where}: 'train.parts.{part}.{key}' is {now.get(key)!r}, but an earlier stage trains this part with "
                 f"{kept[key]!r} and its weights would be lost: leave it so; train.parts.{part}.lr: 0 freezes the part"
             )
 

@@ -81,7 +81,7 @@ def _checked_name(file: str | Path) -> str:
     except OSError as error:  # a name that is too long, no permission for a folder
         raise file_error(error, f"photo {shortened(file)}") from error
     except ValueError as error:  # a NUL character, or one that the file system cannot encode
-        raise UserError(f"{shortened(file)!r} is no file name ({error})") from error
+        raise UserError(f"{shortened(file)!r} is not a file name ({error})") from error
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
         raise UserError(f"{file}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'not a regular file'}, not a photo")
     if status.st_size == 0:

@@ -86,7 +86,9 @@ def build(settings: dict[str, Any], folder: Path) -> Any:
         raise UserError(f"'visual.path': timm {timm.__version__} knows no '{shortened(name)}': install a newer timm")
     model = timm.create_model(name, pretrained=False, **(settings.get("model_args", {}) | {"num_classes": 0}))
     if not isinstance(model, (timm.models.VisionTransformer, timm.models.Eva)):
-        raise UserError(f"'visual.path': '{name}' in {folder} is no plain vision transformer, so it has no patch rows")
+        raise UserError(
+            f"'visual.path': '{name}' in {folder} is not a plain vision transformer, so it has no patch rows"
+        )
     size = tuple(settings["pretrained_cfg"]["input_size"][1:])
     if model.patch_embed.img_size != size:
         raise UserError(

@@ -79,7 +79,7 @@ def test_batch_is_one_row_with_each_photo_once(chat):
     samples = [dataset[i] for i in range(3)]
     batch = collate(samples)
     lengths = [len(sample.input_ids) for sample in samples]
-    assert batch.samples == tuple((length,) for length in lengths)
+    assert batch.lengths == tuple((length,) for length in lengths)
     assert batch.input_ids.shape == batch.labels.shape == (1, sum(lengths))
     assert batch.position_ids.tolist() == [[position for length in lengths for position in range(length)]]
     for name in ("input_ids", "labels"):

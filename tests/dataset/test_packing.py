@@ -199,7 +199,7 @@ def test_photos_of_a_row_do_not_leak_by_a_bit(backbones, counts):
         if changed is not None:
             shown[changed] = pixels[-1]
         batch = collate(list(make_dataset(model, entries, shown, 8)))
-        return model.logits(batch)[0].split([sum(lengths) for lengths in batch.samples])
+        return model.logits(batch)[0].split([sum(lengths) for lengths in batch.lengths])
 
     before = logits_by_sample(None)
     for changed in range(len(counts)):

@@ -59,7 +59,7 @@ def plain_loss(reader, batch):
                 for token, row in zip(batch.input_ids[0].tolist(), embedded, strict=True)
             ]
         )
-    mask = torch.zeros(len(embedded), len(embedded)).masked_fill(~visible_tokens(batch.samples), -torch.inf)
+    mask = torch.zeros(len(embedded), len(embedded)).masked_fill(~visible_tokens(batch.lengths), -torch.inf)
     reader.language.set_attn_implementation("eager")
     logits = stock(
         inputs_embeds=embedded[None], position_ids=batch.position_ids, attention_mask=mask[None, None], use_cache=False
@@ -72,8 +72,8 @@ def plain_loss(reader, batch):
 def test_loss_and_gradients_equal_the_definition(tokenizer, kind):
     reader = make_reader(tokenizer)
     batch, types = SceneWriter(tokenizer, np.random.default_rng(1)).batch(kind, 2, PATCHES)
-    assert len(batch.samples) == 2
-    assert [len(row) + 1 for row in types] == [len(lengths) for lengths in batch.samples]
+    assert len(batch.lengths) == 2
+    assert [len(row) + 1 for row in types] == [len(lengths) for lengths in batch.lengths]
     loss, expected = reader.loss(batch, 0.0), plain_loss(reader, batch)
     # float32 and sums in another order: relative in norm, the bar of packed training
     torch.testing.assert_close(loss, expected, rtol=2e-5, atol=0)
@@ -92,7 +92,7 @@ def test_patches_keep_their_positions(tokenizer):
     few, _ = writer.batch("questions", 1, PATCHES)
     writer.rng.bit_generator.state = state
     whole, _ = writer.batch("questions", 1, IMAGE_TOKENS)
-    lengths = whole.samples[0]
+    lengths = whole.lengths[0]
     assert whole.position_ids[0].equal(sample_positions(lengths))
     image = writer.formats[0].image_token_id
     first = whole.input_ids[0].tolist().index(image)
@@ -118,7 +118,7 @@ def test_score_asks_each_question_by_itself(tokenizer):
     right, total = {}, {}
     batch, types = SceneWriter(tokenizer, np.random.default_rng(3)).batch("text", 16, PATCHES)
     start = 0
-    for lengths, names in zip(batch.samples, types, strict=True):
+    for lengths, names in zip(batch.lengths, types, strict=True):
         parts = torch.arange(start, start := start + sum(lengths)).split(lengths)
         columns = [torch.cat([parts[0], branch]) for branch in parts[1:]]  # of each question
         ids = pad_sequence([batch.input_ids[0, own] for own in columns], batch_first=True)  # on the right: no one looks

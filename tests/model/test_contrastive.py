@@ -39,7 +39,7 @@ def by_definition(model, batch, rows_of_samples):
     """Written out sample by sample in float64; `rows_of_samples`: (sample, photo) of those that count."""
     embeddings, _ = model._embed(batch)
     starts = [0]
-    for lengths in batch.samples:
+    for lengths in batch.lengths:
         starts.append(starts[-1] + sum(lengths))
     photos, texts = [], []
     for sample, _ in rows_of_samples:

@@ -16,7 +16,7 @@ def linear_trial(run):
     """Instead of a trial: 10 bytes of weights, 4 a sample, half of that with checkpointing."""
 
     def trial(batch, checkpointing):
-        samples = 0 if batch is None else len(batch.samples)
+        samples = 0 if batch is None else len(batch.lengths)
         return 10 + samples * (2 if checkpointing else 4), 0.5 + samples
 
     return trial
@@ -87,7 +87,7 @@ def test_trials_of_several_samples_may_fail(configure):
     sample = run.train_set[longest_sample(run.train_set)]
 
     def trial(batch, checkpointing):
-        samples = 0 if batch is None else len(batch.samples)
+        samples = 0 if batch is None else len(batch.lengths)
         if samples > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return 10 + 4 * samples, 0.5 + samples

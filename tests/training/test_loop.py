@@ -244,7 +244,7 @@ def test_dry_run_describes_and_keeps_nothing(configure):
 def test_dry_run_with_a_token_budget(configure):
     trainer = Trainer(configure(tokens_per_batch=400))
     text = describe_run(trainer)
-    assert f"an optimiser step of {trainer.setting.accumulation} × 400 tokens on each process" in text
+    assert f"an optimizer step of {trainer.setting.accumulation} × 400 tokens on each process" in text
     assert f" 400 tokens × {trainer.setting.accumulation} " in text
     assert trainer.estimate.most_tokens(64) == max(400, trainer.estimate.longest)
 

@@ -1,4 +1,4 @@
-"""What the optimiser gets, and what it must leave alone."""
+"""What the optimizer gets, and what it must leave alone."""
 
 import pytest
 import torch

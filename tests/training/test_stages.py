@@ -168,7 +168,7 @@ MISTAKES = {
     "'train.parts.visoin' is not a part that can be trained, did you mean 'vision'?": {"train.parts.visoin.lr": 0},
     "name = 'a/b': it becomes part of a folder's name": {"name": "a/b"},
     "data.captions': file not found": {"data.captions": "nowhere.json"},
-    "'train.parts.llm.mode' is 'frozen', but a stage before trains this part with 'lora'": {
+    "'train.parts.llm.mode' is 'frozen', but an earlier stage trains this part with 'lora'": {
         "train.parts.llm.mode": "frozen"
     },
 }

@@ -117,7 +117,7 @@ def set_config(folder, **values):
     ("values", "message"),
     [
         ({"architecture": "eva99_tiny"}, "knows no 'eva99_tiny': install a newer timm"),
-        ({"architecture": "resnet10t", "model_args": {}}, "'resnet10t' in .* is no plain vision transformer"),
+        ({"architecture": "resnet10t", "model_args": {}}, "'resnet10t' in .* is not a plain vision transformer"),
         ({"model_args": {}}, "config.json in .* makes pictures of 56×56 px, its architecture .* takes 224×224"),
     ],
 )

@@ -369,7 +369,7 @@ class TestLoadImage:
         for name, message in [
             (tmp_path, "a folder, not a photo"),
             (tmp_path / ("x" * 300), r"photo .*xxx"),
-            ("a\0.jpg", r"'a\\x00\.jpg' is no file name"),
+            ("a\0.jpg", r"'a\\x00\.jpg' is not a file name"),
             (tmp_path / "a.jpg" / "b.jpg", r"photo .*b\.jpg"),
         ]:
             (tmp_path / "a.jpg").touch()
