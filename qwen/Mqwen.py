@@ -201,7 +201,7 @@ class ReadsImages(torch.nn.Module):
                 hidden = layer(hidden, attention_mask=mask, **arguments)
             else:  # the layer's own forward pass, with a selection of positions
                 attended, _ = layer.self_attn(layer.input_layernorm(hidden), attention_mask=mask, **arguments)
-                hidden = (hidden + attended)[selected]  # (S, Dl)
+                hidden = (hidden + attended)[selected.to(attended.device)]  # (S, Dl); layers may be on several GPUs
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.model.norm(hidden)
 
