@@ -411,6 +411,7 @@ def measure(backbones: Path, options: argparse.Namespace, questions: int) -> dic
         for side, pipe in pipes.items():
             pipe.send("step")
             loss, elapsed = pipe.recv()
+            print(f"{questions} questions, step {turn}, {side}: {elapsed:.1f} s", file=sys.stderr, flush=True)
             if turn == 0:  # warm-up
                 first_loss[side] = loss
             else:

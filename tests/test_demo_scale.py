@@ -14,6 +14,7 @@ from process_image import main as process_image
 from training.loop import Trainer
 
 
+@pytest.mark.nightly  # three minutes; `make demo` has thresholds of its own
 def test_eight_demo_photos_are_learned_by_heart(tmp_path):
     make_data(tmp_path, photos=8, seed=11, per_type=1)
     overrides = [

@@ -257,6 +257,7 @@ Trainer(Config.model_validate_json(open(sys.argv[1]).read())).run()
 """
 
 
+@pytest.mark.nightly  # a minute; test_processes.py compares norms of more cases, this one every weight
 def test_two_processes_equal_one(configure, tmp_path):
     """gloo, two processes; one draws only text in some steps."""
     script = tmp_path / "run.py"
