@@ -19,7 +19,7 @@ from evaluation.words import Cut, english_words, mostly_chinese
 
 ORDERS = 4  # n-grams of 1 to 4 words, in BLEU and in CIDEr-D
 _BETA = 1.2  # ROUGE-L: weight of recall against precision
-_SIGMA = 6.0  # CIDEr-D: words by which lengths may differ (Vedantam et al. 2015, arXiv 1411.5726, section 6)
+_SIGMA = 6.0  # CIDEr-D: words by which lengths may differ (Vedantam et al. 2015)
 _NO_MATCH, _NO_NGRAM = 1e-15, 1e-9  # BLEU: added to matches and to n-grams, so that neither is 0
 
 Ngram = tuple[str, ...]

@@ -161,8 +161,8 @@ def daquar_accuracy(answer: str, references: Sequence[str]) -> float:
 
     Source: Malinowski and Fritz 2014 (arXiv 1410.0210). Its answers are lists with commas ("book, night_stand").
     """
-    return float(_things(answer) in map(_things, references))
+    return float(things(answer) in map(things, references))
 
 
-def _things(text: str) -> set[str]:
+def things(text: str) -> set[str]:
     return {normalise(thing) for thing in text.split(",")} - {""}
