@@ -17,7 +17,7 @@ from config import IMAGE_TAG
 from dataset.image_caption_dataset import entry_messages
 from dataset.records import Entry, Photo
 from errors import UserError
-from evaluation import metrics
+from evaluation import captions, metrics
 from qwen.chat import ChatFormat
 
 
@@ -146,8 +146,8 @@ def score(answers: list[Answer]) -> Score:
         questions=len(answers),
         accuracy=sum(answer.accuracy for answer in answers) / len(answers),
         token_f1=sum(map(metrics.token_f1, texts, references)) / len(answers),
-        bleu4=metrics.corpus_bleu(texts, references),
-        chrf=metrics.corpus_chrf(texts, references),
+        bleu4=captions.corpus_bleu(texts, references),
+        chrf=captions.corpus_chrf(texts, references),
     )
 
 
