@@ -19,9 +19,9 @@ from answering.batches import BATCH_TOKENS, PromptBatch, answer_batch
 from answering.choice import TokenChoice
 from answering.request import (
     FinishReason,
+    OpenPrompt,
     PhotoSource,
     Picture,
-    Prompt,
     Reply,
     ReplyStream,
     Request,
@@ -148,7 +148,7 @@ class Answerer:
         yield from self._answered(batch, waiting, settings)
 
     def _answered(
-        self, batch: PromptBatch, waiting: list[Prompt | UserError], settings: Generate
+        self, batch: PromptBatch, waiting: list[OpenPrompt | UserError], settings: Generate
     ) -> Iterator[Reply | UserError]:
         """Answer the batch; yield the answers and errors that wait, in their order."""
         answers = iter(answer_batch(self.model, batch, settings, self._lock))
@@ -191,7 +191,7 @@ class Answerer:
                     self._cache_of = None
 
     @torch.no_grad()
-    def _prefill(self, pictures: list[Picture], prompt: Prompt) -> torch.Tensor:
+    def _prefill(self, pictures: list[Picture], prompt: OpenPrompt) -> torch.Tensor:
         """Extend the cache to the end of the prompt; return the last logits (V,)."""
         ids = prompt.ids
         key = self.model.language_model.prefix_key(len(ids))
@@ -217,7 +217,7 @@ class Answerer:
             self._feature_of[picture.hash] = self.model.encode_image(pixels)
         return self._feature_of[picture.hash]
 
-    def _shared_length(self, prompt: Prompt) -> int:
+    def _shared_length(self, prompt: OpenPrompt) -> int:
         """Number of leading tokens that are already in the cache; never all of the prompt.
 
         The shared part never ends within a photo, because equal photos have equal placeholders in both prompts.
@@ -234,7 +234,7 @@ class Answerer:
         return logits
 
     def _generate(
-        self, pictures: list[Picture], prompt: Prompt, answer: list[int], settings: Generate
+        self, pictures: list[Picture], prompt: OpenPrompt, answer: list[int], settings: Generate
     ) -> Generator[int, None, FinishReason]:
         """Yield new token ids without the end token, append them to `answer`, and return why there are no more."""
         choice = TokenChoice(settings, self.model.device)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from answering.choice import TokenChoice
-from answering.request import FinishReason, Picture, Prompt, common_length
+from answering.request import FinishReason, OpenPrompt, Picture, common_length
 from batch import sample_positions
 from config import Generate
 from model.model import MMultiModal
@@ -36,13 +36,13 @@ class PromptBatch:
     """
 
     def __init__(self, most_tokens: int) -> None:
-        self.prompts: list[Prompt] = []
+        self.prompts: list[OpenPrompt] = []
         self.pixels: dict[str, torch.Tensor] = {}
         self._most_tokens = most_tokens
         self._groups: dict[Hashable, list[int]] = {}  # numbers in `prompts`
         self._tokens: dict[Hashable, int] = {}  # of a group, if all answers are as long as they may be
 
-    def add(self, model: MMultiModal, prompt: Prompt, pictures: list[Picture]) -> bool:
+    def add(self, model: MMultiModal, prompt: OpenPrompt, pictures: list[Picture]) -> bool:
         """Add a prompt; return False if there is no room for it. There always is for the first."""
         shared = prompt.photos_end
         key: Hashable = (prompt.photos, tuple(prompt.ids[:shared]))
@@ -152,7 +152,7 @@ def _choose(
     logits: torch.Tensor,
     questions: list[int],
     choices: list[TokenChoice],
-    prompts: list[Prompt],
+    prompts: list[OpenPrompt],
     answers: list[list[int]],
 ) -> list[int]:
     """Choose the next token of each question by its row of `logits` (N, V)."""

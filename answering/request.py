@@ -39,7 +39,7 @@ class Picture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Prompt:
+class OpenPrompt:
     """A rendered dialogue whose answer is open.
 
     Attributes:
@@ -106,7 +106,9 @@ def read_picture(model: MMultiModal, photo: PhotoSource) -> Picture:
     return Picture(image, model.processor.plan(*image.size), content)
 
 
-def make_prompt(model: MMultiModal, pictures: list[Picture], messages: list[Message], max_new_tokens: int) -> Prompt:
+def make_prompt(
+    model: MMultiModal, pictures: list[Picture], messages: list[Message], max_new_tokens: int
+) -> OpenPrompt:
     """Render a dialogue.
 
     Raises:
@@ -123,7 +125,7 @@ def make_prompt(model: MMultiModal, pictures: list[Picture], messages: list[Mess
             f"model reads {context}: start a new dialogue, or send fewer photos or a shorter question"
         )
     photos = tuple(picture.hash for picture in pictures)
-    return Prompt(ids, photos, chat.photo_spans(ids, plans), min(max_new_tokens, room))
+    return OpenPrompt(ids, photos, chat.photo_spans(ids, plans), min(max_new_tokens, room))
 
 
 def _with_plans(messages: list[Message], plans: list[VisualPlan]) -> list[Message]:

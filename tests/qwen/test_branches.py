@@ -77,6 +77,8 @@ def test_new_tokens_equal_whole_sequences(model, room, monkeypatch):
 def test_memory_is_what_the_answers_may_need():
     cache = BranchCache(((10, 2, 3), (4, 5)), [3, 2, 30], 1, torch.device("cpu"))
     assert cache.slots <= 2 * (4 + 5 + 30)
+    row = torch.zeros(1, 1, 10 + 2 + 3 + 4 + 5, 1)
+    cache.keep(0, row, row)
     for _ in range(30):
         cache.begin_pass([2])  # sample 0 has ended
     assert cache.slots == 4 + 5 + 30

@@ -64,10 +64,8 @@ class FakeAnswerer:
 
     def pieces(self, messages):
         assert [message.role for message in messages] == ["user"]
-        pieces = []
-        for piece in self.reply("".join(part for part in messages[0].parts if isinstance(part, str)).strip()):
-            pieces.append(piece)
-            yield piece
+        pieces = list(self.reply("".join(part for part in messages[0].parts if isinstance(part, str)).strip()))
+        yield from pieces
         return Reply("".join(pieces), "stop", 1, len(pieces))
 
 
