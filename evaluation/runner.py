@@ -1,7 +1,7 @@
 """Evaluation of a model on the questions of a data set; called by `eval_vqa.py`.
 
-The prompt is the one of training (`entry_messages`). All questions of one photo are asked consecutively, because the
-Answerer caches the keys and values of the last photo.
+The prompt is the one of training (`entry_messages`). The questions are answered in batches. All questions of one photo
+follow one another, because a batch computes the keys and values of its photos once.
 """
 
 import bisect
@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
 from answering.answer import Answerer
+from answering.request import Reply, Request
 from config import IMAGE_TAG
 from dataset.image_caption_dataset import entry_messages
 from dataset.records import Entry, Photo
 from errors import UserError
-from evaluation import metrics
-from visual.transform import load_image
+from evaluation import captions, metrics
+from qwen.chat import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -90,11 +89,17 @@ def evaluate(
 
     answers = []
     start = time.perf_counter()
-    for own, group in progress(list(groups.items())):
-        IDs = _other_photos(own, all_IDs) if blind else own
-        images = [load_image(photos[ID].path) for ID in IDs]
+    shown = [(_other_photos(own, all_IDs) if blind else own, group) for own, group in groups.items()]
+    chat = answerer.model.processor.chat
+    replies = answerer.answer_many(
+        turn_request(entry, number, [photos[ID] for ID in IDs], chat)
+        for IDs, group in shown
+        for entry in group
+        for number in range(len(entry.turns))
+    )
+    for IDs, group in progress(shown):
         for entry in group:
-            answers += [_ask(answerer, entry, number, images, IDs) for number in range(len(entry.turns))]
+            answers += [_scored(entry, number, IDs, next(replies)) for number in range(len(entry.turns))]
     return Result(
         blind=blind,
         photos=len(all_IDs),
@@ -141,26 +146,39 @@ def score(answers: list[Answer]) -> Score:
         questions=len(answers),
         accuracy=sum(answer.accuracy for answer in answers) / len(answers),
         token_f1=sum(map(metrics.token_f1, texts, references)) / len(answers),
-        bleu4=metrics.corpus_bleu(texts, references),
-        chrf=metrics.corpus_chrf(texts, references),
+        bleu4=captions.corpus_bleu(texts, references),
+        chrf=captions.corpus_chrf(texts, references),
     )
 
 
-def _ask(answerer: Answerer, entry: Entry, number: int, images: list[Image.Image], IDs: tuple[int, ...]) -> Answer:
-    """Ask turn `number`; `images` and `IDs` are the photos of all turns of the entry."""
+def turn_request(entry: Entry, number: int, photos: list[Photo], chat: ChatFormat) -> Request:
+    """Turn `number` of an entry as a request, with the true earlier answers; `photos` are those of all turns."""
     earlier = [turn.answers[0] for turn in entry.turns[:number]]
-    shown = sum(len(turn.images) for turn in entry.turns[: number + 1])  # without the photos of later turns
-    messages = entry_messages(entry, answerer.model.processor.chat, earlier)
-    text = "".join(answerer.stream_messages(images[:shown], messages))
+    paths = [photo.path for photo in photos[: _photos_shown(entry, number)]]
+    return Request(paths, entry_messages(entry, chat, earlier))
+
+
+def _photos_shown(entry: Entry, number: int) -> int:
+    """Photos in the prompt of turn `number`: not those of later turns."""
+    return sum(len(turn.images) for turn in entry.turns[: number + 1])
+
+
+def _scored(entry: Entry, number: int, IDs: tuple[int, ...], reply: Reply | UserError) -> Answer:
+    """Score the answer to turn `number`; `IDs` are the photos of all turns.
+
+    Raises:
+        UserError: there is no answer, for this reason.
+    """
+    if isinstance(reply, UserError):
+        raise reply
     turn = entry.turns[number]
-    references = turn.answers
     return Answer(
-        images=IDs[:shown],
+        images=IDs[: _photos_shown(entry, number)],
         type=turn.type or entry.type,
         question=turn.question.replace(IMAGE_TAG, "", len(turn.images)).strip(),
-        references=references,
-        answer=text,
-        accuracy=metrics.accuracy(text, references),
+        references=turn.answers,
+        answer=reply.text,
+        accuracy=metrics.accuracy(reply.text, turn.answers),
     )
 
 

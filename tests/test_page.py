@@ -28,10 +28,11 @@ class TellingAnswerer:
     """Answers with the questions it was sent; some questions make it fail or slow."""
 
     def __init__(self):
-        self.settings = Generate()
+        self.settings = None  # of the last question
         self.closed_early = False
 
-    def stream(self, image, messages):
+    def stream(self, image, messages, settings):
+        self.settings = settings
         assert image is None
         question = messages[-1]["content"]
         if question == "memory":

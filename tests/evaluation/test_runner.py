@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 
 import eval_vqa
+from answering.request import Reply
 from config import parse_config
 from dataset.records import Entry, Photo, Turn
 from errors import UserError
 from evaluation.report import draw_gallery, table, write_json
 from evaluation.runner import _other_photos, evaluate, sample_photos
+from visual.transform import load_image
 from visual_plan import VisualPlan
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "黑色": (0, 0, 0)}
@@ -32,14 +34,17 @@ class ColourAnswerer:
         )
         self.model = SimpleNamespace(processor=SimpleNamespace(chat=chat))
 
-    def stream_messages(self, photos, messages):
-        colours = [photo.getpixel((0, 0)) for photo in photos]
-        self.calls.append((messages[-1][0], colours, len(messages) - 1))
-        self.places.append([count for _, count in messages[::2]])
-        if not photos:
-            yield "hello"
-        else:
-            yield next(name for name, colour in COLOURS.items() if colour == colours[0])
+    def answer_many(self, requests):
+        for photos, messages in requests:
+            try:
+                colours = [load_image(photo).getpixel((0, 0)) for photo in photos]
+            except UserError as error:
+                yield error
+                continue
+            self.calls.append((messages[-1][0], colours, len(messages) - 1))
+            self.places.append([count for _, count in messages[::2]])
+            names = [name for name, colour in COLOURS.items() if colour in colours[:1]]
+            yield Reply(names[0] if names else "hello", "stop", 1, 1)
 
 
 @pytest.fixture
