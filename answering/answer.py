@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from answering.batches import BATCH_TOKENS, PromptBatch, answer_batch
+from answering.batches import PromptBatch, answer_batch, batch_tokens
 from answering.choice import TokenChoice
 from answering.request import (
     FinishReason,
@@ -106,7 +106,7 @@ class Answerer:
         return ReplyStream(self._pieces(Request(photos, messages), settings or self.model.config.generate))
 
     def answer_many(
-        self, requests: Iterable[Request], settings: Generate | None = None, most_tokens: int = BATCH_TOKENS
+        self, requests: Iterable[Request], settings: Generate | None = None, most_tokens: int | None = None
     ) -> Iterator[Reply | UserError]:
         """Answer many requests together; the answers are those of `stream_messages`, in the order of the requests.
 
@@ -116,12 +116,14 @@ class Answerer:
 
         Args:
             most_tokens: of a batch, answers of `max_new_tokens` included; their keys and values are in memory at once.
+                None: `batches.batch_tokens`.
 
         Yields:
             Per request the answer, or the error that the user can mend: a broken photo, or a dialogue longer than the
             language model's context.
         """
         settings = settings or self.model.config.generate
+        most_tokens = most_tokens or batch_tokens(self.model)
         recent = functools.lru_cache(RECENT_PHOTOS)(functools.partial(read_picture, self.model))
         longest = self.model.language_model.longest_packed
         batch, waiting = PromptBatch(most_tokens), []

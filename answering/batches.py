@@ -19,9 +19,10 @@ from config import Generate
 from model.model import MMultiModal
 from qwen.branches import BranchCache
 
-# Tokens whose keys and values are held at once. 22 photos of 728 tokens with one question each, or 100 questions on 6
-# photos; 197 MB for Qwen2.5-0.5B in bf16, 4.3 GB for Qwen-7B (v1), which has no grouped heads.
+# Tokens whose keys and values are held at once, and their bytes: 22 photos of 728 tokens with one question each, or 100
+# questions on 6 photos. Qwen-7B (v1) has no grouped heads: half a MiB a token in bf16, so 4096 tokens at once.
 BATCH_TOKENS = 16384
+BATCH_BYTES = 2 * 2**30
 # Questions behind one prefix. A question's pass reads the keys of all of them, so more would cost more than reading
 # the prefix again.
 MOST_BRANCHES = 16
@@ -66,6 +67,13 @@ class PromptBatch:
     def groups(self) -> list[list[int]]:
         """Numbers of the prompts of each group."""
         return list(self._groups.values())
+
+
+def batch_tokens(model: MMultiModal) -> int:
+    """Return the number of tokens of a batch: `BATCH_TOKENS`, or as many as `BATCH_BYTES` hold."""
+    config, attention = model.LLM.config, model.language_model.model.layers[0].self_attn
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * attention.head_dim  # of a token
+    return min(BATCH_TOKENS, BATCH_BYTES // (numbers * model.LLM.dtype.itemsize))
 
 
 @torch.no_grad()

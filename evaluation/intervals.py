@@ -1,4 +1,4 @@
-"""How sure a score is: bootstrap intervals over photos, paired comparison of two systems, and McNemar's test.
+"""How sure a score is: bootstrap intervals over photos, of one score and of the difference of two.
 
 Questions on one photo are right or wrong together, so what is drawn anew is photos, not questions. Every score is a
 formula of sums over answers (`Tally`), so that a resample costs one product of a vector and a matrix.
@@ -94,23 +94,3 @@ def _draws(photos: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
 def _ends(score: float, scores: np.ndarray) -> Interval:
     low, high = np.quantile(scores, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(score, float(low), float(high))
-
-
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Exact two-sided p of McNemar's test: are the questions that only one system answers right shared half and half?
-
-    Source: McNemar 1947, with the binomial distribution in place of chi-squared. Questions count as independent, so
-    with many questions per photo p is too small: believe `difference` then.
-
-    Args:
-        first: whether the first system was right, per question.
-        second: the same of the second system.
-    """
-    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
-    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
-    flipped = only_first + only_second
-    tail, ways = 0, 1  # `ways` is the binomial coefficient of `count` out of `flipped`
-    for count in range(min(only_first, only_second) + 1):
-        tail += ways
-        ways = ways * (flipped - count) // (count + 1)
-    return min(1.0, 2 * tail / 2**flipped)

@@ -7,7 +7,7 @@ follow one another, because a batch computes the keys and values of its photos o
 import bisect
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from dataset.image_caption_dataset import entry_messages
 from dataset.records import Entry, Photo
 from errors import UserError
 from evaluation import captions, metrics
+from evaluation.intervals import Interval, Tally, difference, interval, mean_tally
+from evaluation.words import cuts
 from qwen.chat import ChatFormat
 
 
@@ -39,13 +41,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Score:
-    """Means over `questions` questions: accuracy and token F1 in 0..1, BLEU-4 and chrF in 0..100."""
+    """Scores of `questions` questions: accuracy, token F1 and ANLS in 0..1, BLEU-4 and chrF in 0..100.
+
+    Attributes:
+        accuracy_interval: ends of its 95 % interval, by resampled photos.
+        captions: how texts are cut into words → scores of `captions.caption_scores`.
+    """
 
     questions: int
     accuracy: float
+    accuracy_interval: tuple[float, float]
     token_f1: float
     bleu4: float
     chrf: float
+    anls: float
+    captions: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -142,13 +152,42 @@ def score(answers: list[Answer]) -> Score:
     """Compute the scores of a non-empty list of answers."""
     texts = [answer.answer for answer in answers]
     references = [answer.references for answer in answers]
+    accuracy, low, high = interval(_accuracies(answers), _photos_of(answers))
     return Score(
         questions=len(answers),
-        accuracy=sum(answer.accuracy for answer in answers) / len(answers),
+        accuracy=accuracy,
+        accuracy_interval=(low, high),
         token_f1=sum(map(metrics.token_f1, texts, references)) / len(answers),
         bleu4=captions.corpus_bleu(texts, references),
         chrf=captions.corpus_chrf(texts, references),
+        anls=sum(map(metrics.anls, texts, references)) / len(answers),
+        captions={
+            name: captions.caption_scores(texts, references, cut)
+            for name, cut in cuts(text for own in references for text in own).items()
+        },
     )
+
+
+def visual_gain(trained: Result, blind: Result) -> Interval | None:
+    """Accuracy with the photo less accuracy with another one, and its 95 % interval; None: no question has a photo.
+
+    Args:
+        trained, blind: both passes over the same questions. Text-only questions do not count.
+    """
+    pairs = [pair for pair in zip(trained.answers, blind.answers, strict=True) if pair[0].images]
+    if not pairs:
+        return None
+    own, other = map(list, zip(*pairs, strict=True))
+    return difference(_accuracies(own), _accuracies(other), _photos_of(own))
+
+
+def _accuracies(answers: list[Answer]) -> Tally:
+    return mean_tally([answer.accuracy for answer in answers])
+
+
+def _photos_of(answers: list[Answer]) -> list[Hashable]:
+    """Key of each answer's (first) photo; a text-only question has a key of its own."""
+    return [answer.images[0] if answer.images else (number,) for number, answer in enumerate(answers)]
 
 
 def turn_request(entry: Entry, number: int, photos: list[Photo], chat: ChatFormat) -> Request:

@@ -1,8 +1,8 @@
 """How a text is cut into the words that `evaluation/captions.py` counts: English words, Chinese characters, jieba.
 
 The COCO caption scorer cuts English with the Penn Treebank tokeniser of Stanford CoreNLP, which needs Java, and drops
-punctuation. `english_words` follows its rules: it gives the same words for 16,497 of 16,500 English captions of
-Flickr8k (brackets, which the scorer calls `-lrb-` and `-rrb-`, counted as the same).
+punctuation. `english_words` follows its rules. Known differences: "at&t" and "'n'" are cut otherwise, and brackets
+keep their form, which the scorer calls `-lrb-` and `-rrb-`.
 """
 
 import functools

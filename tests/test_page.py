@@ -361,7 +361,7 @@ def test_phone_width_has_no_sideways_scrolling(page, photos):
 
 
 def test_empty_answer_is_shown_as_such(page, photos, answerer, monkeypatch):
-    monkeypatch.setattr(answerer, "stream", lambda image, messages: (piece for piece in []))
+    monkeypatch.setattr(answerer, "stream", lambda image, messages, settings: (piece for piece in []))
     upload(page, photos / "red.png")
     ask(page, "What?")
     expect_text(page, "#chat", "(no answer")

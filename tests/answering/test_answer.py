@@ -10,7 +10,7 @@ from PIL import Image
 from answering.answer import Answerer
 from config import Generate
 from model.model import MMultiModal
-from tests.tiny import tiny_config
+from tests.tiny import fill_trained, tiny_config
 
 RED, GREEN = Image.new("RGB", (64, 50), (220, 20, 20)), Image.new("RGB", (50, 64), (20, 220, 20))
 
@@ -18,10 +18,7 @@ RED, GREEN = Image.new("RGB", (64, 50), (220, 20, 20)), Image.new("RGB", (50, 64
 @pytest.fixture(scope="module", params=["qwen2-tied", "qwen3-untied", "qwen1-short"])
 def model(request, backbones):
     model = MMultiModal.from_config(tiny_config(backbones, llm={"path": str(backbones / request.param)})).eval()
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.2)
+    fill_trained(model)
     return model
 
 

@@ -4,7 +4,6 @@ import threading
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from answering import batches
@@ -15,7 +14,7 @@ from config import Generate
 from errors import UserError
 from model.model import MMultiModal
 from qwen.branches import BranchCache
-from tests.tiny import tiny_config, write_qwen
+from tests.tiny import fill_trained, tiny_config, write_qwen
 from visual.photo import load_image
 
 SETTINGS = Generate(max_new_tokens=10)
@@ -25,10 +24,7 @@ KINDS = ["qwen2-tied", "qwen3-untied", "qwen1", "qwen1-short", "sliding", "tiles
 def build(backbones, folder, **sections):
     config = tiny_config(backbones, llm={"path": str(folder)}, **sections)
     model = MMultiModal.from_config(config).eval()
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.2)
+    fill_trained(model)
     return model
 
 
@@ -173,6 +169,16 @@ def test_a_photo_is_read_once_for_all_its_questions(qwen2, photos, watched, monk
     assert all(sum(lengths) < longest + 4 * 30 for lengths in cache.lengths)  # a question has fewer than 30 tokens
     # one pass for the prompts and one after each token but the last
     assert tokens[1:] == [len(requests)] * (SETTINGS.max_new_tokens - 1)
+
+
+def test_the_batch_is_bounded_in_bytes(qwen2, monkeypatch):
+    assert batches.batch_tokens(qwen2) == BATCH_TOKENS
+    cache = Answerer(qwen2)
+    cache.answer(None, "Hello")
+    layer = cache._cache.layers[0]
+    a_token = 2 * len(cache._cache.layers) * layer.keys[0, :, 0].nbytes  # measured: keys and values of all layers
+    monkeypatch.setattr(batches, "BATCH_BYTES", 1000 * a_token + 1)
+    assert batches.batch_tokens(qwen2) == 1000
 
 
 @pytest.mark.parametrize("most_tokens", [150, 400])

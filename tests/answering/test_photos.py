@@ -9,7 +9,7 @@ from answering.answer import Answerer
 from config import Generate
 from errors import UserError
 from model.model import MMultiModal
-from tests.tiny import tiny_config
+from tests.tiny import fill_trained, tiny_config
 
 
 def picture(width, height, seed):
@@ -29,10 +29,7 @@ def llm(request):
 def model(request, llm, backbones):
     config = tiny_config(backbones, llm={"path": str(backbones / llm)}, visual={"tiles": request.param})
     model = MMultiModal.from_config(config).eval()
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.2)
+    fill_trained(model)
     return model
 
 

@@ -12,8 +12,8 @@ from answering.request import Reply
 from config import parse_config
 from dataset.records import Entry, Photo, Turn
 from errors import UserError
-from evaluation.report import draw_gallery, table, write_json
-from evaluation.runner import _other_photos, evaluate, sample_photos
+from evaluation.report import draw_gallery, looks_line, table, write_json
+from evaluation.runner import _other_photos, evaluate, sample_photos, visual_gain
 from visual.transform import load_image
 from visual_plan import VisualPlan
 
@@ -162,6 +162,29 @@ def test_table_is_aligned_and_json_holds_all(photos, entries, tmp_path):
     assert report["trained"]["by_type"]["颜色"]["accuracy"] == 1
     assert ["黑色"] in [answer["references"] for answer in report["blind"]["answers"]]
     assert "blind" not in table(trained, None)
+
+
+def test_first_line_says_whether_it_looks(photos, entries):
+    passes = [evaluate(ColourAnswerer(), entries, photos, blind=blind) for blind in (False, True)]
+    gain = visual_gain(*passes)
+    assert gain.score == pytest.approx(5 / 6)  # six questions with a photo; "Sure?" is wrong both times
+    assert 2 / 3 - 1e-9 <= gain.low < gain.score <= gain.high <= 1  # 2 / 3: only the photo of "Sure?" is drawn
+    assert looks_line(gain).startswith("it looks at the photo: accuracy is higher by 0.833 (95 % interval ")
+    assert "no sign that it looks at the photo: accuracy differs by 0.000" in looks_line(
+        visual_gain(passes[1], passes[1])
+    )
+    assert visual_gain(*[evaluate(ColourAnswerer(), entries[4:5], photos)] * 2) is None
+
+
+def test_scores_hold_interval_and_caption_scores(photos, entries):
+    score = evaluate(ColourAnswerer(), entries, photos).by_type["dialogue"]
+    assert score.accuracy_interval == (0.5, 0.5)  # both questions are on one photo
+    assert score.anls == 0.5
+    assert score.captions["words"]["bleu_1"] == pytest.approx(0.5)
+    chinese = Entry("demo", "颜色", (Turn("<|extra_0|>什么颜色？", ("黑色",), images=(3,)),))
+    scores = evaluate(ColourAnswerer(), [chinese], photos).overall.captions
+    assert scores["characters"]["rouge_l"] == 1
+    assert scores["characters"]["bleu_2"] == pytest.approx(1)
 
 
 def test_gallery_marks_right_green_and_wrong_red(photos, entries, tmp_path):
