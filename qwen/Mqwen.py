@@ -200,9 +200,12 @@ class ReadsImages(torch.nn.Module):
         for index, layer in enumerate(self.model.layers):
             mask = masks[self.config.layer_types[index]]
             chosen = selected if index == last else None
-            if self.whole_layers or (layer.gradient_checkpointing and chosen is None):
+            if self.whole_layers:
                 hidden = layer(hidden, attention_mask=mask, **arguments)
                 hidden = hidden if chosen is None else hidden[chosen.to(hidden.device)]
+            elif layer.gradient_checkpointing and chosen is None:
+                keywords = {"keep": True, "attention_mask": mask, **arguments}
+                hidden = checkpoint(run_layer, layer, hidden, use_reentrant=False, **keywords)
             else:
                 hidden = run_layer(layer, hidden, chosen, attention_mask=mask, **arguments)  # (S, Dl) if chosen
         return self.model.norm(hidden)

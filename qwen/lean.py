@@ -10,7 +10,7 @@ Shapes: T tokens, D width, F width of the MLP, S selected positions.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -66,11 +66,15 @@ class _GatedProduct(torch.autograd.Function):
         return gate_gradient, gradient * activated.detach(), None
 
 
-def _computed_again(tensor: torch.Tensor, compute: Callable[[], torch.Tensor]) -> AbstractContextManager:
-    """Context in which `tensor` is not kept for the backward pass, but computed again by `compute`.
+def _computed_again(
+    tensor: torch.Tensor, compute: Callable[[], torch.Tensor], keep: bool = False
+) -> AbstractContextManager:
+    """Context in which `tensor` is not kept for the backward pass, but computed again by `compute`, unless `keep`.
 
     Layers keep a reshaped view of it, so it is recognised by its memory. The context must end before `tensor` is freed.
     """
+    if keep:
+        return nullcontext()
     # torch holds `pack` as long as what it returned, so `pack` must not hold the tensor
     own = (tensor.data_ptr(), tensor.numel(), tensor.dtype)
 
@@ -85,13 +89,19 @@ def _computed_again(tensor: torch.Tensor, compute: Callable[[], torch.Tensor]) -
 
 
 def run_layer(
-    layer: nn.Module, hidden: torch.Tensor, selected: torch.Tensor | None = None, **arguments
+    layer: nn.Module,
+    hidden: torch.Tensor,
+    selected: torch.Tensor | None = None,
+    keep: bool = False,
+    **arguments,
 ) -> torch.Tensor:
     """The forward pass of a Qwen2 or Qwen3 decoder layer.
 
     Args:
         hidden: (1, T, D).
         selected: (1, T) bool; the MLP runs at these positions only.
+        keep: keep norms and products. Needed where the whole layer is computed again (gradient checkpointing), because
+            only the innermost hooks of saved tensors take effect.
         arguments: of the layer's attention.
 
     Returns:
@@ -99,19 +109,19 @@ def run_layer(
     """
     norm = layer.input_layernorm
     normed = _LeanNorm.apply(hidden, norm.weight, norm)
-    with _computed_again(normed, lambda: norm.forward(hidden)):
+    with _computed_again(normed, lambda: norm.forward(hidden), keep):
         attended, _ = layer.self_attn(normed, **arguments)
     after = hidden + attended
     if selected is not None:
         after = after[selected.to(after.device)]  # layers may be on several GPUs
-    return after + _run_mlp(layer, after)
+    return after + _run_mlp(layer, after, keep)
 
 
-def _run_mlp(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def _run_mlp(layer: nn.Module, hidden: torch.Tensor, keep: bool) -> torch.Tensor:
     norm, mlp = layer.post_attention_layernorm, layer.mlp
     normed = _LeanNorm.apply(hidden, norm.weight, norm)
-    with _computed_again(normed, lambda: norm.forward(hidden)):
+    with _computed_again(normed, lambda: norm.forward(hidden), keep):
         gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
     product = _GatedProduct.apply(gate, up, mlp.act_fn)
-    with _computed_again(product, lambda: mlp.act_fn(gate) * up):
+    with _computed_again(product, lambda: mlp.act_fn(gate) * up, keep):
         return mlp.down_proj(product)
