@@ -21,7 +21,7 @@ from visual.photo import load_image, photo_size
 from visual_plan import VisualPlan
 
 MOST_REFERENCES = 16  # in one sequence, behind the same photo
-RECENT_PHOTOS = 4  # whose features are kept: one photo has questions of several types, in sequences of their own
+RECENT_PHOTOS = 4  # whose features are kept: a photo with more references has several sequences
 
 
 class Loss(NamedTuple):
@@ -53,11 +53,7 @@ def answer_losses(
     Raises:
         UserError: an unreadable photo.
     """
-    kinds = sorted({(question.type, question.entry.source) for question in questions})
-    names = {kind: str(number) for number, kind in enumerate(kinds)}  # the data set keeps its sources apart
-    entries = [
-        one for question in questions for one in _references(question, names[question.type, question.entry.source])
-    ]
+    entries = [one for question in questions for one in _references(question)]
 
     @functools.lru_cache(RECENT_PHOTOS)
     def features(photo: Photo, epoch: int) -> torch.Tensor:
@@ -76,34 +72,41 @@ def answer_losses(
         plan,
         max_length=model.LLM.config.max_position_embeddings,
         max_questions=MOST_REFERENCES,
-        keep_apart={name: name for name in names.values()},
     )
-    losses = dict.fromkeys(kinds, Loss())
+    losses: dict[tuple[str, str], Loss] = {}
     for index in progress(list(range(len(dataset)))):
         sample = dataset[index]
         if isinstance(sample, str):
             raise UserError(sample)
-        _keep_last_answers(sample.labels, sample.lengths)
+        group = dataset.groups[index]
+        counts = _keep_last_answers(sample.labels, sample.lengths)[-len(group) :]  # nothing of a prefix is supervised
         batch = collate([sample])
         assert not isinstance(batch, str)
-        kind = kinds[int(dataset.source(index))]
-        summed, tokens = losses[kind]
-        loss = model.loss(batch.to(model.device), 1).item()
-        losses[kind] = Loss(summed + loss, tokens + int((sample.labels != IGNORE_INDEX).sum()))
+        for number, own in zip(group, model.token_losses(batch.to(model.device)).split(counts), strict=True):
+            kind = (entries[number].type, entries[number].source)
+            summed, tokens = losses.get(kind, Loss())
+            losses[kind] = Loss(summed + own.sum().item(), tokens + len(own))
     return losses
 
 
-def _references(question: Question, source: str) -> list[Entry]:
+def _references(question: Question) -> list[Entry]:
     """The question once with each of its references, after the first answers of earlier turns."""
+    source = question.entry.source
     *earlier, last = question.entry.turns[: question.turn + 1]
     before = tuple(replace(turn, answers=turn.answers[:1]) for turn in earlier)
-    return [Entry(source, "", (*before, replace(last, answers=(text,)))) for text in last.answers]
+    return [Entry(source, question.type, (*before, replace(last, answers=(text,)))) for text in last.answers]
 
 
-def _keep_last_answers(labels: torch.Tensor, lengths: tuple[int, ...]) -> None:
-    """Take the supervision from all but the last answer of each segment; `labels` is (T,)."""
-    for segment in labels.split(lengths):
+def _keep_last_answers(labels: torch.Tensor, lengths: tuple[int, ...]) -> list[int]:
+    """Take the supervision from all but the last answer of each segment; return how many tokens of each have it.
+
+    Args:
+        labels: (T,), changed in place.
+    """
+    segments = labels.split(lengths)
+    for segment in segments:
         supervised = (segment != IGNORE_INDEX).nonzero().flatten()
         gaps = (supervised.diff() > 1).nonzero().flatten()  # between two answers
         if len(gaps):
             segment[: supervised[gaps[-1] + 1]] = IGNORE_INDEX
+    return [int((segment != IGNORE_INDEX).sum()) for segment in segments]
