@@ -19,6 +19,7 @@ from batch import Lengths
 from qwen.attention import PackedMask
 from qwen.branches import BranchCache, NewTokensMask
 from qwen.chat import IGNORE_INDEX
+from qwen.lean import run_layer
 
 # rows of logits in memory at once: 156 MB in float32 at a vocabulary of 151,936
 LOSS_ROWS = 256
@@ -118,6 +119,7 @@ class ReadsImages(torch.nn.Module):
     """Methods that our classes add to transformers' causal language models."""
 
     image_token_id: int  # set by load_language_model
+    whole_layers = False  # call layers as modules, because they are compiled
 
     @property
     def longest_packed(self) -> int:
@@ -174,7 +176,7 @@ class ReadsImages(torch.nn.Module):
         """Hidden states after the last norm: (1, T, Dl), or (S, Dl) where `selected` (1, T) is true.
 
         Calls the layers directly instead of transformers' loop, because the MLP of the last layer runs only at the
-        selected positions.
+        selected positions, and `run_layer` keeps less for the backward pass.
 
         Args:
             embeddings, position_ids: as in `packed_loss`.
@@ -197,12 +199,15 @@ class ReadsImages(torch.nn.Module):
         hidden, last = embeddings, len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
             mask = masks[self.config.layer_types[index]]
-            if index < last or selected is None:
+            chosen = selected if index == last else None
+            if self.whole_layers:
                 hidden = layer(hidden, attention_mask=mask, **arguments)
-            else:  # the layer's own forward pass, with a selection of positions
-                attended, _ = layer.self_attn(layer.input_layernorm(hidden), attention_mask=mask, **arguments)
-                hidden = (hidden + attended)[selected.to(attended.device)]  # (S, Dl); layers may be on several GPUs
-                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+                hidden = hidden if chosen is None else hidden[chosen.to(hidden.device)]
+            elif layer.gradient_checkpointing and chosen is None:
+                keywords = {"keep": True, "attention_mask": mask, **arguments}
+                hidden = checkpoint(run_layer, layer, hidden, use_reentrant=False, **keywords)
+            else:
+                hidden = run_layer(layer, hidden, chosen, attention_mask=mask, **arguments)  # (S, Dl) if chosen
         return self.model.norm(hidden)
 
 
