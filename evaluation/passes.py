@@ -138,6 +138,13 @@ def evaluate(
     return found
 
 
+def answer_questions(
+    model: MMultiModal, photos: dict[int, Photo], entries: list[Entry], predictions: Predictions, progress: Progress
+) -> list[Answer]:
+    """Ask every turn of every entry with its own photo, and score nothing; arguments and errors as `evaluate`."""
+    return _run(Pass(TRAINED), model, list_questions(entries), photos, predictions, [], progress)
+
+
 def _baseline_passes(names: Iterable[str], groups: set[tuple[int, ...]]) -> list[Pass]:
     """Passes of the baselines that ask the model; `groups` are the photos of all entries."""
     passes = [Pass("text", choose=lambda own: ()), Pass("untrained", prepare=untrained_projector)]

@@ -5,6 +5,7 @@ follow one another, because a batch computes the keys and values of its photos o
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,7 @@ class Answer:
     Attributes:
         entry, turn: `number` and `turn` of its question.
         images: IDs of the photos in the prompt, photos of earlier turns first.
+        accuracy: nan without references.
         finish_reason: of `Reply`; "" if no model answered.
     """
 
@@ -97,7 +99,7 @@ def make_answer(question: Question, images: tuple[int, ...], text: str, finish_r
         question=question.text,
         references=question.references,
         answer=text,
-        accuracy=metrics.accuracy(text, question.references),
+        accuracy=metrics.accuracy(text, question.references) if question.references else math.nan,
         finish_reason=finish_reason,
     )
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 import eval_vqa
 from answering.answer import Answerer
@@ -128,6 +129,77 @@ def test_mistakes_are_said_before_the_model_is_loaded(score, tiny_checkpoint, tm
     }.items():
         with pytest.raises(UserError, match=message):
             eval_vqa.main(["--checkpoint", str(tiny_checkpoint), *files])
+
+
+@pytest.fixture
+def standard_files(tmp_path):
+    """VQA v2's two files and a jsonl file about three photos, one of which is missing."""
+    (tmp_path / "images").mkdir()
+    for ID, colour in ((3, "red"), (8, "blue")):
+        Image.new("RGB", (50, 50), colour).save(tmp_path / "images" / f"COCO_val2014_{ID:012d}.jpg")
+    asked = [(31, 3, "Which colour?"), (80, 8, "Is it red?"), (32, 3, "How many?"), (90, 9, "Where?")]
+    questions = [{"question_id": ID, "image_id": photo, "question": text} for ID, photo, text in asked]
+    answers = [
+        {"question_id": ID, "image_id": photo, "question_type": "what", "answer_type": "other",
+         "answers": [{"answer": "red", "answer_confidence": "yes", "answer_id": number} for number in range(1, 11)]}
+        for ID, photo, _ in asked
+    ]  # fmt: skip
+    facts = {"data_subtype": "val2014", "data_type": "mscoco"}
+    (tmp_path / "questions.json").write_text(json.dumps({"questions": questions, **facts}))
+    (tmp_path / "annotations.json").write_text(json.dumps({"annotations": answers, **facts}))
+    rows = [{"id": f"r{ID}", "image": f"COCO_val2014_{photo:012d}.jpg", "question": text, "answer": "红色"}
+            for ID, photo, text in asked]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return tmp_path
+
+
+def test_standard_files_are_scored_and_their_result_file_written(score, standard_files, capsys):
+    folder = standard_files
+    files = ["--annotations", folder / "questions.json", folder / "annotations.json", "--images", folder / "images"]
+    results = folder / "results.json"
+    metrics = score("--format", "vqav2", *files, "--results", results, "--baselines", "text")
+    assert metrics["passes"]["trained"]["overall"]["questions"] == 3
+    assert "photo not found" in capsys.readouterr().out  # the row of the missing one
+    rows = json.loads(results.read_text(encoding="utf-8"))
+    assert [row["question_id"] for row in rows] == [31, 32, 80]
+    lines = (folder / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    trained = [line for line in map(json.loads, lines) if line["pass"] == "trained"]
+    answers = {line["question"]: line["answer"].strip() for line in trained}
+    assert [answers[text] for text in ("Which colour?", "How many?", "Is it red?")] == [row["answer"] for row in rows]
+    jsonl = ["--annotations", folder / "rows.jsonl", "--images", folder / "images"]
+    metrics = score("--format", "jsonl", *jsonl, "--limit", "1", "--baselines", output="jsonl")
+    assert metrics["photos"] == 1
+
+
+def test_a_test_set_gets_answers_but_no_scores(score, standard_files, tmp_path):
+    folder = standard_files
+    files = ["--format", "vqav2", "--annotations", folder / "questions.json", "--images", folder / "images"]
+    results = folder / "results.json"
+    with pytest.raises(UserError, match="has no answers to score against: .* or --results FILE"):
+        score(*files)
+    with pytest.raises(FileNotFoundError, match=r"metrics\.json"):
+        score(*files, "--results", results)
+    assert [row["question_id"] for row in json.loads(results.read_text(encoding="utf-8"))] == [31, 32, 80]
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--images", "images"], "belong to --format"),
+        (["--format", "vqav2", "--images", "images"], "--format vqav2 needs --annotations FILE and --images DIR"),
+        (["--format", "jsonl", "--annotations", "rows.jsonl", "--images", "no"], "--images: folder not found"),
+        (
+            ["--format", "jsonl", "--annotations", "rows.jsonl", "--images", "images", "--results", "rows.jsonl"],
+            "is the file of --annotations",
+        ),
+    ],
+)
+def test_mistakes_with_standard_files(score, standard_files, monkeypatch, options, message):
+    monkeypatch.chdir(standard_files)
+    monkeypatch.setattr(eval_vqa, "load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=message):
+        score(*options)
 
 
 @pytest.mark.parametrize("options", [["--no-blind"], ["--baselines", "blind", "--no-blind"]])
