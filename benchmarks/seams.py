@@ -69,14 +69,14 @@ def measure(folder: Path, overrides: list[str]) -> dict:
     run("train.py", "--config", "configs/demo.yaml", f"train.output_dir={folder}", "train.log_steps=1", *overrides)
     checkpoint = list_checkpoints(folder)[-1]
     data = [override for override in overrides if override.startswith("data.")]
-    run("eval_vqa.py", "--checkpoint", checkpoint, *data)
+    run("eval_vqa.py", "--checkpoint", checkpoint, "--baselines", "blind", *data)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    report = json.loads((checkpoint / "eval_val.json").read_text(encoding="utf-8"))
-    scores = report["trained"]
+    passes = json.loads((checkpoint / "eval_val" / "metrics.json").read_text(encoding="utf-8"))["passes"]
+    scores = passes["trained"]
     tokens = statistics.mean(line["tokens_per_second"] * line["seconds"] for line in lines)
     return {
         "accuracy": round(scores["overall"]["accuracy"], 3),
-        "blind": round(report["blind"]["overall"]["accuracy"], 3),
+        "blind": round(passes["blind"]["overall"]["accuracy"], 3),
         "by_type": {kind: round(score["accuracy"], 3) for kind, score in scores["by_type"].items()},
         "seconds_a_step": round(statistics.median(line["seconds"] for line in lines[2:]), 3),
         "tokens_a_step": round(tokens),
