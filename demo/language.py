@@ -140,12 +140,7 @@ class SceneWriter:
             users = [chat.question(question, [VisualPlan(patches)]) for _, question, _ in asked]
         answers = [chat.answer(answer) for _, _, answer in asked]
         rendered = [chat.render([user, answer]) for user, answer in zip(users, answers, strict=True)]
-        if kind == "text":
-            columns = zip(*(ids for ids, _ in rendered), strict=False)
-            prefix = next(index for index, column in enumerate(columns) if len(set(column)) > 1)
-        else:
-            prefix = rendered[0][0].index(chat.image_token_id) + patches
-        input_ids, labels, lengths = pack(rendered, prefix)
+        input_ids, labels, lengths = pack(rendered)
         sample = Sample(torch.tensor(input_ids), torch.tensor(labels), lengths, (), {})
         positions = sample_positions(lengths)
         if kind != "text":
@@ -153,8 +148,9 @@ class SceneWriter:
             # the values take the place of a photo's cached features; `SceneReader` projects them
             sample.photo_ids, sample.photos = (number,), {number: torch.from_numpy(values)[None]}
             # positions count all patches, also the omitted ones
-            positions[prefix - patches : prefix] = prefix - patches + torch.from_numpy(places)
-            positions[prefix:] += IMAGE_TOKENS - patches
+            start = input_ids.index(chat.image_token_id)
+            positions[start : start + patches] = start + torch.from_numpy(places)
+            positions[start + patches :] += IMAGE_TOKENS - patches
         return sample, positions, [name for name, _, _ in asked]
 
     def _questions(self, scene: Scene, kind: str) -> list[tuple[str, str, str]]:
