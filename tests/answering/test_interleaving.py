@@ -83,6 +83,7 @@ asked = st.tuples(
     st.sampled_from([None, None, None, 0, 1, 3]),  # cancelled after this many tokens
 )
 EDITS = [((0,), ("What?", "What colour?", QUESTIONS[number]), False, None) for number in (0, 1, 0)]
+PHOTOS = [(photos, ("What?",), False, 1) for photos in ((0,), (1,), (0, 1), (1, 0), ())]
 
 
 class Asking:
@@ -128,6 +129,7 @@ class Asking:
 @given(st.lists(asked, min_size=2, max_size=7), st.sampled_from([0, 30_000, 80_000, EVERYTHING]), st.integers(0, 9))
 @example(EDITS, EVERYTHING, 0)
 @example(EDITS, 30_000, 0)
+@example(PHOTOS, EVERYTHING, 0)
 def test_any_interleaving_gives_the_answers_of_new_engines(model, asks, most_bytes, seed):
     """In float32. Reading a prompt in parts sums in another order, which moves the logits by less than 1e-4."""
     asking, waiting, draw = Asking(model, most_bytes), [*asks], random.Random(seed)
