@@ -29,7 +29,7 @@ Photos = int | Sequence[VisualPlan]
 class Message:
     """One turn. A part is a text or the plan of a photo; control tokens in a text are plain characters."""
 
-    role: str  # user | assistant
+    role: str  # user | assistant; the first message may be of the role system, in place of `prompt.system`
     parts: tuple[str | VisualPlan, ...]
 
 
@@ -117,6 +117,9 @@ class ChatFormat:
         Raises:
             ValueError: an empty dialogue, or roles that do not alternate beginning with the user.
         """
+        system = self.prompt.system
+        if messages and messages[0].role == "system":
+            system, messages = str(messages[0].parts[0]), messages[1:]
         for index, message in enumerate(messages):
             if message.role != ("user", "assistant")[index % 2]:
                 raise ValueError(f"message {index} is the {message.role}'s: user and assistant must take turns")
@@ -129,8 +132,8 @@ class ChatFormat:
             ids.extend(new_ids)
             labels.extend(new_ids if supervised else [IGNORE_INDEX] * len(new_ids))
 
-        if self.prompt.system or self.first_generation:
-            add([self.start_id, *self.encode_text("system\n" + self.prompt.system), self.turn_end_id])
+        if system or self.first_generation:
+            add([self.start_id, *self.encode_text("system\n" + system), self.turn_end_id])
             add(self.newline_ids)
         for message in messages:
             add([self.start_id])
