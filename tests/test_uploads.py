@@ -268,7 +268,7 @@ def test_a_page_that_is_told_to_end_removes_its_photos(tmp_path, name):
 
 def test_hosts_of_both_kinds():
     assert (in_url("::1"), in_url("127.0.0.1")) == ("[::1]", "127.0.0.1")
-    with pytest.raises(UserError, match=r"'gui\.host': no\.such\.host\.invalid is no address"):
+    with pytest.raises(UserError, match=r"^no\.such\.host\.invalid is no address .*gui\.host=127\.0\.0\.1"):
         check_port(Gui(host="no.such.host.invalid"))
     with pytest.raises(UserError, match="cannot serve on 192.0.2.1:7860"):  # an address for documentation
         check_port(Gui(host="192.0.2.1"))
