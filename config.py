@@ -236,9 +236,12 @@ class Generate(Section, frozen=True):
 
     max_new_tokens: int = Field(256, ge=1, le=2**20)
     temperature: float = Field(0.0, ge=0, le=100)
+    top_k: int = Field(0, ge=0, le=2**20)
     top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     seed: Seed = 0
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), max_length=16)
 
     @field_validator("temperature")
     @classmethod

@@ -7,6 +7,7 @@ asked together share the passes of the model instead (`batches.py`).
 
 import functools
 import threading
+import time
 from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 from transformers import DynamicCache
 
 from answering.batches import PromptBatch, answer_batch, batch_tokens
-from answering.choice import TokenChoice
+from answering.open_answer import OpenAnswer
 from answering.request import (
-    FinishReason,
+    CancelledError,
     OpenPrompt,
     PhotoSource,
     Picture,
@@ -28,11 +29,10 @@ from answering.request import (
     common_length,
     make_prompt,
     read_picture,
-    text_pieces,
 )
 from compat import crop_cache
 from config import Generate
-from errors import UserError
+from errors import UserError, shortened
 from model.model import MMultiModal
 from qwen.chat import Message
 
@@ -77,21 +77,30 @@ class Answerer:
             image: photo of the first message, before its `images`; None: none.
             messages: `{"role": "user" | "assistant", "content": text}`, alternating, the last one from the user.
                 Control tokens in the texts have no effect. A user's message may have `"images"`, a list of photos
-                before its text.
+                before its text. A first message of the role `system` replaces `prompt.system` in this dialogue.
 
         Returns:
-            Pieces of text; together they are the answer. Closing the iterator stops the work.
+            Pieces of text; together they are the answer. Closing the stream stops the work within one token.
 
         Raises:
-            UserError: an empty question, or, with the first piece, a broken photo or a dialogue longer than the
-                language model's context.
+            UserError: an empty question, roles in another order, or, with the first piece, a broken photo or a dialogue
+                longer than the language model's context.
         """
-        if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-            raise UserError("the question is empty: type one")
         chat = self.model.processor.chat
-        rendered, photos = [], []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
+        rendered, photos, turns = [], [], messages
+        if turns and turns[0]["role"] == "system":
+            rendered.append(chat.system(turns[0]["content"]))
+            turns = turns[1:]
+        if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
+            raise UserError("the question is empty: type one")
+        for index, message in enumerate(turns):
+            role = ("user", "assistant")[index % 2]
+            if message["role"] != role:
+                raise UserError(
+                    f"message {len(rendered) + 1} is of the role {shortened(repr(message['role']), 40)}: after the "
+                    f"system message, if there is one, user and assistant take turns, so it must be '{role}'"
+                )
+            if role == "assistant":
                 rendered.append(chat.answer(message["content"]))
             else:
                 own = ([image] if index == 0 and image is not None else []) + list(message.get("images", ()))
@@ -158,26 +167,22 @@ class Answerer:
             if isinstance(entry, UserError):
                 yield entry
             else:
-                tokens, reason = next(answers)
-                text = "".join(text_pieces(self.model.processor.tokenizer, tokens))
-                yield Reply(text, reason, len(entry.ids), len(tokens))
+                yield next(answers)
 
     def _pieces(self, request: Request, settings: Generate) -> Generator[str, None, Reply]:
-        """Yield the text of an answer piece by piece; return the whole of it."""
+        """Yield the text of an answer, an item for each token; return the whole of it."""
+        began = time.perf_counter()
         pictures = [read_picture(self.model, photo) for photo in request.photos]
         prompt = make_prompt(self.model, pictures, request.messages, settings.max_new_tokens)
-        answer: list[int] = []
-        reason: FinishReason = "length"
-
-        def tokens() -> Iterator[int]:
-            nonlocal reason
-            reason = yield from self._generate(pictures, prompt, answer, settings)
-
-        pieces = []
-        for piece in text_pieces(self.model.processor.tokenizer, tokens()):
-            pieces.append(piece)
-            yield piece
-        return Reply("".join(pieces), reason, len(prompt.ids), len(answer))
+        answer = OpenAnswer(self.model, prompt, settings)
+        try:
+            while answer.reason is None:
+                token = self._next_token(pictures, answer)
+                yield answer.add(token, time.perf_counter() - began)
+                began = time.perf_counter()
+        except CancelledError:
+            pass
+        return answer.reply()
 
     @contextmanager
     def _whole_step(self) -> Iterator[None]:
@@ -193,12 +198,15 @@ class Answerer:
                     self._cache_of = None
 
     @torch.no_grad()
-    def _prefill(self, pictures: list[Picture], prompt: OpenPrompt) -> torch.Tensor:
+    def _prefill(self, pictures: list[Picture], answer: OpenAnswer) -> torch.Tensor:
         """Extend the cache to the end of the prompt; return the last logits (V,)."""
+        prompt = answer.prompt
         ids = prompt.ids
         key = self.model.language_model.prefix_key(len(ids))
         shared = self._shared_length(prompt) if key == self._cached_key else 0
         self._cached_key = key
+        if not answer.tokens:
+            answer.tokens_reused = shared
         crop_cache(self._cache, shared)
         self._cached_ids, self._cached_photos = self._cached_ids[:shared], prompt.photos
 
@@ -235,29 +243,19 @@ class Answerer:
         self._cached_ids = self._cached_ids + list(new_ids)
         return logits
 
-    def _generate(
-        self, pictures: list[Picture], prompt: OpenPrompt, answer: list[int], settings: Generate
-    ) -> Generator[int, None, FinishReason]:
-        """Yield new token ids without the end token, append them to `answer`, and return why there are no more."""
-        choice = TokenChoice(settings, self.model.device)
-        this = object()
-        while len(answer) < prompt.limit:
-            with self._whole_step():
-                if self._cache_of is this:
-                    logits = self._step(self._embedded(answer[-1:]), answer[-1:])  # (V,)
-                else:
-                    logits = self._prefill(pictures, prompt)
-                    if answer:  # another question ran in between
-                        logits = self._step(self._embedded(answer), answer)
-                    self._cache_of = this
-                self._suppressed = self._suppressed.to(logits.device)  # moves at the first token only
-                logits[self._suppressed] = -torch.inf
-                token = choice.token(logits, [*prompt.ids, *answer] if choice.uses_history else [])
-            if token in self.model.processor.chat.stop_ids:
-                return "stop"
-            answer.append(token)
-            yield token
-        return "length"
+    def _next_token(self, pictures: list[Picture], answer: OpenAnswer) -> int:
+        """Choose the next token of an answer, or an end token."""
+        with self._whole_step():
+            if self._cache_of is answer:
+                logits = self._step(self._embedded(answer.tokens[-1:]), answer.tokens[-1:])  # (V,)
+            else:
+                logits = self._prefill(pictures, answer)
+                if answer.tokens:  # another question ran in between
+                    logits = self._step(self._embedded(answer.tokens), answer.tokens)
+                self._cache_of = answer
+            self._suppressed = self._suppressed.to(logits.device)  # moves at the first token only
+            logits[self._suppressed] = -torch.inf
+            return answer.choice.token(logits)
 
     def _embedded(self, ids: list[int]) -> torch.Tensor:
         """Text tokens as embeddings (1, T, Dl)."""

@@ -1,14 +1,14 @@
 """What goes into the engine and what comes out: requests, rendered prompts, replies. Used by `answer.py`."""
 
 import hashlib
-import itertools
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import inspect
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
 from errors import UserError
 from model.model import MMultiModal
@@ -17,7 +17,8 @@ from visual.photo import load_image
 from visual_plan import VisualPlan
 
 PhotoSource = Image.Image | str | Path
-FinishReason = Literal["stop", "length"]  # the model ended the answer, or the longest answer or the context was full
+# the model or a stop string ended the answer; the longest answer or the context was full; the stream was closed
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Request(NamedTuple):
@@ -62,41 +63,80 @@ class OpenPrompt:
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer; `tokens_out` is without the end token."""
+    """A whole answer, or what a cancelled one came to. Replies are equal if the answers are, made in any way.
+
+    Attributes:
+        text: without a stop string.
+        tokens_in: tokens of the prompt.
+        tokens_out: all tokens that were chosen, without the end token.
+        tokens_reused: tokens of the prompt whose keys and values were there from earlier answers.
+        seconds_to_first_token: decoding the photos and waiting for other answers included.
+        tokens_per_second: after the first token; 0 if there is no other.
+    """
 
     text: str
     finish_reason: FinishReason
     tokens_in: int
     tokens_out: int
+    tokens_reused: int = field(default=0, compare=False)
+    seconds_to_first_token: float = field(default=0.0, compare=False)
+    tokens_per_second: float = field(default=0.0, compare=False)
+
+
+class CancelledError(Exception):
+    """Raised in the generator of an answer when its stream is closed; the generator returns its reply so far."""
 
 
 class ReplyStream(Iterator[str]):
-    """The pieces of an answer; closing it stops the work.
+    """The pieces of an answer.
 
     Attributes:
-        reply: the whole answer, once the last piece was taken; None before, and after an error or `close`.
+        reply: the whole answer once the last piece was taken, or after `close` the answer so far; None before that and
+            after an error.
+
+    Args:
+        pieces: an item for each token, which may be empty.
     """
 
     def __init__(self, pieces: Generator[str, None, Reply]) -> None:
-        self._pieces = pieces
         self.reply: Reply | None = None
+        self._pieces = pieces
+        self._closed = False
+        self._taking = threading.Lock()  # a generator cannot be closed while another thread runs it
 
     def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            self.reply = self.reply or end.value
-            raise
+        with self._taking:
+            try:
+                while not self._closed:
+                    if piece := next(self._pieces):
+                        return piece
+                self._cancel()
+            except StopIteration as end:
+                self.reply = self.reply or end.value
+            raise StopIteration
 
     def rest(self) -> Reply:
-        """Take the remaining pieces; return the whole answer."""
+        """Take the remaining pieces; return the answer."""
         for _ in self:
             pass
-        assert self.reply is not None, "the stream was closed before its end"
+        assert self.reply is not None, "the stream ended with an error"
         return self.reply
 
     def close(self) -> None:
-        self._pieces.close()
+        """End the answer, and wait for the token that another thread is taking. Any thread may call it."""
+        self._closed = True
+        with self._taking:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        if inspect.getgeneratorstate(self._pieces) == inspect.GEN_CLOSED:
+            return
+        try:
+            self._pieces.throw(CancelledError)
+        except StopIteration as end:
+            self.reply = end.value
+        except CancelledError:  # not begun
+            self.reply = Reply("", "cancelled", 0, 0)
 
 
 def read_picture(model: MMultiModal, photo: PhotoSource) -> Picture:
@@ -146,17 +186,7 @@ def _with_plans(messages: list[Message], plans: list[VisualPlan]) -> list[Messag
 
 def common_length(first: Sequence, second: Sequence) -> int:
     """Number of leading items that are equal."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
-def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
-    """Decode tokens one by one; tokens that end within a character are kept until it is complete."""
-    pending: list[int] = []
-    for token in tokens:
-        pending.append(token)
-        text = tokenizer.decode(pending, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if text and not text.endswith("\ufffd"):
-            yield text
-            pending = []
-    if pending:
-        yield tokenizer.decode(pending, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    shorter = min(len(first), len(second))
+    if first[:shorter] == second[:shorter]:  # compared in C
+        return shorter
+    return next(index for index, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])

@@ -29,7 +29,7 @@ Photos = int | Sequence[VisualPlan]
 class Message:
     """One turn. A part is a text or the plan of a photo; control tokens in a text are plain characters."""
 
-    role: str  # user | assistant
+    role: str  # user | assistant | system
     parts: tuple[str | VisualPlan, ...]
 
 
@@ -103,12 +103,18 @@ class ChatFormat:
     def _plans(self, photos: Photos) -> list[VisualPlan]:
         return [self.plan] * photos if isinstance(photos, int) else list(photos)
 
+    def system(self, text: str) -> Message:
+        """Return the message that replaces `prompt.system` in its dialogue; it comes first."""
+        return Message("system", (text,))
+
     def answer(self, text: str) -> Message:
         """Return the assistant message with `text`."""
         return Message("assistant", (text.strip(),))
 
     def render(self, messages: list[Message]) -> tuple[list[int], list[int]]:
         """Return token ids and labels of a dialogue; if the last message is the user's, the answer is left open.
+
+        The first message may be one of `system`.
 
         Returns:
             `input_ids` (T,) with the placeholders of each photo's plan, and `labels` (T,): the id at tokens of
@@ -117,6 +123,9 @@ class ChatFormat:
         Raises:
             ValueError: an empty dialogue, or roles that do not alternate beginning with the user.
         """
+        system = self.prompt.system
+        if messages and messages[0].role == "system":
+            system, messages = _text(messages[0]), messages[1:]
         for index, message in enumerate(messages):
             if message.role != ("user", "assistant")[index % 2]:
                 raise ValueError(f"message {index} is the {message.role}'s: user and assistant must take turns")
@@ -129,8 +138,8 @@ class ChatFormat:
             ids.extend(new_ids)
             labels.extend(new_ids if supervised else [IGNORE_INDEX] * len(new_ids))
 
-        if self.prompt.system or self.first_generation:
-            add([self.start_id, *self.encode_text("system\n" + self.prompt.system), self.turn_end_id])
+        if system or self.first_generation:
+            add([self.start_id, *self.encode_text("system\n" + system), self.turn_end_id])
             add(self.newline_ids)
         for message in messages:
             add([self.start_id])
@@ -175,7 +184,7 @@ class ChatFormat:
         return [(places[end - plan.tokens], places[end - 1] + 1) for end, plan in zip(ends, plans, strict=True)]
 
     def _add_assistant(self, message: Message, add) -> None:
-        answer = "".join(part for part in message.parts if isinstance(part, str))
+        answer = _text(message)
         role = "assistant\n"
         if self.think_ids:  # control tokens separate role and answer, so each is a string of its own
             add([*self.encode_text(role), *self.think_ids])
@@ -196,6 +205,10 @@ class ChatFormat:
         ]
         rendered = json.dumps([self.render(dialogue), self.plan.crop_tokens])
         return hashlib.sha256(rendered.encode()).hexdigest()[:16]
+
+
+def _text(message: Message) -> str:
+    return "".join(part for part in message.parts if isinstance(part, str))
 
 
 def _skips_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
