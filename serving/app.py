@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
+from anyio import CancelScope
 from anyio.to_thread import run_sync
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -108,14 +109,24 @@ class Service:
         await stack.enter_async_context(self.queue.turn)
         messages = await run_sync(with_photos, dialogue, self.limits.pixels)
         stream = self.engine.stream(None, messages, settings)
-        stack.callback(stream.close)
-        return stream, await run_sync(next, stream, "")
+        stack.push_async_callback(_close, stream)
+        return stream, await next_piece(stream) or ""
 
     def finished(self, stream: ReplyStream) -> Reply:
         """Return and count the whole answer, after its last piece."""
         reply = stream.rest()
         self.measures.count(reply)
         return reply
+
+
+async def next_piece(stream: ReplyStream) -> str | None:
+    """Return the next piece, None at the end. If the request is cancelled, the thread goes on until `_close`."""
+    return await run_sync(next, stream, None, abandon_on_cancel=True)
+
+
+async def _close(stream: ReplyStream) -> None:
+    with CancelScope(shield=True):
+        await run_sync(stream.close)
 
 
 async def exits() -> AsyncIterator[AsyncExitStack]:
@@ -158,9 +169,10 @@ def build_app(service: Service) -> FastAPI:
                 return StreamingResponse(
                     _events(service, stream, first, head, usage), media_type="text/event-stream", headers=NOT_KEPT
                 )
-            while await run_sync(next, stream, None) is not None:
+            while await next_piece(stream) is not None:
                 pass
         reply = service.finished(stream)
+        assert reply.finish_reason != "cancelled", "a request that is cancelled gets no answer"
         choice = Choice(message=AnswerText(content=reply.text), finish_reason=reply.finish_reason)
         return Completion(**head, choices=[choice], usage=usage_of(reply))
 
@@ -214,7 +226,7 @@ async def _events(
             while piece is not None:
                 if piece:
                     yield event({"content": piece})
-                piece = await run_sync(next, stream, None)
+                piece = await next_piece(stream)
     except RefusalError as error:
         yield _event(error.body())
         return
@@ -234,5 +246,5 @@ def usage_of(reply: Reply) -> Usage:
         prompt_tokens=reply.tokens_in,
         completion_tokens=reply.tokens_out,
         total_tokens=reply.tokens_in + reply.tokens_out,
-        prompt_tokens_details=CachedTokens(cached_tokens=0),
+        prompt_tokens_details=CachedTokens(cached_tokens=reply.tokens_reused),
     )

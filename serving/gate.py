@@ -167,10 +167,12 @@ class Gate:
 
     async def _answer(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application on a request that was read, until it ends or the client is gone."""
-        unread = [{"type": "http.request", "body": body, "more_body": False}]
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def replay() -> dict:
-            return unread.pop() if unread else await anyio.sleep_forever()
+        async def replay() -> Message:
+            if not unread:
+                await anyio.sleep_forever()  # the news that the client is gone are taken by `watch`
+            return unread.pop()
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":

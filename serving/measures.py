@@ -15,8 +15,14 @@ class Measures:
         self._registry = registry = CollectorRegistry()
         self._responses = Counter("vqa_responses", "Answers to requests, by HTTP status", ["status"], registry=registry)
         self._prompt = Counter("vqa_prompt_tokens", "Tokens of prompts, photos included", registry=registry)
+        self._cached = Counter("vqa_cached_tokens", "Of these, computed for an earlier request", registry=registry)
         self._answer = Counter("vqa_answer_tokens", "Tokens of answers", registry=registry)
-        self._first = Histogram("vqa_first_token_seconds", "Time to first token", buckets=SECONDS, registry=registry)
+        self._first = Histogram(
+            "vqa_first_token_seconds",
+            "From the turn of a request to its first token",
+            buckets=SECONDS,
+            registry=registry,
+        )
         self._seconds = Histogram("vqa_request_seconds", "Waiting included", buckets=SECONDS, registry=registry)
         Gauge("vqa_waiting", "Requests that wait", registry=registry).set_function(lambda: queue.waiting)
         Gauge("vqa_running", "Requests that are answered now", registry=registry).set_function(queue.turn.locked)
@@ -29,7 +35,9 @@ class Measures:
     def count(self, reply: Reply) -> None:
         """Add a finished answer."""
         self._prompt.inc(reply.tokens_in)
+        self._cached.inc(reply.tokens_reused)
         self._answer.inc(reply.tokens_out)
+        self._first.observe(reply.seconds_to_first_token)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -101,6 +101,9 @@ class AssistantTurn(Sent):
 Turn = SystemTurn | UserTurn | AssistantTurn
 
 
+StopText = Annotated[Text, Field(min_length=1)]
+
+
 class StreamOptions(Sent):
     include_usage: bool = False
 
@@ -122,7 +125,7 @@ class ChatRequest(Sent):
     max_tokens: int | None = Field(None, ge=1, le=2**20)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**20)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None  # for the client's own books, as in OpenAI's API

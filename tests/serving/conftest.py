@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from answering.request import Reply, ReplyStream
+from answering.request import CancelledError, Reply, ReplyStream
 from config import Generate
 from errors import UserError
 from serving.app import Service, build_app
@@ -39,18 +39,31 @@ def user(*content):
     return {"role": "user", "content": content[0] if content and isinstance(content[0], str) else list(content)}
 
 
+class TellingStream(ReplyStream):
+    """Notes that it is being closed, before it waits for the piece that is computed."""
+
+    def __init__(self, pieces, closing):
+        super().__init__(pieces)
+        self.closing = closing
+
+    def close(self):
+        self.closing.set()
+        super().close()
+
+
 class TellingEngine:
     """Answers with the sizes of the photos and the texts it was sent; some questions make it fail or wait.
 
     Attributes:
         asked: messages and settings of each call.
-        permits: the question "wait" takes one before each of its pieces.
-        closed: set when an answer is ended before its last piece.
+        begun: number of pieces of the question "wait" that were begun.
+        permits: each of them takes one, and waits until there is one.
+        closing, closed: set when an answer is to end before its last piece, and when it has.
     """
 
     def __init__(self):
         self.asked = []
-        self.begun, self.closed = threading.Event(), threading.Event()
+        self.begun, self.closing, self.closed = 0, threading.Event(), threading.Event()
         self.permits = threading.Semaphore(0)
 
     def stream(self, image, messages, settings):
@@ -58,7 +71,7 @@ class TellingEngine:
         self.asked.append((messages, settings))
         if not messages[-1]["content"]:
             raise UserError("the question is empty: type one")
-        return ReplyStream(self.pieces(messages))
+        return TellingStream(self.pieces(messages), self.closing)
 
     def pieces(self, messages):
         question = messages[-1]["content"]
@@ -66,20 +79,22 @@ class TellingEngine:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
         if question == "defect":
             raise KeyError("secret")
-        told = " | ".join(" ".join([*(str(p.size) for p in m.get("images", ())), m["content"]]) for m in messages)
-        pieces = ["", told[:3], told[3:]] if question != "wait" else [f"{number} " for number in range(50)]
+        text = " | ".join(" ".join([*(str(p.size) for p in m.get("images", ())), m["content"]]) for m in messages)
+        pieces = ["", text[:3], text[3:]] if question != "wait" else [f"{number} " for number in range(50)]
+        told, reason = [], "length" if question == "long" else "stop"
         try:
             for piece in pieces:
                 if question == "wait":
-                    self.begun.set()
+                    self.begun += 1
                     assert self.permits.acquire(timeout=60)
+                told.append(piece)
                 yield piece
                 if question == "late" and piece:
                     raise UserError("the photo is broken")
-        except GeneratorExit:
+        except CancelledError:
+            reason = "cancelled"
             self.closed.set()
-            raise
-        return Reply("".join(pieces), "length" if question == "long" else "stop", 11, len(pieces))
+        return Reply("".join(told), reason, 11, len(told), tokens_reused=5, seconds_to_first_token=0.2)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def test_the_content_counts_and_not_the_named_kind():
         ("data:image/png;base64,中文", "not valid base64"),
         ("data:image/png;base64,", "not an image"),
         ("data:image/png;base64,QUJD", "not an image"),
-        (data_url((99, 99), "JPEG")[: 23 + 700], "damaged or cut off"),
+        (data_url((99, 99), "JPEG")[: 23 + 700], "fetch the photo again"),
         (data_url((101, 100)), "more than the 0.01 that are decoded"),
     ],
 )

@@ -10,6 +10,7 @@ import httpx2
 import openai
 import pytest
 
+from config import Generate
 from serving import gate
 from tests.serving.conftest import (
     NAME,
@@ -36,6 +37,7 @@ def test_photos_texts_and_roles_reach_the_engine(client, engine):
     assert [message["role"] for message in engine.asked[-1][0]] == ["system", "user", "assistant", "user"]
     assert (answer.model, answer.object, answer.choices[0].finish_reason) == (NAME, "chat.completion", "stop")
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (11, 3, 14)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 5
 
 
 def test_an_answer_can_be_sent_back_as_the_client_holds_it(client):
@@ -59,11 +61,12 @@ def test_a_stream_has_the_pieces_then_the_reason_then_the_usage(client):
 
 
 def test_decoding_settings_reach_the_engine(client, engine):
-    ask(client, user("?"), temperature=0.5, top_p=0.9, max_tokens=7, seed=3,
-        extra_body={"repetition_penalty": 1.5, "frequency_penalty": 0, "n": 1, "logprobs": False})  # fmt: skip
-    settings = engine.asked[-1][1]
-    assert (settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed) == (0.5, 0.9, 7, 3)
-    assert settings.repetition_penalty == 1.5
+    own = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.5}
+    neutral = {"frequency_penalty": 0, "n": 1, "logprobs": False, "tools": [], "response_format": {"type": "text"}}
+    ask(client, user("?"), temperature=0.5, top_p=0.9, max_tokens=7, seed=3, stop="a", extra_body=own | neutral)
+    assert engine.asked[-1][1] == Generate(temperature=0.5, top_p=0.9, max_new_tokens=7, seed=3, stop=("a",), **own)
+    ask(client, user("?"), stop=["a", "b"])
+    assert engine.asked[-1][1].stop == ("a", "b")
     ask(client, user("?"), max_completion_tokens=9)
     assert (engine.asked[-1][1].max_new_tokens, engine.asked[-1][1].temperature) == (9, 0)
     seeds = set()
@@ -88,6 +91,9 @@ def test_decoding_settings_reach_the_engine(client, engine):
         ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
         ({"seed": -1}, "seed"),
         ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": [""]}, "stop.0"),
+        ({"min_p": 2}, "min_p"),
+        ({"top_k": -1}, "top_k"),
         ({"guided_json": {}}, "guided_json"),
         ({"stream_options": {"other": True}}, "stream_options.other"),
         ({"messages": []}, "messages"),
@@ -237,7 +243,7 @@ def test_one_is_answered_one_waits_the_next_is_refused():
     engine = TellingEngine()
     with running(engine, queue=1) as address, client_of(address) as client:
         first = Waiting(address, "wait")
-        assert engine.begun.wait(60)
+        until(lambda: engine.begun == 1)
         second = Waiting(address, "second")
         until(lambda: metrics_of(address)["vqa_waiting"] == 1)
         assert metrics_of(address)["vqa_running"] == 1
@@ -255,7 +261,10 @@ def test_one_is_answered_one_waits_the_next_is_refused():
         assert measured['vqa_responses_total{status="200"}'] == 3
         assert measured['vqa_responses_total{status="429"}'] == 1
         assert measured["vqa_answer_tokens_total"] == 50 + 3 + 3
+        assert measured["vqa_cached_tokens_total"] == 3 * 5
         assert measured["vqa_request_seconds_count"] == 4
+        assert measured['vqa_first_token_seconds_bucket{le="0.1"}'] == 0
+        assert measured['vqa_first_token_seconds_bucket{le="0.25"}'] == 3
         for each in (first, second):
             each.cut()
 
@@ -268,15 +277,19 @@ def test_a_client_that_is_gone_ends_the_work_within_a_token(how):
             engine.permits.release(2)
             answer = ask(client, user("wait"), stream=True)
             next(answer)
+            until(lambda: engine.begun == 3)
             answer.close()
         else:
             waiting = Waiting(address, "wait")
-            assert engine.begun.wait(60)
+            until(lambda: engine.begun == 1)
             waiting.cut()
-        time.sleep(0.2)  # the news of the cut travels; too late, it would take another token
-        assert not engine.closed.is_set()  # a token is being computed
-        engine.permits.release(2)
+        until(lambda: metrics_of(address)["vqa_running"] == 1)  # a token is being computed
+        assert not engine.closed.is_set()
+        assert engine.closing.wait(60)
+        before = engine.begun
+        engine.permits.release(50)
         assert engine.closed.wait(60)
+        assert engine.begun == before
         assert ask(client, user("next")).choices[0].message.content == "next"
 
 
@@ -284,7 +297,7 @@ def test_a_client_that_is_gone_while_it_waits_frees_its_place():
     engine = TellingEngine()
     with running(engine, queue=1) as address, client_of(address) as client:
         first = Waiting(address, "wait")
-        assert engine.begun.wait(60)
+        until(lambda: engine.begun == 1)
         second = Waiting(address, "second")
         until(lambda: metrics_of(address)["vqa_waiting"] == 1)
         second.cut()
