@@ -13,7 +13,7 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-from cli import run_script, script_arguments
+from cli import add_key_option, read_key, run_script, script_arguments
 
 import uvicorn
 
@@ -24,8 +24,6 @@ from model.checkpoint import load_checkpoint
 from page.address import check_port, in_url
 from serving.app import Service, build_app
 from serving.gate import Limits, allowed_hosts
-
-KEY_VARIABLE = "VQA_API_KEY"
 
 
 class EndingServer(uvicorn.Server):
@@ -38,13 +36,14 @@ class EndingServer(uvicorn.Server):
 
 def main(arguments: list[str] | None = None) -> None:
     args = read_arguments(arguments)
+    key = read_key(args)
     checkpoint = args.checkpoint.absolute()
     gui = changed(Gui(), {"host": args.host, "port": args.port}, "--host or --port")
     check_port(gui, "--{} ")  # before the model is loaded, which may take a minute
     model = load_checkpoint(checkpoint, overrides=parse_overrides(args.overrides))
     limits = Limits(
-        key=args.api_key,
-        hosts=allowed_hosts(args.host, args.api_key),
+        key=key,
+        hosts=allowed_hosts(args.host, key),
         queue=args.max_queue,
         request_bytes=args.max_request_mb * 2**20,
         pixels=args.max_megapixels * 10**6,
@@ -68,10 +67,7 @@ def read_arguments(arguments: list[str] | None):
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder")
     parser.add_argument("--host", default="127.0.0.1", help="address (default 127.0.0.1: only this machine)")
     parser.add_argument("--port", type=int, default=8000, help="port (default 8000)")
-    parser.add_argument(
-        "--api-key", default=os.environ.get(KEY_VARIABLE) or None, metavar="KEY",
-        help=f"ask clients for this key; the environment variable {KEY_VARIABLE} does the same and is not shown by ps",
-    )  # fmt: skip
+    add_key_option(parser, "ask clients for this key")
     parser.add_argument(
         "--max-queue", type=int, default=Limits.queue, metavar="N",
         help=f"requests that may wait (default {Limits.queue}); more are refused with status 429",
@@ -93,8 +89,6 @@ def read_arguments(arguments: list[str] | None):
         value = getattr(args, option)
         if not least <= value <= 10**6:
             raise UserError(f"--{option.replace('_', '-')} must be from {least} to 1000000, found {value}")
-    if args.api_key == "":
-        raise UserError("--api-key is empty: give a key, or leave the option out")
     if args.allow_files is not None and not args.allow_files.is_dir():
         raise UserError(f"--allow-files: {shortened(args.allow_files)} is not a folder")
     return args

@@ -54,6 +54,7 @@ class Answerer:
 
     def __init__(self, model: MMultiModal) -> None:
         self.model = model
+        self.chat = model.processor.chat
         self._cached_ids: list[int] = []
         self._cached_photos: tuple[str, ...] = ()
         self._cached_key: Hashable = None
@@ -86,7 +87,7 @@ class Answerer:
             UserError: an empty question, roles in another order, or, with the first piece, a broken photo or a dialogue
                 longer than the language model's context.
         """
-        chat = self.model.processor.chat
+        chat = self.chat
         rendered, photos, turns = [], [], messages
         if turns and turns[0]["role"] == "system":
             rendered.append(chat.system(turns[0]["content"]))

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from anyio import CancelScope
 from anyio.to_thread import run_sync
@@ -21,7 +21,7 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 
-from answering.request import Reply, ReplyStream
+from answering.request import AnyAnswerer, Reply, ReplyStream
 from config import Generate, changed
 from errors import UserError, is_out_of_memory
 from serving.dialogue import Dialogue, read_dialogue, with_photos
@@ -51,12 +51,6 @@ OUT_OF_MEMORY = "out of memory: send fewer photos or a shorter dialogue, or ask 
 DEFECT = "a defect of this server; its operator finds the cause in its log"
 
 
-class Engine(Protocol):
-    """What is used of `answering.answer.Answerer`."""
-
-    def stream(self, image: None, messages: list[dict[str, Any]], settings: Generate | None) -> ReplyStream: ...
-
-
 class Service:
     """What all requests share.
 
@@ -68,7 +62,13 @@ class Service:
     """
 
     def __init__(
-        self, engine: Engine, name: str, generate: Generate, limits: Limits, created: int = 0, files: Path | None = None
+        self,
+        engine: AnyAnswerer,
+        name: str,
+        generate: Generate,
+        limits: Limits,
+        created: int = 0,
+        files: Path | None = None,
     ) -> None:
         self.engine, self.name, self.generate, self.limits = engine, name, generate, limits
         self.created, self.files = created, files
