@@ -19,7 +19,8 @@ The output has the same rows with "answer" added, or "error" where there is no a
 failed. Rows are answered in batches, which is fastest if questions on the same photo follow one another. Out of memory,
 a server that is gone and Ctrl-C end the work at once; the rows of the batches before are in the output.
 
---server asks an OpenAI-compatible server (serve.py is one) instead of a checkpoint; key=value then sets generate.* only.
+--server asks an OpenAI-compatible server (serve.py is one) instead of a checkpoint; key=value then sets generate.*
+only.
 """
 
 import json

@@ -1,23 +1,23 @@
 """Answering engine: photos and messages → a stream of text, or many answers together.
 
-Page, command line, evaluation and benchmarks all use `Answerer`. It caches the keys and values of the last prompt, so
-the prefix that a new prompt shares with it (photo tokens, earlier dialogue) is not computed again. Questions that are
-asked together share the passes of the model instead (`batches.py`).
+Page, command line, evaluation and benchmarks all use `Answerer`. The prefix that a prompt shares with an earlier one
+(photo tokens, earlier dialogue) is not computed again (`prefix_cache.py`). Questions that are asked together share the
+passes of the model instead (`batches.py`).
 """
 
 import functools
 import threading
 import time
-from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from answering.batches import PromptBatch, answer_batch, batch_tokens
 from answering.open_answer import OpenAnswer
+from answering.prefix_cache import CACHE_BYTES, CachedSequence, PrefixCache
 from answering.request import (
     CancelledError,
     OpenPrompt,
@@ -26,11 +26,9 @@ from answering.request import (
     Reply,
     ReplyStream,
     Request,
-    common_length,
     make_prompt,
     read_picture,
 )
-from compat import crop_cache
 from config import Generate
 from errors import UserError, shortened
 from model.model import MMultiModal
@@ -42,32 +40,26 @@ RECENT_PHOTOS = 4  # photos that are kept for the next question
 class Answerer:
     """Answers questions with one model.
 
-    Several threads may share one. `answer` blocks the others until it ends; `stream` and `answer_many` block them for
-    one pass of the model at a time, because the caller of a stream may never finish it. If another question runs
-    between two tokens of a stream, the answer is the same, but its prompt is computed again.
+    Several threads may share one. They take turns, one pass of the model at a time, so no answer waits for the end of
+    another, and a stream that nobody finishes blocks nobody.
 
     Every call takes decoding settings (config section `generate`); None: those of the model's config.
 
     Args:
         model: in eval mode.
+        cache_bytes: most bytes of kept keys and values, see `PrefixCache`.
     """
 
-    def __init__(self, model: MMultiModal) -> None:
+    def __init__(self, model: MMultiModal, cache_bytes: int = CACHE_BYTES) -> None:
         self.model = model
         self.chat = model.processor.chat
-        self._cached_ids: list[int] = []
-        self._cached_photos: tuple[str, ...] = ()
-        self._cached_key: Hashable = None
-        self._cache = DynamicCache()
-        self._cache_of: object = None  # the answer whose prompt and tokens are in the cache
+        self._prefixes = PrefixCache(cache_bytes)
         self._feature_of: dict[str, torch.Tensor] = {}
-        self._suppressed = torch.tensor(model.suppressed_ids)
         self._lock = threading.RLock()
 
     def answer(self, image: PhotoSource | None, question: str, settings: Generate | None = None) -> str:
         """Return the whole answer to one question; see `stream`."""
-        with self._lock:
-            return self.stream(image, [{"role": "user", "content": question}], settings).rest().text
+        return self.stream(image, [{"role": "user", "content": question}], settings).rest().text
 
     def stream(
         self, image: PhotoSource | None, messages: list[dict[str, Any]], settings: Generate | None = None
@@ -163,7 +155,7 @@ class Answerer:
         self, batch: PromptBatch, waiting: list[OpenPrompt | UserError], settings: Generate
     ) -> Iterator[Reply | UserError]:
         """Answer the batch; yield the answers and errors that wait, in their order."""
-        answers = iter(answer_batch(self.model, batch, settings, self._lock))
+        answers = iter(answer_batch(self.model, batch, settings, self._one_pass))
         for entry in waiting:
             if isinstance(entry, UserError):
                 yield entry
@@ -175,49 +167,47 @@ class Answerer:
         began = time.perf_counter()
         pictures = [read_picture(self.model, photo) for photo in request.photos]
         prompt = make_prompt(self.model, pictures, request.messages, settings.max_new_tokens)
-        answer = OpenAnswer(self.model, prompt, settings)
+        answer, sequence = OpenAnswer(self.model, prompt, settings), None
         try:
             while answer.reason is None:
-                token = self._next_token(pictures, answer)
+                with self._one_pass():
+                    if sequence is None:
+                        sequence, logits = self._read_prompt(pictures, answer)
+                    else:
+                        logits = self._read(sequence, answer.tokens[-1:])
+                    token = answer.choice.token(logits)
                 yield answer.add(token, time.perf_counter() - began)
                 began = time.perf_counter()
         except CancelledError:
             pass
+        finally:  # also when a stream that nobody closed is freed, in any thread: so without the lock
+            if sequence is not None:
+                sequence.unfinished = False
+        if sequence is not None:
+            with self._lock:
+                self._prefixes.keep(sequence)
         return answer.reply()
 
     @contextmanager
-    def _whole_step(self) -> Iterator[None]:
-        """Exclude other threads, and clear the cache if the step fails, because it may be half written."""
-        with self._lock:
-            done = False
+    def _one_pass(self) -> Iterator[None]:
+        """Exclude other threads; after an error, free all that is kept, because memory may have run out."""
+        with self._lock, torch.no_grad():
             try:
                 yield
-                done = True
-            finally:
-                if not done:
-                    self._cached_ids, self._cached_photos, self._cache = [], (), DynamicCache()
-                    self._cache_of = None
+            except BaseException:
+                self._prefixes.clear()
+                raise
 
-    @torch.no_grad()
-    def _prefill(self, pictures: list[Picture], answer: OpenAnswer) -> torch.Tensor:
-        """Extend the cache to the end of the prompt; return the last logits (V,)."""
+    def _read_prompt(self, pictures: list[Picture], answer: OpenAnswer) -> tuple[CachedSequence, torch.Tensor]:
+        """Read what is new in the prompt; return its sequence and the logits (V,) of the first token."""
         prompt = answer.prompt
-        ids = prompt.ids
-        key = self.model.language_model.prefix_key(len(ids))
-        shared = self._shared_length(prompt) if key == self._cached_key else 0
-        self._cached_key = key
-        if not answer.tokens:
-            answer.tokens_reused = shared
-        crop_cache(self._cache, shared)
-        self._cached_ids, self._cached_photos = self._cached_ids[:shared], prompt.photos
-
+        sequence = self._prefixes.begin(prompt, self.model.language_model.prefix_key(len(prompt.ids)))
+        shared = answer.tokens_reused = len(sequence.ids)
         unread = [picture for picture, (start, _) in zip(pictures, prompt.spans, strict=True) if start >= shared]
-        images = None
-        if unread:
-            features = [self._features(picture) for picture in unread]
-            images = self.model.project(torch.cat(features))  # (crops to read, M, Dl)
-        new_ids = torch.tensor([ids[shared:]], device=self.model.device)
-        return self._step(self.model.language_model.embed(new_ids, images), ids[shared:])
+        images = self.model.project(torch.cat([self._features(picture) for picture in unread])) if unread else None
+        logits = self._read(sequence, prompt.ids[shared:], images)
+        self._prefixes.keep(sequence)  # at once, for other questions about the photo that come meanwhile
+        return sequence, logits
 
     def _features(self, picture: Picture) -> torch.Tensor:
         """Return encoder features (crops, R, Dv) of a photo; those of the last few photos are cached."""
@@ -228,36 +218,11 @@ class Answerer:
             self._feature_of[picture.hash] = self.model.encode_image(pixels)
         return self._feature_of[picture.hash]
 
-    def _shared_length(self, prompt: OpenPrompt) -> int:
-        """Number of leading tokens that are already in the cache; never all of the prompt.
-
-        The shared part never ends within a photo, because equal photos have equal placeholders in both prompts.
-        """
-        shared = common_length(self._cached_ids, prompt.ids[:-1])
-        same_photos = common_length(self._cached_photos, prompt.photos)
-        return min(shared, prompt.spans[same_photos][0]) if same_photos < len(prompt.spans) else shared
-
-    @torch.no_grad()
-    def _step(self, embeddings: torch.Tensor, new_ids: list[int]) -> torch.Tensor:
-        """Process `embeddings` (1, T_new, Dl) after the cached tokens; return the last logits (V,) in float32."""
-        logits = self.model.decode(embeddings, self._cache)
-        self._cached_ids = self._cached_ids + list(new_ids)
+    def _read(self, sequence: CachedSequence, ids: list[int], images: torch.Tensor | None = None) -> torch.Tensor:
+        """Read `ids`, which hold the photos `images` (crops, M, Dl), behind `sequence`; return the last logits (V,)."""
+        language_model, new = self.model.language_model, torch.tensor([ids], device=self.model.device)
+        embeddings = language_model.get_input_embeddings()(new) if images is None else language_model.embed(new, images)
+        logits = self.model.decode(embeddings, sequence.states)
+        sequence.ids += ids
+        self.model.suppress(logits)
         return logits
-
-    def _next_token(self, pictures: list[Picture], answer: OpenAnswer) -> int:
-        """Choose the next token of an answer, or an end token."""
-        with self._whole_step():
-            if self._cache_of is answer:
-                logits = self._step(self._embedded(answer.tokens[-1:]), answer.tokens[-1:])  # (V,)
-            else:
-                logits = self._prefill(pictures, answer)
-                if answer.tokens:  # another question ran in between
-                    logits = self._step(self._embedded(answer.tokens), answer.tokens)
-                self._cache_of = answer
-            self._suppressed = self._suppressed.to(logits.device)  # moves at the first token only
-            logits[self._suppressed] = -torch.inf
-            return answer.choice.token(logits)
-
-    def _embedded(self, ids: list[int]) -> torch.Tensor:
-        """Text tokens as embeddings (1, T, Dl)."""
-        return self.model.LLM.get_input_embeddings()(torch.tensor([ids], device=self.model.device))

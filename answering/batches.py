@@ -8,7 +8,7 @@ Shapes: T tokens of the packed row, N questions that have not ended, Dl width, V
 """
 
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 
 import torch
@@ -79,13 +79,13 @@ def batch_tokens(model: MMultiModal) -> int:
 
 @torch.no_grad()
 def answer_batch(
-    model: MMultiModal, batch: PromptBatch, settings: Generate, lock: AbstractContextManager
+    model: MMultiModal, batch: PromptBatch, settings: Generate, one_pass: Callable[[], AbstractContextManager]
 ) -> list[Reply]:
     """Return the answer to each prompt.
 
     Args:
         model: in eval mode.
-        lock: held during each pass, because the model may run no other meanwhile.
+        one_pass: context of each pass, because the model may run no other meanwhile.
     """
     order = [number for group in batch.groups for number in group]  # the cache counts questions in this order
     answers = [OpenAnswer(model, batch.prompts[number], settings) for number in order]
@@ -93,13 +93,13 @@ def answer_batch(
     cache = None
     began = time.perf_counter()
     while waiting:
-        with lock:
+        with one_pass():
             if cache is None:
                 states, cache = _read_prompts(model, batch)
             else:
                 states = _read_tokens(model, cache, waiting, [answers[question].tokens[-1] for question in waiting])
             logits = model.language_model.lm_head(states).float()  # (N, V)
-        logits[:, model.suppressed_ids] = -torch.inf
+        model.suppress(logits)
         tokens = _choose(logits, [answers[question] for question in waiting])
         seconds, began = time.perf_counter() - began, time.perf_counter()
         for question, token in zip(waiting, tokens, strict=True):

@@ -183,10 +183,10 @@ def test_a_photo_is_read_once_for_all_its_questions(qwen2, photos, watched, monk
 
 def test_the_batch_is_bounded_in_bytes(qwen2, monkeypatch):
     assert batches.batch_tokens(qwen2) == BATCH_TOKENS
-    cache = Answerer(qwen2)
-    cache.answer(None, "Hello")
-    layer = cache._cache.layers[0]
-    a_token = 2 * len(cache._cache.layers) * layer.keys[0, :, 0].nbytes  # measured: keys and values of all layers
+    answerer = Answerer(qwen2)
+    answerer.answer(None, "Hello")
+    layers = answerer._prefixes.sequences[0].states.layers
+    a_token = 2 * len(layers) * layers[0].keys[0, :, 0].nbytes  # measured: keys and values of all layers
     monkeypatch.setattr(batches, "BATCH_BYTES", 1000 * a_token + 1)
     assert batches.batch_tokens(qwen2) == 1000
 

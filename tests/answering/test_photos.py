@@ -128,7 +128,7 @@ def test_a_new_photo_in_a_later_turn_is_all_that_is_read(model, counted, dynamic
     answerer, read, seen = counted
     first = [user("This?", SQUARE)]
     said = say(answerer, first)
-    kept = len(answerer._cached_ids)  # the prompt and all tokens of the answer but the last
+    kept = len(answerer._prefixes.sequences[-1].ids)  # the prompt and all tokens of the answer but the last
     second = [*first, assistant(said), user("And this?", WIDE)]
     expected = expected_answer(model, second)
     read.clear(), seen.clear()
