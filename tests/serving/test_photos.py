@@ -9,7 +9,7 @@ from PIL import Image
 
 from serving.photos import NO_SUCH_FILE, PhotoFile, decode_photos, find_photo
 from serving.protocol import RefusalError
-from tests.serving.conftest import data_url
+from tests.telling import data_url
 
 
 def decoded(url, folder=None, most_pixels=10_000):

@@ -12,7 +12,7 @@ import pytest
 
 from config import Generate
 from serving import gate
-from tests.serving.conftest import (
+from tests.telling import (
     NAME,
     TellingEngine,
     ask,
