@@ -3,12 +3,13 @@
     python eval_vqa.py --checkpoint checkpoints/demo/checkpoint-240
     python eval_vqa.py --checkpoint DIR --split all --limit 100 --hard blur noise --compare OTHER
     python eval_vqa.py --checkpoint DIR --format vqav2 --annotations QUESTIONS.json ANNOTATIONS.json --images val2014
+    python eval_vqa.py --server http://127.0.0.1:8000/v1 --output DIR data.image_map=FILE data.captions=FILE
 
 The data are those of the checkpoint's config, unless `data.image_map=` and `data.captions=` name others, or `--format`
 reads standard files; `--results` then writes what leaderboards take. Says first whether the answers depend on the
 photo, prints tables, and writes into the folder of --output: `report.html` (a page with scores, curves and examples),
 `metrics.json` (all scores) and `predictions.jsonl` (all answers). After an interruption, the same command goes on where
-it stopped.
+it stopped. --server scores an OpenAI-compatible server, without what needs the weights: loss and baseline `untrained`.
 """
 
 import platform
@@ -19,17 +20,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cli import run_script, script_arguments
+from cli import add_model_options, check_model_options, run_script, script_arguments
 
 import torch
 import transformers
 from tqdm import tqdm
 
+from answering.remote import RemoteAnswerer, connect
 from config import parse_overrides
 from dataset.records import Photo, json_pieces, write_files
 from errors import UserError, file_error, shortened
 from evaluation.compare import Comparison, check_same_questions, compare, find_other
-from evaluation.passes import BASELINES, TRAINED, Evaluation, answer_questions, describe, evaluate
+from evaluation.passes import (
+    BASELINES,
+    NEEDS_WEIGHTS,
+    TRAINED,
+    Evaluation,
+    answer_questions,
+    describe,
+    evaluate,
+)
 from evaluation.predictions import Predictions
 from evaluation.questions import read_files, read_questions
 from evaluation.report import compared_line, draw_gallery, looks_line, metrics_of, tables
@@ -37,6 +47,7 @@ from evaluation.report_html import render_report
 from evaluation.runner import Progress
 from evaluation.standard import FORMATS, write_results
 from model.checkpoint import load_checkpoint, read_config
+from model.model import MMultiModal
 from paths import check_folder, check_writable
 from visual.augment import DISTORTIONS
 
@@ -45,10 +56,15 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 def main(arguments: list[str] | None = None) -> None:
     args = read_arguments(arguments)
-    checkpoint = args.checkpoint.absolute()
+    checkpoint = Path(args.checkpoint or "").absolute()
     overrides = parse_overrides(args.overrides)
     # check all files first, because loading and asking the model takes minutes
-    data = read_config(checkpoint, overrides).data
+    model: MMultiModal | RemoteAnswerer | None = None
+    if args.server is not None:
+        model, config = connect(args, overrides, "data")
+        data = config.data
+    else:
+        data = read_config(checkpoint, overrides).data
     asked = (
         read_questions(data, args.split, args.limit)
         if args.format is None
@@ -65,7 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
     other = None if args.compare is None else find_other(args.compare, asked.name)
 
     start = time.perf_counter()
-    model = load_checkpoint(checkpoint, overrides=overrides)
+    if model is None:
+        model = load_checkpoint(checkpoint, overrides=overrides)
+    else:
+        print(f"no loss and no baseline '{NEEDS_WEIGHTS}': they need the weights, which the server has")
     settings = describe(model, checkpoint, asked.entries, asked.photos, asked.name, args.limit)
     if other is not None:
         check_same_questions(settings, other[0])
@@ -91,8 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
         if other is not None:
             compared = compare(str(other[0].get("checkpoint")), found.questions, answers, other[1])
         run = {
-            "checkpoint": checkpoint.name,
-            "command": shlex.join(["eval_vqa.py", *(sys.argv[1:] if arguments is None else arguments)]),
+            "checkpoint": settings["checkpoint"],
+            "command": shown_command(sys.argv[1:] if arguments is None else arguments, args.api_key),
             "settings": settings,
             "seconds": round(time.perf_counter() - start, 1),
         }
@@ -103,6 +122,11 @@ def main(arguments: list[str] | None = None) -> None:
         except OSError as error:  # the disk is full
             raise file_error(error) from error
         print(f"some photos with their answers: {args.gallery}")
+
+
+def shown_command(arguments: list[str], key: str | None) -> str:
+    """Return the command for the report, which others read, without the API key."""
+    return shlex.join(["eval_vqa.py", *(word.replace(key, "KEY") if key else word for word in arguments)])
 
 
 def progress_bar(name: str) -> Progress:
@@ -132,7 +156,7 @@ def report(
 def read_arguments(arguments: list[str] | None):
     """Read the command line; a name with a `=` after an option with several names is a config value."""
     parser = script_arguments(__doc__, default_config=None)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder")
+    add_model_options(parser)
     parser.add_argument(
         "--split", choices=["val", "train", "all"], default="val", help="default val, the held-out part"
     )
@@ -140,7 +164,7 @@ def read_arguments(arguments: list[str] | None):
         "--limit", type=int, metavar="PHOTOS", help="ask about this many photos only, drawn from all sources"
     )
     parser.add_argument(
-        "--baselines", nargs="*", default=list(BASELINES), metavar="NAME",
+        "--baselines", nargs="*", metavar="NAME",
         help=f"what to score beside the model: {', '.join(BASELINES)} (default all; without a name, none)",
     )  # fmt: skip
     parser.add_argument(
@@ -164,6 +188,7 @@ def read_arguments(arguments: list[str] | None):
     )
     parser.add_argument("--gallery", type=Path, metavar="FILE.png", help="draw eight photos with their answers")
     args = parser.parse_intermixed_args(arguments)
+    check_model_options(args)
     args.overrides += [name for name in args.annotations if "=" in name]
     args.annotations = [Path(name) for name in args.annotations if "=" not in name]
     if args.limit is not None and args.limit < 1:
@@ -180,6 +205,12 @@ def read_arguments(arguments: list[str] | None):
         setattr(args, option, names)
         if option == "hard" and given is not None and not names:
             args.hard = known
+        if option == "baselines" and given is None:
+            args.baselines = [name for name in known if args.server is None or name != NEEDS_WEIGHTS]
+    if args.server is not None and NEEDS_WEIGHTS in args.baselines:
+        raise UserError(f"--baselines {NEEDS_WEIGHTS} needs the weights, which the server has: leave it out")
+    if args.server is not None and args.output is None:
+        raise UserError("--server needs --output DIR, because there is no checkpoint folder for the report")
     return args
 
 
@@ -193,7 +224,7 @@ def shown_facts(metrics: dict[str, Any]) -> dict[str, Any]:
         "split": settings["split"],
         "photos": metrics["photos"],
         "questions": metrics["questions"],
-        "decoding": decoding,
+        "decoding": decoding or "the server's own",
         "computed": settings["computed"],
         "finished": f"{metrics['finished']}, after {metrics['seconds']} s",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),

@@ -30,13 +30,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cli import add_model_options, check_model_options, read_key, run_script, script_arguments
+from cli import add_model_options, check_model_options, run_script, script_arguments
 
 from tqdm import tqdm
 
 from answering.answer import Answerer
 from answering.connection import ServerGoneError
-from answering.remote import RemoteAnswerer, server_config
+from answering.remote import connect
 from answering.request import AnyAnswerer, Reply, Request
 from config import IMAGE_TAG, parse_overrides
 from dataset.rows import DropRowError
@@ -76,8 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.server is None:
         answerer: AnyAnswerer = Answerer(load_checkpoint(args.checkpoint.absolute(), overrides=overrides))
     else:
-        generate = server_config(overrides).generate
-        answerer = RemoteAnswerer(args.server, read_key(args), args.model, generate)
+        answerer, _ = connect(args, overrides)
     if args.question is not None:
         for piece in answerer.stream(None, [{"role": "user", "content": args.question, "images": args.image}]):
             print(piece, end="", flush=True)

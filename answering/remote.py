@@ -1,5 +1,6 @@
 """Asking an OpenAI-compatible server instead of an own model (`--server URL`); photos travel as data URLs."""
 
+import argparse
 import base64
 import functools
 import io
@@ -7,6 +8,8 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from cli import read_key
 
 from PIL import ExifTags, Image
 from pydantic import BaseModel, Field
@@ -234,6 +237,20 @@ def data_url(photo: PhotoSource) -> str:
 
 def _encoded(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def connect(args: argparse.Namespace, overrides: dict[str, Any], *sections: str) -> tuple[RemoteAnswerer, ServerConfig]:
+    """Return the answerer of `--server`, and what the command line sets beside it.
+
+    Args:
+        args: with the options of `cli.add_model_options`.
+        sections: that may be set besides `generate`.
+
+    Raises:
+        UserError: as `server_config` and `RemoteAnswerer`.
+    """
+    config = server_config(overrides, *sections)
+    return RemoteAnswerer(args.server, read_key(args), args.model, config.generate), config
 
 
 def server_config(overrides: dict[str, Any], *others: str) -> ServerConfig:

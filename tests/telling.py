@@ -20,9 +20,9 @@ from serving.gate import Limits
 NAME = "checkpoint-7"
 
 
-def data_url(size=(4, 3), kind="PNG", **options):
+def data_url(size=(4, 3), kind="PNG", colour="red"):
     stream = io.BytesIO()
-    Image.new("RGB", size, "red").save(stream, kind, **options)
+    Image.new("RGB", size, colour).save(stream, kind)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
