@@ -96,6 +96,12 @@ class TellingEngine:
         return Reply("".join(told), reason, 11, len(told), tokens_reused=5, seconds_to_first_token=0.2)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextmanager
 def running(engine, name=NAME, generate=None, **options):
     """Serve on a free port; gives the address. `options`: of `Limits`, and `files`."""

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -19,7 +18,7 @@ from config import Generate
 from errors import UserError
 from model.checkpoint import load_checkpoint
 from paths import REPO_ROOT
-from tests.telling import ask, client_of, data_url, photo, running, user, words
+from tests.telling import ask, client_of, data_url, free_port, photo, running, user, words
 
 LONGEST = 6
 CONTROL = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|><|extra_0|><think>"
@@ -129,7 +128,7 @@ def test_an_evaluation_gives_the_same_scores_by_a_server(address, tiny_checkpoin
     passes = {}
     for name, options in {"local": local, "remote": remote}.items():
         chosen = ["--baselines", "blind", "text", "majority"] if name == "local" else []
-        eval_vqa.main([*options, *data, "--split", "all", "--output", str(tmp_path / name), *chosen])
+        eval_vqa.main([*options, *data, "--split", "all", "--limit", "2", "--output", str(tmp_path / name), *chosen])
         report = (tmp_path / name / "metrics.json").read_text(encoding="utf-8")
         passes[name] = json.loads(report)["passes"]
     assert "no loss and no baseline 'untrained': they need the weights" in capsys.readouterr().out
@@ -158,9 +157,7 @@ def answers_of(file):
 @pytest.fixture
 def process(tiny_checkpoint):
     """`serve.py` in a process of its own, and its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "serve.py", "--checkpoint", str(tiny_checkpoint), "--port", str(port)]
     command += ["--api-key", "secret", f"model_root={tiny_checkpoint.parent.parent}", "generate.max_new_tokens=900"]
     process = subprocess.Popen(
@@ -174,7 +171,8 @@ def process(tiny_checkpoint):
         process.communicate()
 
 
-def test_ctrl_c_ends_the_script_at_once_in_words(process, tiny_checkpoint):
+@pytest.mark.nightly
+def test_ctrl_c_ends_the_script_in_the_middle_of_an_answer(process, tiny_checkpoint):
     process, address = process
     line = process.stdout.readline()
     assert line == f"Serving '{tiny_checkpoint.name}' at {address}/v1; Ctrl-C ends it.\n", process.stderr.read()
@@ -192,6 +190,15 @@ def test_ctrl_c_ends_the_script_at_once_in_words(process, tiny_checkpoint):
     assert process.returncode == 130
     assert output == "The server has ended; answers that were not finished are cut off.\n"
     assert errors == ""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_at_once_in_words(number, status, monkeypatch, capsys):
+    ends = []
+    monkeypatch.setattr(serve.os, "_exit", ends.append)
+    serve.EndingServer(None).handle_exit(number, None)
+    assert ends == [status]
+    assert capsys.readouterr().out == "The server has ended; answers that were not finished are cut off.\n"
 
 
 @pytest.mark.parametrize(
