@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from answering.batches import PromptBatch, answer_batch, batch_tokens
+from answering.choice import suppress
 from answering.open_answer import OpenAnswer
 from answering.prefix_cache import CACHE_BYTES, CachedSequence, PrefixCache
 from answering.request import (
@@ -82,7 +83,7 @@ class Answerer:
         chat = self.chat
         rendered, photos, turns = [], [], messages
         if turns and turns[0]["role"] == "system":
-            rendered.append(chat.system(turns[0]["content"]))
+            rendered.append(Message("system", (turns[0]["content"],)))
             turns = turns[1:]
         if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
             raise UserError("the question is empty: type one")
@@ -224,5 +225,5 @@ class Answerer:
         embeddings = language_model.get_input_embeddings()(new) if images is None else language_model.embed(new, images)
         logits = self.model.decode(embeddings, sequence.states)
         sequence.ids += ids
-        self.model.suppress(logits)
+        suppress(self.model, logits)
         return logits

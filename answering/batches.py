@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from answering.choice import suppress
 from answering.open_answer import OpenAnswer
 from answering.request import OpenPrompt, Picture, Reply, common_length
 from batch import sample_positions
@@ -99,7 +100,7 @@ def answer_batch(
             else:
                 states = _read_tokens(model, cache, waiting, [answers[question].tokens[-1] for question in waiting])
             logits = model.language_model.lm_head(states).float()  # (N, V)
-        model.suppress(logits)
+        suppress(model, logits)
         tokens = _choose(logits, [answers[question] for question in waiting])
         seconds, began = time.perf_counter() - began, time.perf_counter()
         for question, token in zip(waiting, tokens, strict=True):

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from config import Generate
+from model.model import MMultiModal
 
 
 class TokenChoice:
@@ -59,3 +60,9 @@ class TokenChoice:
         if self._history is not None:
             self._history = torch.cat([self._history, token], dim=1)
         return int(token)
+
+
+def suppress(model: MMultiModal, logits: torch.Tensor) -> None:
+    """Exclude the ids that no answer has, the model's `suppressed_ids`, from `logits` (…, V), in place."""
+    logits[..., model.processor.chat.image_token_id] = -torch.inf
+    logits[..., len(model.processor.tokenizer) :] = -torch.inf

@@ -139,11 +139,6 @@ class MMultiModal(nn.Module):
         rows = self.LLM.get_output_embeddings().weight.shape[0]
         return [self.processor.chat.image_token_id, *range(len(self.processor.tokenizer), rows)]
 
-    def suppress(self, logits: torch.Tensor) -> None:
-        """Exclude `suppressed_ids` from `logits` (…, V), in place."""
-        logits[..., self.processor.chat.image_token_id] = -torch.inf
-        logits[..., len(self.processor.tokenizer) :] = -torch.inf
-
     @property
     def trains_encoder(self) -> bool:
         """Whether any weight of the encoder needs a gradient."""

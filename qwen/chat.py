@@ -29,7 +29,7 @@ Photos = int | Sequence[VisualPlan]
 class Message:
     """One turn. A part is a text or the plan of a photo; control tokens in a text are plain characters."""
 
-    role: str  # user | assistant | system
+    role: str  # user | assistant; the first message may be of the role system, in place of `prompt.system`
     parts: tuple[str | VisualPlan, ...]
 
 
@@ -74,10 +74,6 @@ class MessageFormat:
 
     def _plans(self, photos: Photos) -> list[VisualPlan]:
         return [self.plan] * photos if isinstance(photos, int) else list(photos)
-
-    def system(self, text: str) -> Message:
-        """Return the message that replaces `prompt.system` in its dialogue; it comes first."""
-        return Message("system", (text,))
 
     def answer(self, text: str) -> Message:
         """Return the assistant message with `text`."""
@@ -126,8 +122,6 @@ class ChatFormat(MessageFormat):
     def render(self, messages: list[Message]) -> tuple[list[int], list[int]]:
         """Return token ids and labels of a dialogue; if the last message is the user's, the answer is left open.
 
-        The first message may be one of `system`.
-
         Returns:
             `input_ids` (T,) with the placeholders of each photo's plan, and `labels` (T,): the id at tokens of
             answers and at their end tokens, -100 elsewhere.
@@ -137,7 +131,7 @@ class ChatFormat(MessageFormat):
         """
         system = self.prompt.system
         if messages and messages[0].role == "system":
-            system, messages = _text(messages[0]), messages[1:]
+            system, messages = str(messages[0].parts[0]), messages[1:]
         for index, message in enumerate(messages):
             if message.role != ("user", "assistant")[index % 2]:
                 raise ValueError(f"message {index} is the {message.role}'s: user and assistant must take turns")
@@ -196,7 +190,7 @@ class ChatFormat(MessageFormat):
         return [(places[end - plan.tokens], places[end - 1] + 1) for end, plan in zip(ends, plans, strict=True)]
 
     def _add_assistant(self, message: Message, add) -> None:
-        answer = _text(message)
+        answer = "".join(part for part in message.parts if isinstance(part, str))
         role = "assistant\n"
         if self.think_ids:  # control tokens separate role and answer, so each is a string of its own
             add([*self.encode_text(role), *self.think_ids])
@@ -217,10 +211,6 @@ class ChatFormat(MessageFormat):
         ]
         rendered = json.dumps([self.render(dialogue), self.plan.crop_tokens])
         return hashlib.sha256(rendered.encode()).hexdigest()[:16]
-
-
-def _text(message: Message) -> str:
-    return "".join(part for part in message.parts if isinstance(part, str))
 
 
 def _skips_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -1,180 +1,17 @@
-"""A kept prefix changes no answer, costs only what is new, and stays within its bytes."""
-
-import functools
-import random
+"""A prompt costs only what is new in it; what is kept is bounded, and the least recently used goes first."""
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from PIL import Image
-from transformers import DynamicCache
 
 from answering.answer import Answerer
-from answering.choice import TokenChoice
-from answering.open_answer import OpenAnswer
-from answering.prefix_cache import CachedSequence, PrefixCache
+from answering.prefix_cache import PrefixCache
 from answering.request import OpenPrompt
-from config import Generate
-from model.model import MMultiModal
-from tests.tiny import fill_trained, tiny_config
-
-RED, GREEN = Image.new("RGB", (64, 50), (220, 20, 20)), Image.new("RGB", (50, 64), (20, 220, 20))
-PHOTOS = [(), (RED,), (GREEN,), (RED, GREEN), (GREEN, RED)]
-QUESTIONS = ["What?", "What colour?", "它是什么？"]
-SHORT = Generate(max_new_tokens=5)
-EVERYTHING = 2**40
-
-
-def build(backbones, name):
-    model = MMultiModal.from_config(tiny_config(backbones, llm={"path": str(backbones / name)})).eval()
-    fill_trained(model)
-    return model
-
-
-@pytest.fixture(scope="module", params=["qwen2-tied", "qwen3-untied", "qwen1-short"])
-def model(request, backbones):
-    return build(backbones, request.param)
+from tests.answering.dialogues import EVERYTHING, GREEN, RED, SHORT, build, dialogue, kept_bytes
 
 
 @pytest.fixture(scope="module")
 def qwen2(backbones):
     return build(backbones, "qwen2-tied")
-
-
-def dialogue(photos, questions, answers):
-    """The questions, each but the last with its answer; the photos come with the first."""
-    messages = []
-    for number, question in enumerate(questions):
-        messages.append({"role": "user", "content": question, "images": photos if number == 0 else ()})
-        if number < len(questions) - 1:
-            messages.append({"role": "assistant", "content": answers[number]})
-    return messages
-
-
-# --- whatever is asked, in any order ----------------------------------------------------------------------------------
-
-
-class Watched:
-    """Notes every answer that is begun, with the logits of its tokens, while it is active."""
-
-    def __init__(self):
-        self.answers = []
-        self.logits = {}
-
-    def __enter__(self):
-        self._patch = pytest.MonkeyPatch()
-        create, choose = OpenAnswer.__init__, TokenChoice.token
-
-        def noting(answer, *given):
-            create(answer, *given)
-            self.answers.append(answer)
-            self.logits[answer.choice] = []
-
-        def choosing(choice, logits):
-            self.logits[choice].append(logits.clone())
-            return choose(choice, logits)
-
-        self._patch.setattr(OpenAnswer, "__init__", noting)
-        self._patch.setattr(TokenChoice, "token", choosing)
-        return self
-
-    def __exit__(self, *_):
-        self._patch.undo()
-
-
-@functools.cache
-def expected(model, photos, questions, edited):
-    """Tokens, logits and text of a new engine's answer; earlier answers are its own, or edited."""
-    answers = []
-    for number in range(1, len(questions)):
-        own = "No." if edited else expected(model, photos, questions[:number], edited)[2]
-        answers.append(own)
-    messages = dialogue([(RED, GREEN)[number] for number in photos], questions, answers)
-    with Watched() as watched:
-        reply = Answerer(model).stream(None, messages, SHORT).rest()
-    [answer] = watched.answers
-    return answer.tokens, watched.logits[answer.choice], reply.text, messages
-
-
-def whole(prompt):
-    """The ids of a prompt with the photos themselves in place of their placeholders."""
-    ids = [*prompt.ids]
-    for photo, (start, end) in zip(prompt.photos, prompt.spans, strict=True):
-        ids[start:end] = [photo] * (end - start)
-    return ids
-
-
-def same_start(first, second):
-    same = [one == other for one, other in zip(first, second, strict=False)]
-    return (*same, False).index(False)
-
-
-def kept_bytes(answerer):
-    """Bytes of all memory that the kept sequences hold, by what torch says of it."""
-    storages = {}
-    for sequence in answerer._prefixes.sequences:
-        for layer in sequence.states.layers:
-            for tensor in (layer.keys, layer.values):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
-asked = st.tuples(
-    st.sampled_from([(), (0,), (1,), (0, 1), (1, 0)]),  # photos
-    st.lists(st.sampled_from(QUESTIONS), min_size=1, max_size=3).map(tuple),
-    st.booleans(),  # whether earlier answers are edited
-    st.sampled_from([None, None, None, 0, 1, 3]),  # cancelled after this many tokens
-)
-EDITS = [((0,), ("What?", "What colour?", QUESTIONS[number]), False, None) for number in (0, 1, 0)]
-
-
-@settings(max_examples=25)
-@given(st.lists(asked, min_size=2, max_size=7), st.sampled_from([0, 30_000, 80_000, EVERYTHING]), st.integers(0, 9))
-@example(EDITS, EVERYTHING, 0)
-@example(EDITS, 30_000, 0)
-def test_any_interleaving_gives_the_answers_of_new_engines(model, asks, most_bytes, seed):
-    """Float32; reading a prompt in parts sums in another order, which moved the logits (up to 20) by at most 2e-5."""
-    answerer, draw = Answerer(model, most_bytes), random.Random(seed)
-    waiting, running, prompts = [*asks], [], []
-
-    def start(photos, questions, edited, cancelled):
-        tokens, logits, _, messages = expected(model, photos, questions, edited)
-        with Watched() as watched:
-            stream = answerer.stream(None, messages, SHORT)
-            items = stream._pieces  # an item for each token; pieces of text skip empty ones
-            next(items)
-            [answer] = watched.answers
-        running.append((stream, answer, tokens, cancelled))
-        check_prompt(answer.prompt, answer.tokens_reused)
-        for one, other in zip(watched.logits[answer.choice], logits, strict=False):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
-
-    def check_prompt(prompt, reused):
-        key = model.language_model.prefix_key(len(prompt.ids))
-        same = [same_start(whole(one), whole(prompt)[:-1]) for one, own in prompts if own == key]
-        if most_bytes == EVERYTHING:
-            assert reused >= max(same, default=0)
-        prompts.append((prompt, key))
-
-    def go_on(entry):
-        stream, answer, tokens, cancelled = entry
-        if cancelled is not None and len(answer.tokens) >= cancelled:
-            stream.close()
-        elif next(stream._pieces, None) is not None:
-            return
-        running.remove(entry)
-        assert answer.tokens == tokens[: len(answer.tokens)]
-        assert answer.reason is None or answer.tokens == tokens
-
-    while waiting or running:
-        if waiting and (not running or draw.random() < 0.4):
-            start(*waiting.pop(0))
-        else:
-            go_on(draw.choice(running))
-        if not running:
-            assert kept_bytes(answerer) <= most_bytes
-            assert kept_bytes(answerer) == sum(sequence.size for sequence in answerer._prefixes.sequences)
 
 
 # --- what is new is all that is read ----------------------------------------------------------------------------------
@@ -345,9 +182,3 @@ def test_equal_placeholders_of_other_photos_and_other_keys_are_not_shared():
     assert read(cache, prompt("ab###d###e", ["red", "red"], [(2, 5), (6, 9)])) == 6
     assert read(cache, prompt("ab###d###e", ["red", "green"], [(2, 5), (6, 9)])) == 6
     assert read(cache, one, key=3.0) == 0
-
-
-def test_a_new_sequence_is_empty():
-    sequence = CachedSequence(None, (), 3)
-    assert (sequence.ids, sequence.states.get_seq_length()) == ([], 0)
-    assert isinstance(sequence.states, DynamicCache)

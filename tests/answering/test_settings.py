@@ -16,6 +16,7 @@ from answering.request import OpenPrompt
 from config import Generate
 from errors import UserError
 from model.model import MMultiModal
+from qwen.chat import Message
 from tests.tiny import fill_trained, tiny_config
 
 RED = Image.new("RGB", (64, 50), (220, 20, 20))
@@ -148,7 +149,7 @@ def test_a_system_message_replaces_the_system_sentence(model, backbones):
 
 def test_a_system_message_is_rendered_as_the_template_does(model):
     chat, tokenizer = model.processor.chat, model.processor.tokenizer
-    ids = {text: chat.render([chat.system(text), chat.typed_question("?", 0)])[0] for text in ("Hi", "")}
+    ids = {text: chat.render([Message("system", (text,)), chat.typed_question("?", 0)])[0] for text in ("Hi", "")}
     if tokenizer.chat_template is not None:  # Qwen v1 has none
         template = [{"role": "system", "content": "Hi"}, {"role": "user", "content": "?"}]
         options = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
