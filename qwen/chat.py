@@ -18,6 +18,7 @@ from qwen.tokenizer import image_token_id, text_encoder
 from visual_plan import VisualPlan
 
 THINK_BLOCK = "<think>\n\n</think>\n\n"  # turns Qwen3's thinking off (its model card)
+LONGEST_KEPT = 1000  # characters; a longer text seldom repeats, and those of a server's clients would fill the memory
 IGNORE_INDEX = -100  # label of positions without supervision, the default of torch's cross-entropy
 
 
@@ -112,6 +113,8 @@ class ChatFormat(MessageFormat):
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of `text`; control tokens in it are encoded as plain characters."""
+        if len(text) > LONGEST_KEPT:
+            return self._encoder.encode(text, add_special_tokens=False).ids
         # a tokenizer call takes 0.1 ms even for a short text, and most texts except answers repeat
         if text not in self._encoded:
             if len(self._encoded) >= 4096:
