@@ -41,10 +41,10 @@ from evaluation.passes import (
     evaluate,
 )
 from evaluation.predictions import Predictions
-from evaluation.questions import read_files, read_questions
+from evaluation.questions import Asked, read_files, read_questions
 from evaluation.report import compared_line, draw_gallery, looks_line, metrics_of, tables
 from evaluation.report_html import render_report
-from evaluation.runner import Progress
+from evaluation.runner import Answer, Progress
 from evaluation.standard import FORMATS, write_results
 from model.checkpoint import load_checkpoint, read_config
 from model.model import MMultiModal
@@ -75,8 +75,6 @@ def main(arguments: list[str] | None = None) -> None:
     output = args.output or checkpoint / f"eval_{asked.name}"
     check_folder(output, "--output")
     if args.gallery is not None:
-        if args.gallery.suffix.lower() not in PICTURES:
-            raise UserError(f"--gallery: {args.gallery} must end in one of {', '.join(PICTURES)}")
         check_writable(args.gallery, "--gallery")
     other = None if args.compare is None else find_other(args.compare, asked.name)
 
@@ -101,10 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
             bar = progress_bar(TRAINED)
             answers = answer_questions(model, asked.photos, asked.entries, predictions, bar)
     if args.results is not None:
-        in_order = sorted(answers, key=lambda answer: (answer.entry, answer.turn))
-        rows = [(asked.entries[answer.entry].id, answer.question, answer.answer) for answer in in_order]
-        write_results(asked.name, args.results, rows)
-        print(f"{len(answers)} answers for a leaderboard or scorer: {args.results}")
+        write_leaderboard(asked, answers, args.results)
     if found is not None:
         compared = None
         if other is not None:
@@ -117,11 +112,22 @@ def main(arguments: list[str] | None = None) -> None:
         }
         report(found, compared, asked.photos, run, output)
     if args.gallery is not None:
-        try:
-            draw_gallery(args.gallery, answers, asked.photos)
-        except OSError as error:  # the disk is full
-            raise file_error(error) from error
-        print(f"some photos with their answers: {args.gallery}")
+        write_gallery(args.gallery, answers, asked.photos)
+
+
+def write_leaderboard(asked: Asked, answers: list[Answer], file: Path) -> None:
+    in_order = sorted(answers, key=lambda answer: (answer.entry, answer.turn))
+    rows = [(asked.entries[answer.entry].id, answer.question, answer.answer) for answer in in_order]
+    write_results(asked.name, file, rows)
+    print(f"{len(answers)} answers for a leaderboard or scorer: {file}")
+
+
+def write_gallery(file: Path, answers: list[Answer], photos: dict[int, Photo]) -> None:
+    try:
+        draw_gallery(file, answers, photos)
+    except OSError as error:  # the disk is full
+        raise file_error(error) from error
+    print(f"some photos with their answers: {file}")
 
 
 def shown_command(arguments: list[str], key: str | None) -> str:
@@ -207,11 +213,18 @@ def read_arguments(arguments: list[str] | None):
             args.hard = known
         if option == "baselines" and given is None:
             args.baselines = [name for name in known if args.server is None or name != NEEDS_WEIGHTS]
-    if args.server is not None and NEEDS_WEIGHTS in args.baselines:
-        raise UserError(f"--baselines {NEEDS_WEIGHTS} needs the weights, which the server has: leave it out")
-    if args.server is not None and args.output is None:
-        raise UserError("--server needs --output DIR, because there is no checkpoint folder for the report")
+    if args.gallery is not None and args.gallery.suffix.lower() not in PICTURES:
+        raise UserError(f"--gallery: {args.gallery} must end in one of {', '.join(PICTURES)}")
+    if args.server is not None:
+        _check_server_options(args.baselines, args.output)
     return args
+
+
+def _check_server_options(baselines: list[str], output: Path | None) -> None:
+    if NEEDS_WEIGHTS in baselines:
+        raise UserError(f"--baselines {NEEDS_WEIGHTS} needs the weights, which the server has: leave it out")
+    if output is None:
+        raise UserError("--server needs --output DIR, because there is no checkpoint folder for the report")
 
 
 def shown_facts(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from qwen.tokenizer import image_token_id, text_encoder
 from visual_plan import VisualPlan
 
 THINK_BLOCK = "<think>\n\n</think>\n\n"  # turns Qwen3's thinking off (its model card)
-LONGEST_KEPT = 1000  # characters; a longer text seldom repeats, and those of a server's clients would fill the memory
 IGNORE_INDEX = -100  # label of positions without supervision, the default of torch's cross-entropy
 
 
@@ -35,16 +34,10 @@ class Message:
 
 
 class MessageFormat:
-    """Makes messages; knows no tokens.
-
-    Args:
-        prompt: question prefix and place of the photo (config section `prompt`).
-        plan: of a photo without tiles.
-    """
+    """Makes messages by the prefix and the place of the photo in `prompt`; `plan` is that of a photo without tiles."""
 
     def __init__(self, prompt: Prompt, plan: VisualPlan) -> None:
-        self.prompt = prompt
-        self.plan = plan
+        self.prompt, self.plan = prompt, plan
 
     def question(self, text: str, photos: Photos) -> Message:
         """Return the user message of a record: the first tags `<|extra_0|>` in `text` mark its photos, one tag each.
@@ -113,7 +106,7 @@ class ChatFormat(MessageFormat):
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of `text`; control tokens in it are encoded as plain characters."""
-        if len(text) > LONGEST_KEPT:
+        if len(text) > 1000:  # seldom repeats, and such texts of a server's clients would fill the memory
             return self._encoder.encode(text, add_special_tokens=False).ids
         # a tokenizer call takes 0.1 ms even for a short text, and most texts except answers repeat
         if text not in self._encoded:
