@@ -4,6 +4,7 @@
     python predict.py --checkpoint DIR --image before.jpg --image after.jpg --question "What has changed?"
     python predict.py --checkpoint DIR --question "你好" generate.max_new_tokens=50
     python predict.py --checkpoint DIR --input questions.jsonl --output answers.jsonl
+    python predict.py --server http://127.0.0.1:8000/v1 --image photo.jpg --question "What is in this picture?"
 
 A row of the input is {"image": FILE, "question": TEXT, …}; relative photo paths count from the folder of that file.
 "image" may be missing, or a list of files. Rows of the training format "jsonl" are taken as they are:
@@ -15,8 +16,11 @@ The last question is answered, after the dialogue before it; an answer that the 
 come before the question of their turn, or at its tags <image>. LLaVA's "conversations" may stand in place of "turns".
 
 The output has the same rows with "answer" added, or "error" where there is no answer. The exit status is 1 if any row
-failed. Rows are answered in batches, which is fastest if questions on the same photo follow one another. Out of memory
-and Ctrl-C end the work at once; the rows of the batches before are in the output.
+failed. Rows are answered in batches, which is fastest if questions on the same photo follow one another. Out of memory,
+a server that is gone and Ctrl-C end the work at once; the rows of the batches before are in the output.
+
+--server asks an OpenAI-compatible server (serve.py is one) instead of a checkpoint; key=value then sets generate.*
+only.
 """
 
 import json
@@ -26,12 +30,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cli import run_script, script_arguments
+from cli import add_model_options, check_model_options, run_script, script_arguments
 
 from tqdm import tqdm
 
 from answering.answer import Answerer
-from answering.request import Reply, Request
+from answering.connection import ServerGoneError
+from answering.remote import connect
+from answering.request import AnyAnswerer, Reply, Request
 from config import IMAGE_TAG, parse_overrides
 from dataset.rows import DropRowError
 from dataset.turns import IMAGE_WORD, Turns, place_photos
@@ -44,7 +50,7 @@ ROWS_AT_ONCE = 1024  # rows in memory; a batch is far smaller
 
 def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__, default_config=None)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder")
+    add_model_options(parser)
     parser.add_argument(
         "--image", type=Path, action="append", default=[], metavar="FILE",
         help="photo of the question; may be given several times, or not at all",
@@ -53,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--input", type=Path, metavar="FILE.jsonl", help="questions, one row a line")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="the rows with their answers")
     args = parser.parse_intermixed_args(arguments)
+    check_model_options(args)
     if (args.question is None) == (args.input is None):
         raise UserError("give either --question TEXT (with --image FILE) or --input FILE.jsonl --output FILE.jsonl")
     if args.question is not None and args.output is not None:
@@ -66,7 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
         check_text(args.question, "--question")
 
     overrides = parse_overrides(args.overrides)
-    answerer = Answerer(load_checkpoint(args.checkpoint.absolute(), overrides=overrides))
+    if args.server is None:
+        answerer: AnyAnswerer = Answerer(load_checkpoint(args.checkpoint.absolute(), overrides=overrides))
+    else:
+        answerer, _ = connect(args, overrides)
     if args.question is not None:
         for piece in answerer.stream(None, [{"role": "user", "content": args.question, "images": args.image}]):
             print(piece, end="", flush=True)
@@ -92,7 +102,7 @@ def _check_files(source: Path, target: Path | None, images: list[Path]) -> None:
         raise UserError(f"--output would overwrite the input {source}: give another name")
 
 
-def answer_file(answerer: Answerer, source: Path, target: Path) -> tuple[int, int]:
+def answer_file(answerer: AnyAnswerer, source: Path, target: Path) -> tuple[int, int]:
     """Answer the rows of `source` in order, writing the lines of a batch as soon as it is answered.
 
     Returns:
@@ -117,7 +127,7 @@ def answer_file(answerer: Answerer, source: Path, target: Path) -> tuple[int, in
     return counts["answer"], counts["error"]
 
 
-def _answered(answerer: Answerer, lines: list[tuple[int, bytes]], folder: Path) -> Iterator[dict[str, Any]]:
+def _answered(answerer: AnyAnswerer, lines: list[tuple[int, bytes]], folder: Path) -> Iterator[dict[str, Any]]:
     """Yield each row with its answer or its error; a failed row does not end the file."""
     rows: list[tuple[dict[str, Any], Request | Exception]] = []
     for number, line in lines:
@@ -126,7 +136,7 @@ def _answered(answerer: Answerer, lines: list[tuple[int, bytes]], folder: Path) 
             row = _parse(line)
             rows.append((row, _request(answerer, row, folder)))
         except Exception as error:
-            _raise_out_of_memory(error)
+            _raise_hopeless(error)
             rows.append((row, error))
     replies = _replies(answerer, [request for _, request in rows if isinstance(request, Request)])
     for row, request in rows:
@@ -139,7 +149,7 @@ def _answered(answerer: Answerer, lines: list[tuple[int, bytes]], folder: Path) 
             yield row | {"error": f"{type(reply).__name__}: {shortened(reply)}"}
 
 
-def _replies(answerer: Answerer, requests: list[Request]) -> Iterator[Reply | Exception]:
+def _replies(answerer: AnyAnswerer, requests: list[Request]) -> Iterator[Reply | Exception]:
     """Answer the requests together; after a defect, answer the rest one by one, so that only the defect's row fails."""
     done = 0
     try:
@@ -147,17 +157,18 @@ def _replies(answerer: Answerer, requests: list[Request]) -> Iterator[Reply | Ex
             yield reply
             done += 1
     except Exception as error:
-        _raise_out_of_memory(error)
+        _raise_hopeless(error)
         for request in requests[done:]:
             try:
                 yield answerer.stream_messages(*request).rest()
             except Exception as own:
-                _raise_out_of_memory(own)
+                _raise_hopeless(own)
                 yield own
 
 
-def _raise_out_of_memory(error: Exception) -> None:
-    if is_out_of_memory(error):
+def _raise_hopeless(error: Exception) -> None:
+    """Raise what every other row would meet too."""
+    if is_out_of_memory(error) or isinstance(error, ServerGoneError):
         raise error
 
 
@@ -183,7 +194,7 @@ def _finite(text: str) -> float:
     return number if math.isfinite(number) else _no_number(shortened(text, 40))
 
 
-def _request(answerer: Answerer, row: dict[str, Any], folder: Path) -> Request:
+def _request(answerer: AnyAnswerer, row: dict[str, Any], folder: Path) -> Request:
     """Return the last question of `row`, with the dialogue before it.
 
     Raises:
@@ -194,7 +205,7 @@ def _request(answerer: Answerer, row: dict[str, Any], folder: Path) -> Request:
     for photo in photos:
         if not os.path.isfile(photo):  # accepts names of any kind and length
             raise UserError(f"photo not found: {shortened(photo)}")
-    chat, messages = answerer.model.processor.chat, []
+    chat, messages = answerer.chat, []
     for turn in turns:
         messages.append(chat.question(turn["q"], len(turn.get("images", ()))))
         if turn is not turns[-1]:

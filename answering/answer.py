@@ -53,6 +53,7 @@ class Answerer:
 
     def __init__(self, model: MMultiModal, cache_bytes: int = CACHE_BYTES) -> None:
         self.model = model
+        self.chat = model.processor.chat
         self._prefixes = PrefixCache(cache_bytes)
         self._feature_of: dict[str, torch.Tensor] = {}
         self._lock = threading.RLock()
@@ -79,7 +80,7 @@ class Answerer:
             UserError: an empty question, roles in another order, or, with the first piece, a broken photo or a dialogue
                 longer than the language model's context.
         """
-        chat = self.model.processor.chat
+        chat = self.chat
         rendered, photos, turns = [], [], messages
         if turns and turns[0]["role"] == "system":
             rendered.append(Message("system", (turns[0]["content"],)))

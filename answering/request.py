@@ -3,16 +3,17 @@
 import hashlib
 import inspect
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from PIL import Image
 
+from config import Generate
 from errors import UserError
 from model.model import MMultiModal
-from qwen.chat import Message
+from qwen.chat import Message, MessageFormat
 from visual.photo import load_image
 from visual_plan import VisualPlan
 
@@ -137,6 +138,25 @@ class ReplyStream(Iterator[str]):
             self.reply = end.value
         except CancelledError:  # not begun
             self.reply = Reply("", "cancelled", 0, 0)
+
+
+class AnyAnswerer(Protocol):
+    """What scripts use of `answer.Answerer`, which has a model, and of `remote.RemoteAnswerer`, which asks a server."""
+
+    @property
+    def chat(self) -> MessageFormat: ...
+
+    def stream(
+        self, image: PhotoSource | None, messages: list[dict[str, Any]], settings: Generate | None = None
+    ) -> ReplyStream: ...
+
+    def stream_messages(
+        self, photos: Sequence[PhotoSource], messages: list[Message], settings: Generate | None = None
+    ) -> ReplyStream: ...
+
+    def answer_many(
+        self, requests: Iterable[Request], settings: Generate | None = None, most_tokens: int | None = None
+    ) -> Iterator[Reply | UserError]: ...
 
 
 def read_picture(model: MMultiModal, photo: PhotoSource) -> Picture:

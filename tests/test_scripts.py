@@ -177,7 +177,7 @@ def test_train_from_a_folder_with_spaces_and_chinese(workshop, tmp_path, capsys)
     assert (asked.returncode, asked.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["process_image", "train", "predict", "eval_vqa", "export", "test_gui"])
+@pytest.mark.parametrize("name", ["process_image", "train", "predict", "eval_vqa", "export", "test_gui", "serve"])
 def test_help_and_a_wrong_key(name, tiny_checkpoint, tmp_path, capsys):
     main = importlib.import_module(name).main
     with pytest.raises(SystemExit, match="0"):
