@@ -9,7 +9,6 @@ import functools
 import threading
 from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers import DynamicCache
 
 from answering.batches import PromptBatch, answer_batch, batch_tokens
 from answering.choice import TokenChoice
+from answering.heatmap import Heatmap, Method, look
 from answering.request import (
     FinishReason,
     OpenPrompt,
@@ -25,8 +25,10 @@ from answering.request import (
     Reply,
     ReplyStream,
     Request,
+    add_region,
     common_length,
     make_prompt,
+    on_disk,
     read_picture,
     text_pieces,
 )
@@ -77,33 +79,56 @@ class Answerer:
             image: photo of the first message, before its `images`; None: none.
             messages: `{"role": "user" | "assistant", "content": text}`, alternating, the last one from the user.
                 Control tokens in the texts have no effect. A user's message may have `"images"`, a list of photos
-                before its text.
+                before its text, and a `"box"` (`visual/region.py`): the question is then about this part of the last
+                photo, of this message or an earlier one.
 
         Returns:
             Pieces of text; together they are the answer. Closing the iterator stops the work.
 
         Raises:
-            UserError: an empty question, or, with the first piece, a broken photo or a dialogue longer than the
-                language model's context.
+            UserError: an empty question, a box without a photo, or, with the first piece, a broken photo, a wrong box
+                or a dialogue longer than the language model's context.
         """
+        return self.stream_messages(*self.request(image, messages), settings)
+
+    def request(self, image: PhotoSource | None, messages: list[dict[str, Any]]) -> Request:
+        """Render messages; arguments and errors as `stream`."""
         if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
             raise UserError("the question is empty: type one")
         chat = self.model.processor.chat
-        rendered, photos = [], []
+        rendered: list[Message] = []
+        photos: list[PhotoSource] = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 rendered.append(chat.answer(message["content"]))
             else:
-                own = ([image] if index == 0 and image is not None else []) + list(message.get("images", ()))
-                rendered.append(chat.typed_question(message["content"], len(own)))
-                photos += own
-        return self.stream_messages(photos, rendered, settings)
+                before = len(photos)
+                photos += ([image] if index == 0 and image is not None else []) + list(message.get("images", ()))
+                if message.get("box") is not None:
+                    add_region(photos, message["box"])
+                rendered.append(chat.typed_question(message["content"], len(photos) - before))
+        return Request(photos, rendered)
 
     def stream_messages(
         self, photos: Sequence[PhotoSource], messages: list[Message], settings: Generate | None = None
     ) -> ReplyStream:
         """As `stream`, for a rendered dialogue; see `Request`."""
         return ReplyStream(self._pieces(Request(photos, messages), settings or self.model.config.generate))
+
+    def look(
+        self,
+        image: PhotoSource | None,
+        messages: list[dict[str, Any]],
+        answer: str,
+        span: tuple[int, int] | None = None,
+        method: Method = "gradient",
+    ) -> list[Heatmap]:
+        """Return where the model looked for an answer to the last of `messages`: a map of each photo, in reading order.
+
+        A box counts as a photo. `image` and `messages` as in `stream`, the others and errors as in `heatmap.look`.
+        """
+        with self._lock:
+            return look(self.model, self.request(image, messages), answer, span, method)
 
     def answer_many(
         self, requests: Iterable[Request], settings: Generate | None = None, most_tokens: int | None = None
@@ -131,8 +156,7 @@ class Answerer:
             try:
                 # a PIL image has no hash, and is decoded already
                 pictures = [
-                    recent(photo) if isinstance(photo, str | Path) else read_picture(self.model, photo)
-                    for photo in request.photos
+                    recent(photo) if on_disk(photo) else read_picture(self.model, photo) for photo in request.photos
                 ]
                 prompt = make_prompt(self.model, pictures, request.messages, settings.max_new_tokens)
             except UserError as error:

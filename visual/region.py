@@ -26,11 +26,10 @@ class Region(NamedTuple):
 def parse_box(text: str) -> Box:
     """Read a box from a command line; errors as `checked_box`."""
     try:
-        return checked_box([float(part) if "." in part else int(part) for part in text.split(",")])
+        left, top, right, bottom = (float(part) if "." in part else int(part) for part in text.split(","))
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"the box {shortened(repr(text))} is not {FORM}") from error
+    return checked_box([left, top, right, bottom])
 
 
 def checked_box(value: Any) -> Box:
