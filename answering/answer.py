@@ -128,7 +128,7 @@ class Answerer:
         A box counts as a photo. `image` and `messages` as in `stream`, the others and errors as in `heatmap.look`.
         """
         with self._lock:
-            return look(self.model, self.request(image, messages), answer, span, method)
+            return look(self.model, self.request(image, messages), answer, span, method, encode=self._features)
 
     def answer_many(
         self, requests: Iterable[Request], settings: Generate | None = None, most_tokens: int | None = None

@@ -11,7 +11,7 @@ Shapes: T tokens, S tokens of the answer, N tokens of a photo, Dl width.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -65,22 +65,20 @@ def answer_words(model: MMultiModal, answer: str) -> list[Word]:
 
     A word consists of whole tokens, because the model predicts tokens. In Chinese each token is a word.
     """
-    words: list[Word] = []
-    previous = ""
-    for start, end in _token_spans(model, answer):
-        text = answer[start:end]
-        boundary = previous[-1:] + text[:1]
-        if words and len(boundary) == 2 and all(map(WORD_CHARACTER.match, boundary)) and not SPACELESS.search(boundary):
-            words[-1] = Word("", words[-1].start, end)
-        elif not words or end > words[-1].end:  # several tokens may share one character
-            words.append(Word("", start, end))
-        previous = text
-    kept = []
-    for _, start, end in words:
+    spans: list[tuple[int, int]] = []
+    for start, end in dict.fromkeys(_token_spans(model, answer)):  # several tokens may share one character
+        boundary = answer[max(start - 1, 0) : start + 1]
+        joined = len(boundary) == 2 and all(map(WORD_CHARACTER.match, boundary)) and not SPACELESS.search(boundary)
+        if spans and joined:
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((start, end))
+    words = []
+    for start, end in spans:
         text = answer[start:end]
         start += len(text) - len(text.lstrip())
-        kept.append(Word(text.strip(), start, start + len(text.strip())))
-    return [word for word in kept if WORD_CHARACTER.search(word.text)]
+        words.append(Word(text.strip(), start, start + len(text.strip())))
+    return [word for word in words if WORD_CHARACTER.search(word.text)]
 
 
 def find_word(answer: str, text: str) -> tuple[int, int]:
@@ -102,6 +100,7 @@ def look(
     span: tuple[int, int] | None = None,
     method: Method = "gradient",
     layers: Sequence[int] | None = None,
+    encode: Callable[[Picture], torch.Tensor] | None = None,
 ) -> list[Heatmap]:
     """Return the map of each photo of a dialogue, in reading order.
 
@@ -111,7 +110,8 @@ def look(
         answer: a text; usually, but not necessarily, what the model answered.
         span: first and last + 1 character of the part of the answer that is explained, of `answer_words` or
             `find_word`; tokens that lie partly in it count. None: the whole answer.
-        layers: for `attention`, the layers from 0; None: `default_layers`.
+        layers: for `attention`, the layers from 0; None: all.
+        encode: photo → encoder features (crops, R, Dv), from a cache; None: the encoder is run.
 
     Raises:
         UserError: no photo, an empty answer or span, a projector whose tokens have no places, a broken photo, or a
@@ -123,12 +123,14 @@ def look(
         raise UserError("there is no photo to look at: give one with the question")
     places = model.feature_proj.places(model.encoder.grid)
     count = model.LLM.config.num_hidden_layers
-    chosen = frozenset(default_layers(count) if layers is None else layers)
+    chosen = frozenset(range(count) if layers is None else layers)
     if not chosen or not chosen <= set(range(count)):
         raise UserError(f"layers {sorted(chosen)}: the language model has the layers 0 to {count - 1}")
     pictures = [read_picture(model, photo) for photo in request.photos]
     ids, targets = _tokens(model, pictures, request, answer, span)
-    embeddings = _embeddings(model, pictures, ids)
+    with torch.no_grad():
+        features = [encode(picture) if encode is not None else _encoded(model, picture) for picture in pictures]
+        embeddings = model.language_model.embed(ids, model.project(torch.cat(features)))  # (1, T, Dl)
     relevance = _gradient if method == "gradient" else _attention
     by_token = relevance(model, embeddings, ids, targets, chosen).double().cpu()  # (T,)
     shown = by_token[ids[0].cpu() == model.processor.chat.image_token_id]
@@ -138,11 +140,6 @@ def look(
     ]
     total = sum(np.nansum(values) for values in maps) or 1.0
     return [Heatmap((values / total).astype(np.float32), method) for values in maps]
-
-
-def default_layers(count: int) -> range:
-    """Layers whose attention is averaged, of `count`."""
-    return range(count)
 
 
 def _tokens(
@@ -185,12 +182,9 @@ def _token_spans(model: MMultiModal, answer: str) -> list[tuple[int, int]]:
     return spans
 
 
-@torch.no_grad()
-def _embeddings(model: MMultiModal, pictures: list[Picture], ids: torch.Tensor) -> torch.Tensor:
-    """Input embeddings (1, T, Dl) of `ids` with the photos in their places."""
-    pixels = [model.processor.pixels(picture.image, picture.plan) for picture in pictures]
-    images = model.project(model.encode_image(torch.cat(pixels).to(model.device)))
-    return model.language_model.embed(ids, images)
+def _encoded(model: MMultiModal, picture: Picture) -> torch.Tensor:
+    """Encoder features (crops, R, Dv) of a photo."""
+    return model.encode_image(model.processor.pixels(picture.image, picture.plan).to(model.device))
 
 
 def _states(

@@ -259,6 +259,15 @@ def test_looking_changes_no_answer_and_keeps_no_gradient(plain, method):
     assert all(parameter.grad is None for parameter in plain.parameters())
 
 
+def test_the_photo_is_not_encoded_again(plain, monkeypatch):
+    answerer = Answerer(plain)
+    [expected] = Answerer(plain).look(PHOTO, ask(), ANSWER)
+    answerer.answer(PHOTO, "What is it?", Generate(max_new_tokens=2))
+    monkeypatch.setattr(plain, "encode_image", lambda _: pytest.fail("the photo was encoded again"))
+    [found] = answerer.look(PHOTO, ask(), ANSWER)
+    assert np.array_equal(found.values, expected.values, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
