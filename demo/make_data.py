@@ -2,7 +2,7 @@
 
     python -m demo.make_data --output data/demo --photos 1200 --seed 0
 
-gives three sources, two with their own photos:
+gives three sources, two with their own photos (the demo does not train on `regions`, see docs/looking.md):
 
     llava/annotations.json          llava/photos/*.jpg          LLaVA style, several English questions on each photo
     ai_challenger/annotations.json  ai_challenger/photos/*.jpg  AI Challenger style, five Chinese captions of each
