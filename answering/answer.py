@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from answering.batches import PromptBatch, answer_batch, batch_tokens
 from answering.choice import suppress
+from answering.heatmap import Heatmap, Method, look
 from answering.open_answer import OpenAnswer
 from answering.prefix_cache import CACHE_BYTES, CachedSequence, PrefixCache
 from answering.request import (
@@ -27,7 +27,9 @@ from answering.request import (
     Reply,
     ReplyStream,
     Request,
+    add_region,
     make_prompt,
+    on_disk,
     read_picture,
 )
 from config import Generate
@@ -71,17 +73,24 @@ class Answerer:
             image: photo of the first message, before its `images`; None: none.
             messages: `{"role": "user" | "assistant", "content": text}`, alternating, the last one from the user.
                 Control tokens in the texts have no effect. A user's message may have `"images"`, a list of photos
-                before its text. A first message of the role `system` replaces `prompt.system` in this dialogue.
+                before its text, and a `"box"` (`visual/region.py`): the question is then about this part of the last
+                photo, of this message or an earlier one. A first message of the role `system` replaces
+                `prompt.system` in this dialogue.
 
         Returns:
             Pieces of text; together they are the answer. Closing the stream stops the work within one token.
 
         Raises:
-            UserError: an empty question, roles in another order, or, with the first piece, a broken photo or a dialogue
-                longer than the language model's context.
+            UserError: an empty question, a box without a photo, roles in another order, or, with the first piece, a
+                broken photo, a wrong box or a dialogue longer than the language model's context.
         """
-        chat = self.chat
-        rendered, photos, turns = [], [], messages
+        return self.stream_messages(*self.request(image, messages), settings)
+
+    def request(self, image: PhotoSource | None, messages: list[dict[str, Any]]) -> Request:
+        """Render messages; arguments and errors as `stream`."""
+        chat, turns = self.chat, messages
+        rendered: list[Message] = []
+        photos: list[PhotoSource] = []
         if turns and turns[0]["role"] == "system":
             rendered.append(Message("system", (turns[0]["content"],)))
             turns = turns[1:]
@@ -97,16 +106,33 @@ class Answerer:
             if role == "assistant":
                 rendered.append(chat.answer(message["content"]))
             else:
-                own = ([image] if index == 0 and image is not None else []) + list(message.get("images", ()))
-                rendered.append(chat.typed_question(message["content"], len(own)))
-                photos += own
-        return self.stream_messages(photos, rendered, settings)
+                before = len(photos)
+                photos += ([image] if index == 0 and image is not None else []) + list(message.get("images", ()))
+                if message.get("box") is not None:
+                    add_region(photos, message["box"])
+                rendered.append(chat.typed_question(message["content"], len(photos) - before))
+        return Request(photos, rendered)
 
     def stream_messages(
         self, photos: Sequence[PhotoSource], messages: list[Message], settings: Generate | None = None
     ) -> ReplyStream:
         """As `stream`, for a rendered dialogue; see `Request`."""
         return ReplyStream(self._pieces(Request(photos, messages), settings or self.model.config.generate))
+
+    def look(
+        self,
+        image: PhotoSource | None,
+        messages: list[dict[str, Any]],
+        answer: str,
+        span: tuple[int, int] | None = None,
+        method: Method = "gradient",
+    ) -> list[Heatmap]:
+        """Return where the model looked for an answer to the last of `messages`: a map of each photo, in reading order.
+
+        A box counts as a photo. `image` and `messages` as in `stream`, the others and errors as in `heatmap.look`.
+        """
+        with self._lock:
+            return look(self.model, self.request(image, messages), answer, span, method, encode=self._features)
 
     def answer_many(
         self, requests: Iterable[Request], settings: Generate | None = None, most_tokens: int | None = None
@@ -134,8 +160,7 @@ class Answerer:
             try:
                 # a PIL image has no hash, and is decoded already
                 pictures = [
-                    recent(photo) if isinstance(photo, str | Path) else read_picture(self.model, photo)
-                    for photo in request.photos
+                    recent(photo) if on_disk(photo) else read_picture(self.model, photo) for photo in request.photos
                 ]
                 prompt = make_prompt(self.model, pictures, request.messages, settings.max_new_tokens)
             except UserError as error:

@@ -15,7 +15,16 @@ from PIL import ExifTags, Image
 from pydantic import BaseModel, Field
 
 from answering.connection import ServerConnection, ServerGoneError
-from answering.request import CancelledError, FinishReason, PhotoSource, Reply, ReplyStream, Request
+from answering.request import (
+    CancelledError,
+    FinishReason,
+    PhotoSource,
+    Reply,
+    ReplyStream,
+    Request,
+    add_region,
+    on_disk,
+)
 from config import Data, Generate, Gui, Prompt, Section, validated
 from config_file import put_in
 from errors import UserError, shortened
@@ -113,9 +122,13 @@ class RemoteAnswerer:
             raise UserError("the question is empty: type one")
 
         def sent() -> Iterator[dict[str, Any]]:
+            photos: list[PhotoSource] = []
             for index, message in enumerate(messages):
-                photos = ([image] if index == 0 and image is not None else []) + list(message.get("images", ()))
-                yield _message(message["role"], [*map(self._photo, photos), message["content"]])
+                before = len(photos)
+                photos.extend(([image] if index == 0 and image is not None else []) + list(message.get("images", ())))
+                if message.get("box") is not None:
+                    add_region(photos, message["box"])
+                yield _message(message["role"], [*map(self._photo, photos[before:]), message["content"]])
 
         return ReplyStream(self._pieces(sent(), settings))
 
@@ -149,7 +162,7 @@ class RemoteAnswerer:
 
     def _photo(self, photo: PhotoSource) -> dict[str, Any]:
         # a PIL image has no hash
-        url = self._data_url(photo) if isinstance(photo, str | Path) else data_url(photo)
+        url = self._data_url(photo) if on_disk(photo) else data_url(photo)
         return {"type": "image_url", "image_url": {"url": url}}
 
     def _fields(self, messages: Iterable[dict[str, Any]], settings: Generate | None) -> dict[str, Any]:

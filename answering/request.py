@@ -15,9 +15,10 @@ from errors import UserError
 from model.model import MMultiModal
 from qwen.chat import Message, MessageFormat
 from visual.photo import load_image
+from visual.region import Box, Region
 from visual_plan import VisualPlan
 
-PhotoSource = Image.Image | str | Path
+PhotoSource = Image.Image | str | Path | Region
 # the model or a stop string ended the answer; the longest answer or the context was full; the stream was closed
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -159,6 +160,25 @@ class AnyAnswerer(Protocol):
     ) -> Iterator[Reply | UserError]: ...
 
 
+def on_disk(photo: PhotoSource) -> bool:
+    """Whether it is a file or a region of one."""
+    return isinstance(photo.photo if isinstance(photo, Region) else photo, str | Path)
+
+
+def add_region(photos: list[PhotoSource], box: Box) -> None:
+    """Add the part of the last photo inside `box`, which a question is about; before, the photos up to the question.
+
+    The whole photo comes before it, so the model sees both: what is around the part, and the part in full size.
+
+    Raises:
+        UserError: there is no photo.
+    """
+    whole = next((photo for photo in reversed(photos) if not isinstance(photo, Region)), None)
+    if whole is None:
+        raise UserError("a box needs a photo: give the photo with this question or an earlier one")
+    photos.append(Region(whole, box))
+
+
 def read_picture(model: MMultiModal, photo: PhotoSource) -> Picture:
     """Decode a photo; errors as `load_image`."""
     image = load_image(photo)
@@ -176,7 +196,7 @@ def make_prompt(
         ValueError: more or fewer positions than pictures.
     """
     chat, plans = model.processor.chat, [picture.plan for picture in pictures]
-    ids, _ = chat.render(_with_plans(messages, plans))
+    ids, _ = chat.render(with_plans(messages, plans))
     context = model.LLM.config.max_position_embeddings
     room = context - len(ids)
     if room < 1:
@@ -188,7 +208,7 @@ def make_prompt(
     return OpenPrompt(ids, photos, chat.photo_spans(ids, plans), min(max_new_tokens, room))
 
 
-def _with_plans(messages: list[Message], plans: list[VisualPlan]) -> list[Message]:
+def with_plans(messages: list[Message], plans: list[VisualPlan]) -> list[Message]:
     """Return the messages with `plans` at the positions of the photos, in reading order.
 
     Raises:

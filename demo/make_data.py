@@ -2,15 +2,16 @@
 
     python -m demo.make_data --output data/demo --photos 1200 --seed 0
 
-gives two sources, each with its own photos:
+gives three sources, two with their own photos (the demo does not train on `regions`, see docs/looking.md):
 
     llava/annotations.json          llava/photos/*.jpg          LLaVA style, several English questions on each photo
     ai_challenger/annotations.json  ai_challenger/photos/*.jpg  AI Challenger style, five Chinese captions of each
+    regions/annotations.json        llava/photos/*.jpg          LLaVA style, questions about boxes in some of them
 
 `process_image.py` reads them next. Every row also carries `"type"`, the kind of question, for the scores by type.
 
 With `--small`, each picture fills one quarter of a photo twice as wide and high, so that an encoder that sees the whole
-photo sees everything at half its size; questions that name a place are left out.
+photo sees everything at half its size; questions that name a place are left out, and so are the boxes.
 """
 
 import argparse
@@ -21,10 +22,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from demo.regions import object_box, region_questions
 from demo.world import CAPTION_QUESTIONS, CELLS, PICTURE_PX, Scene, captions, draw, questions, random_scene
 from paths import REPO_ROOT
 
 CAPTION_SHARE = 0.2  # share of the photos with captions; the others have questions
+REGION_SHARE = 1 / 3  # share of the photos with questions that have questions about a boxed object too
 
 
 def make_data(output: Path, photos: int, seed: int, per_type: int = 2, small: bool = False) -> tuple[int, int]:
@@ -34,7 +37,7 @@ def make_data(output: Path, photos: int, seed: int, per_type: int = 2, small: bo
     """
     rng = np.random.default_rng(seed)
     captioned = 0 if small else round(photos * CAPTION_SHARE)
-    caption_rows, question_rows = [], []
+    caption_rows, question_rows, region_rows = [], [], []
     for number in range(photos):
         scene = random_scene(rng)
         if number < captioned:
@@ -50,9 +53,12 @@ def make_data(output: Path, photos: int, seed: int, per_type: int = 2, small: bo
             question_rows += [_row(name, kind, [(question, answer)]) for kind, question, answer in asked]
             if not small:
                 question_rows.append(_row(name, "dialogue", _dialogue(scene, asked, rng)))
+                region_rows += _region_rows(name, scene, np.random.default_rng([seed, 2, number]))
     if caption_rows:
         _write(output / "ai_challenger" / "annotations.json", caption_rows)
     _write(output / "llava" / "annotations.json", question_rows)
+    if region_rows:
+        _write(output / "regions" / "annotations.json", region_rows)
     return len(caption_rows), len(question_rows)
 
 
@@ -63,6 +69,17 @@ def _dialogue(scene: Scene, asked: list[tuple[str, str, str]], rng: np.random.Ge
         question = CAPTION_QUESTIONS[int(rng.integers(len(CAPTION_QUESTIONS)))]
         turns[int(rng.integers(3))] = (question, captions(scene)[0])
     return turns
+
+
+def _region_rows(name: str, scene: Scene, rng: np.random.Generator) -> list[dict]:
+    """Make the rows of one boxed object, or none; all rows of a photo have the same box, so they share a sequence."""
+    if rng.random() >= REGION_SHARE:
+        return []
+    thing = scene[int(rng.integers(len(scene)))]
+    box = object_box(thing, rng)
+    return [
+        _row(name, kind, [(question, answer)]) | {"box": box} for kind, question, answer in region_questions(thing, rng)
+    ]
 
 
 def _row(name: str, kind: str, turns: list[tuple[str, str]]) -> dict:

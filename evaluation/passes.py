@@ -57,7 +57,7 @@ class Pass:
 
     name: str
     choose: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
-    picture: Callable[[Photo], PhotoSource] = lambda photo: photo.path
+    picture: Callable[[Photo], PhotoSource] = lambda photo: photo.picture
     prepare: Callable[[Any], AbstractContextManager] = nullcontext
 
 
@@ -166,7 +166,7 @@ def _baseline_passes(names: Iterable[str], groups: set[tuple[int, ...]]) -> list
 
 def _distorted(kind: str, strength: int) -> Callable[[Photo], PhotoSource]:
     # the key, and not the ID: the same photo is distorted in the same way in every data set
-    return lambda photo: distort(load_image(photo.path), kind, strength, f"{DISTORTION_SEED} {photo.key}")
+    return lambda photo: distort(load_image(photo.picture), kind, strength, f"{DISTORTION_SEED} {photo.key}")
 
 
 def _run(
