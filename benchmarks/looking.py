@@ -3,7 +3,7 @@
     python -m benchmarks.looking --checkpoint checkpoints/demo/checkpoint-240
     python -m benchmarks.looking --checkpoint DIR --photos 20 --figure docs/looking.png
 
-and `--output FILE.json` to keep the figures (benchmarks/results/looking.json: `--photos 50` for heatmaps, 100 for regions).
+and `--output FILE.json` to keep the figures (benchmarks/results/looking.json: heatmaps `--photos 50`, regions 100).
 
 Heatmaps: colour questions on new drawn scenes, each about one object, named by its shape if no other object has it, or
 by its place. A map is right if its largest value (`raw`), or the cell of the world's 3 × 3 with the largest mean
