@@ -45,8 +45,10 @@ def test_prompt_is_identical_in_training_evaluation_page_and_command_line(model,
     prompt_length = next(index for index, label in enumerate(trained_labels) if label != -100)
 
     asked = []
-    prefill = Answerer._prefill
-    monkeypatch.setattr(Answerer, "_prefill", lambda self, *given: asked.append(given[-1].ids) or prefill(self, *given))
+    read = Answerer._read_prompt
+    monkeypatch.setattr(
+        Answerer, "_read_prompt", lambda self, *given: asked.append(given[-1].prompt.ids) or read(self, *given)
+    )
     answerer = Answerer(model)
 
     def prompt_of(stream):
