@@ -259,7 +259,7 @@ def test_what_is_not_ours_stays(tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.nightly)])
 def test_a_page_that_is_told_to_end_removes_its_photos(tmp_path, name):
     process, folder = holder(tmp_path, "import test_gui\ntest_gui.end_on_signals()")
     process.send_signal(getattr(signal, name))
