@@ -28,6 +28,7 @@ from answering.request import (
     ReplyStream,
     Request,
     add_region,
+    encode_picture,
     make_prompt,
     on_disk,
     read_picture,
@@ -240,8 +241,7 @@ class Answerer:
         if picture.hash not in self._feature_of:
             while len(self._feature_of) >= RECENT_PHOTOS:
                 self._feature_of.pop(next(iter(self._feature_of)))
-            pixels = self.model.processor.pixels(picture.image, picture.plan).to(self.model.device)  # (crops, 3, H, W)
-            self._feature_of[picture.hash] = self.model.encode_image(pixels)
+            self._feature_of[picture.hash] = encode_picture(self.model, picture)
         return self._feature_of[picture.hash]
 
     def _read(self, sequence: CachedSequence, ids: list[int], images: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Pictures of heatmaps: the photo in gray with the map in colour over it. Called by `predict.py` and the page."""
+"""Pictures of heatmaps: the photo in gray with the map in colour over it. Called by `predict.py`."""
 
 from collections.abc import Sequence
 

@@ -10,6 +10,7 @@ Two methods, on one extra pass over prompt and answer:
 Shapes: T tokens, S tokens of the answer, N tokens of a photo, Dl width.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from answering.request import Picture, Request, make_prompt, read_picture, with_plans
+from answering.request import Picture, Request, encode_picture, make_prompt, read_picture, with_plans
 from errors import UserError, shortened
 from model.model import MMultiModal
 from qwen.attention import AttentionRecord
@@ -111,7 +112,7 @@ def look(
         span: first and last + 1 character of the part of the answer that is explained, of `answer_words` or
             `find_word`; tokens that lie partly in it count. None: the whole answer.
         layers: for `attention`, the layers from 0; None: all.
-        encode: photo → encoder features (crops, R, Dv), from a cache; None: the encoder is run.
+        encode: photo → encoder features (crops, R, Dv), from a cache; None: `encode_picture`.
 
     Raises:
         UserError: no photo, an empty answer or span, a projector whose tokens have no places, a broken photo, or a
@@ -128,8 +129,9 @@ def look(
         raise UserError(f"layers {sorted(chosen)}: the language model has the layers 0 to {count - 1}")
     pictures = [read_picture(model, photo) for photo in request.photos]
     ids, targets = _tokens(model, pictures, request, answer, span)
+    encode = encode or functools.partial(encode_picture, model)
     with torch.no_grad():
-        features = [encode(picture) if encode is not None else _encoded(model, picture) for picture in pictures]
+        features = [encode(picture) for picture in pictures]
         embeddings = model.language_model.embed(ids, model.project(torch.cat(features)))  # (1, T, Dl)
     relevance = _gradient if method == "gradient" else _attention
     by_token = relevance(model, embeddings, ids, targets, chosen).double().cpu()  # (T,)
@@ -180,11 +182,6 @@ def _token_spans(model: MMultiModal, answer: str) -> list[tuple[int, int]]:
             spans += [(place, place + len(text))] * len(pending)
             place, pending = place + len(text), []
     return spans
-
-
-def _encoded(model: MMultiModal, picture: Picture) -> torch.Tensor:
-    """Encoder features (crops, R, Dv) of a photo."""
-    return model.encode_image(model.processor.pixels(picture.image, picture.plan).to(model.device))
 
 
 def _states(

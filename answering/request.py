@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from PIL import Image
 
 from config import Generate
@@ -184,6 +185,11 @@ def read_picture(model: MMultiModal, photo: PhotoSource) -> Picture:
     image = load_image(photo)
     content = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
     return Picture(image, model.processor.plan(*image.size), content)
+
+
+def encode_picture(model: MMultiModal, picture: Picture) -> torch.Tensor:
+    """Return encoder features (crops, R, Dv) of a photo."""
+    return model.encode_image(model.processor.pixels(picture.image, picture.plan).to(model.device))
 
 
 def make_prompt(

@@ -12,7 +12,6 @@ The language model has no LoRA, since LLaVA's would need to be merged or to run 
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -29,6 +28,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 from answering.answer import Answerer
+from benchmarks.report import write_report
 from benchmarks.train_sides import NEEDS_CUDA, SHAPES, as_llava, write_backbones
 from config import Generate, parse_config
 from model.model import MMultiModal
@@ -196,10 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    print(json.dumps(report, indent=2))
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(report, options.output)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.looking --checkpoint checkpoints/demo/checkpoint-240
     python -m benchmarks.looking --checkpoint DIR --photos 20 --figure docs/looking.png
 
-and `--output FILE.json` to keep the figures (benchmarks/results/looking.json: heatmaps `--photos 50`, regions 100).
+and `--output FILE.json` to keep the figures (benchmarks/results/looking.json).
 
 Heatmaps: colour questions on new drawn scenes, each about one object, named by its shape if no other object has it, or
 by its place. A map is right if its largest value (`raw`), or the cell of the world's 3 × 3 with the largest mean
@@ -17,7 +17,6 @@ colour of "it", which only the box names, and for that of the shape, which two o
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +31,7 @@ from answering.answer import Answerer
 from answering.heat_picture import draw_heatmap
 from answering.heatmap import Heatmap, Method, look
 from answering.request import PhotoSource, Reply, Request
+from benchmarks.report import write_report
 from demo.regions import REGION_WORDINGS, object_box
 from demo.world import CELL_PATCHES, PATCH_PX, PICTURE_PX, Scene, Thing, draw, random_scene
 from evaluation.report import text_font
@@ -187,7 +187,8 @@ def _in_two(text: str) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a checkpoint of the demo")
-    parser.add_argument("--photos", type=int, default=100, help="of each measurement (default 100)")
+    parser.add_argument("--photos", type=int, default=50, help="of each measurement of maps (default 50)")
+    parser.add_argument("--boxes", type=int, default=100, help="of the measurement of boxes (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes that choose the default (default 0)")
     parser.add_argument("--skip", choices=["heatmaps", "regions"], help="leave one of the two out")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the maps of a few questions")
@@ -205,12 +206,10 @@ def main() -> None:
             "reported": heatmap_shares(answerer, options.seed + 1, options.photos),
         }
     if options.skip != "regions":
-        report["regions"] = {"questions": options.photos, **region_shares(answerer, options.seed, options.photos)}
-    print(json.dumps(report, indent=2))
+        report["regions"] = {"questions": options.boxes, **region_shares(answerer, options.seed, options.boxes)}
+    write_report(report, options.output)
     if options.figure is not None:
         draw_figure(options.figure, answerer, options.seed + 2)
-    if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

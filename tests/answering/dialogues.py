@@ -11,8 +11,10 @@ SHORT = Generate(max_new_tokens=5)
 EVERYTHING = 2**40  # bytes
 
 
-def build(backbones, name):
-    model = MMultiModal.from_config(tiny_config(backbones, llm={"path": str(backbones / name)})).eval()
+def build(backbones, language_model="qwen2-tied", **sections):
+    """A model that answers something; `language_model` is a name in `backbones` or another folder."""
+    config = tiny_config(backbones, llm={"path": str(backbones / language_model)}, **sections)
+    model = MMultiModal.from_config(config).eval()
     fill_trained(model)
     return model
 

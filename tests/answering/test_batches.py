@@ -13,35 +13,28 @@ from answering.open_answer import OpenAnswer
 from answering.request import Request
 from config import Generate
 from errors import UserError
-from model.model import MMultiModal
 from qwen.branches import BranchCache
-from tests.tiny import fill_trained, tiny_config, write_qwen
+from tests.answering.dialogues import build
+from tests.tiny import write_qwen
 from visual.photo import load_image
 
 SETTINGS = Generate(max_new_tokens=10)
 KINDS = ["qwen2-tied", "qwen3-untied", "llama-tied", "qwen1", "qwen1-short", "sliding", "tiles"]
 
 
-def build(backbones, folder, **sections):
-    config = tiny_config(backbones, llm={"path": str(folder)}, **sections)
-    model = MMultiModal.from_config(config).eval()
-    fill_trained(model)
-    return model
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def model(request, backbones, tmp_path_factory):
     if request.param == "tiles":
-        return build(backbones, backbones / "qwen2-tied", visual={"tiles": 4})
+        return build(backbones, visual={"tiles": 4})
     if request.param == "sliding":
         window = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
         return build(backbones, write_qwen(tmp_path_factory.mktemp("sliding"), "qwen2", **window))
-    return build(backbones, backbones / request.param)
+    return build(backbones, request.param)
 
 
 @pytest.fixture(scope="module")
 def qwen2(backbones):
-    return build(backbones, backbones / "qwen2-tied")
+    return build(backbones)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from answering.heat_picture import draw_heatmap, draw_heatmaps
 from answering.heatmap import Heatmap, answer_words, find_word
 from config import Generate
 from errors import UserError
-from model.model import MMultiModal
-from tests.tiny import fill_trained, tiny_config, write_qwen
+from tests.answering.dialogues import build
+from tests.tiny import write_qwen
 
 KINDS = ("qwen2-tied", "qwen3-untied", "llama-tied", "qwen1", "sliding")
 WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}  # the second layer's
@@ -27,23 +27,16 @@ def noise(width, height, seed=0):
 PHOTO = noise(80, 60)
 
 
-def load(backbones, kind="qwen2-tied", **sections):
-    config = tiny_config(backbones, llm={"path": str(backbones / kind)}, **sections)
-    model = MMultiModal.from_config(config).eval()
-    fill_trained(model)
-    return model
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def model(request, backbones, tmp_path_factory):
     if request.param == "sliding":
-        return load(backbones, write_qwen(tmp_path_factory.mktemp("sliding"), **WINDOW))
-    return load(backbones, request.param)
+        return build(backbones, write_qwen(tmp_path_factory.mktemp("sliding"), **WINDOW))
+    return build(backbones, request.param)
 
 
 @pytest.fixture(scope="module")
 def plain(backbones):
-    return load(backbones)
+    return build(backbones)
 
 
 def ask(text="What is it?", *photos):
@@ -172,7 +165,7 @@ def test_earlier_answers_are_not_explained(plain, monkeypatch):
 
 @pytest.mark.parametrize("tiles", [2, 4])
 def test_tiles_add_to_the_whole_photo(backbones, tiles, monkeypatch):
-    model = load(backbones, visual={"tiles": tiles})
+    model = build(backbones, visual={"tiles": tiles})
     photo = noise(240, 120)
     plan = model.processor.plan(*photo.size)
     assert (plan.tile_rows, plan.tile_columns) == (1, 2)
@@ -194,7 +187,7 @@ def _at_photo(model, ids, values):
 
 
 def test_squares_of_pixel_shuffle(backbones, monkeypatch):
-    model = load(backbones, projector={"kind": "pixel_shuffle", "factor": 3})
+    model = build(backbones, projector={"kind": "pixel_shuffle", "factor": 3})
     values = np.array([4.0, 0, 0, 1])  # 4 × 4 patches: a square of 3 × 3, and what is left at the edges
     monkeypatch.setattr(heatmap, "_gradient", lambda model, rows, ids, *_: _at_photo(model, ids, values))
     [found] = Answerer(model).look(noise(80, 80), ask(), ANSWER)
@@ -204,7 +197,7 @@ def test_squares_of_pixel_shuffle(backbones, monkeypatch):
 
 
 def test_a_resampler_has_no_places(backbones):
-    model = load(backbones, projector={"kind": "resampler", "queries": 5, "heads": 4})
+    model = build(backbones, projector={"kind": "resampler", "queries": 5, "heads": 4})
     with pytest.raises(UserError, match=r"'projector\.kind' is resampler, whose tokens have no place"):
         Answerer(model).look(PHOTO, ask(), ANSWER)
 

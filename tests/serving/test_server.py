@@ -239,13 +239,19 @@ class Waiting:
         self.socket.close()
 
 
+def one_and_one_waiting(engine, address):
+    """A client whose request is answered, and one that waits behind it."""
+    first = Waiting(address, "wait")
+    until(lambda: engine.begun == 1)
+    second = Waiting(address, "second")
+    until(lambda: metrics_of(address)["vqa_waiting"] == 1)
+    return first, second
+
+
 def test_one_is_answered_one_waits_the_next_is_refused():
     engine = TellingEngine()
     with running(engine, queue=1) as address, client_of(address) as client:
-        first = Waiting(address, "wait")
-        until(lambda: engine.begun == 1)
-        second = Waiting(address, "second")
-        until(lambda: metrics_of(address)["vqa_waiting"] == 1)
+        first, second = one_and_one_waiting(engine, address)
         assert metrics_of(address)["vqa_running"] == 1
         with pytest.raises(openai.RateLimitError) as caught:
             ask(client, user(photo(data_url((900, 900), "BMP"))))  # 3 MB, which are read before the refusal
@@ -296,10 +302,7 @@ def test_a_client_that_is_gone_ends_the_work_within_a_token(how):
 def test_a_client_that_is_gone_while_it_waits_frees_its_place():
     engine = TellingEngine()
     with running(engine, queue=1) as address, client_of(address) as client:
-        first = Waiting(address, "wait")
-        until(lambda: engine.begun == 1)
-        second = Waiting(address, "second")
-        until(lambda: metrics_of(address)["vqa_waiting"] == 1)
+        first, second = one_and_one_waiting(engine, address)
         second.cut()
         until(lambda: metrics_of(address)["vqa_waiting"] == 0)
         third, answers = in_thread(ask, client, user("third"))
