@@ -255,6 +255,16 @@ class Gui(Section):
     host: str = "127.0.0.1"
     port: int = Field(7860, ge=1, le=65535)
     max_upload_mb: int = Field(20, ge=1, le=10_000)
+    root_path: str = Field("", pattern=r"^(/[^\s/]+)*$|^https?://\S+$")
+    user: str | None = Field(None, min_length=1)
+    # never written: neither into a checkpoint nor into a message
+    password: str | None = Field(None, min_length=1, exclude=True, repr=False)
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "Gui":
+        if self.password is not None and self.user is None:
+            raise ValueError("'password' needs a 'user': set both, or none")
+        return self
 
 
 class Config(Section):

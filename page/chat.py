@@ -1,14 +1,17 @@
-"""Dialogue of the page: typed text, uploaded photos and their display. Called by `test_gui.py`."""
+"""Dialogue of the page: typed text, uploaded photos, and how they are shown."""
 
 import html
+import io
 import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from page.uploads import photo_name, uploaded_photo
+from PIL import Image
 
-NOTHING = "(no answer 无回答)"
+from page.texts import say
+from page.uploads import photo_name, store, uploaded_photo
+from visual.region import Box, pixel_box
 
 
 class UploadedPhoto(NamedTuple):
@@ -18,7 +21,8 @@ class UploadedPhoto(NamedTuple):
     name: str
 
 
-# alternating {"role": "user", "content": text, "photos": [UploadedPhoto, …]} and {"role": "assistant", "content": text}
+# Alternating {"role": "user", "content": text, "photos": [UploadedPhoto, …]} and {"role": "assistant", "content": text}
+# A question about a part of a photo has a "box" too, and its "part", a file with the pixels inside it.
 History = list[dict[str, Any]]
 
 
@@ -33,15 +37,19 @@ def checked(upload: Any, folder: Path) -> UploadedPhoto:
     """Return an upload without other fields from the client, such as an address that the server would fetch.
 
     Raises:
-        UserError: it is not a file in `folder`.
+        NotUploadedError: it is not a file in `folder`.
     """
     return UploadedPhoto(str(uploaded_photo(upload, folder)), photo_name(upload))
 
 
+def as_upload(photo: UploadedPhoto) -> dict[str, Any]:
+    """Return a photo as the question box has it."""
+    return {"path": photo.path, "orig_name": photo.name, "mime_type": mimetypes.guess_type(photo.path)[0] or "image"}
+
+
 def in_box(text: str, photos: Sequence[UploadedPhoto] = ()) -> dict[str, Any]:
     """Content of the question box."""
-    files = [{"path": path, "orig_name": name, "mime_type": _kind(path)} for path, name in photos]
-    return {"text": text, "files": files}
+    return {"text": text, "files": [as_upload(photo) for photo in photos]}
 
 
 def answered(history: History) -> History:
@@ -54,19 +62,26 @@ def photos_of(history: History) -> list[UploadedPhoto]:
     return [photo for message in history for photo in message.get("photos", ())]
 
 
-def as_shown(history: History) -> History:
+def files_of(history: History) -> list[str]:
+    """All files that a dialogue needs."""
+    parts = [message["part"] for message in history if "part" in message]
+    return [photo.path for photo in photos_of(history)] + parts
+
+
+def with_part(question: dict[str, Any], box: Box, image: Image.Image, folder: Path) -> dict[str, Any]:
+    """Return a question about the part of `image` inside `box`; errors as `pixel_box`."""
+    file = io.BytesIO()
+    image.crop(pixel_box(box, *image.size)).save(file, "PNG")
+    return question | {"box": box, "part": store(folder, file.getvalue(), "part.png")}
+
+
+def as_shown(history: History, language: str) -> list[dict[str, Any]]:
     """Return the chat with escaped text, because the page would interpret HTML tags and fetch their images."""
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                *({"path": photo.path} for photo in message.get("photos", ())),
-                html.escape(message["content"], quote=False) or NOTHING,
-            ],
-        }
-        for message in history
-    ]
-
-
-def _kind(path: str) -> str:
-    return mimetypes.guess_type(path)[0] or "image"
+    shown = []
+    for message in history:
+        content: list[Any] = [{"path": photo.path, "alt_text": photo.name} for photo in message.get("photos", ())]
+        if "part" in message:
+            content.append({"path": message["part"], "alt_text": say(language, "part_of_photo")})
+        content.append(html.escape(message["content"], quote=False) or say(language, "no_answer"))
+        shown.append({"role": message["role"], "content": content})
+    return shown

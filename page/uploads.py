@@ -1,30 +1,70 @@
-"""Uploaded photos: their folder, and the check that no other file is opened. Called by `test_gui.py`.
+"""Uploaded photos: their folder, whose they are, and the check that no other file is opened.
 
 Each folder has a lock, which the system releases when its page ends or is killed. The next start removes the folders
 whose lock is free.
 """
 
 import contextlib
+import hashlib
 import os
 import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
 
 from errors import UserError
+from page.texts import TEXTS
 from paths import is_file_in
 
 PREFIX = "vqa-photos-"
 # The same sentence for existing and missing files, because the page must not reveal what is on the server's disk.
-NOT_UPLOADED = (
-    "A photo was not uploaded here, or is gone: press Clear and add it again. "
-    "有照片未在此上传或已被清除，请清空后重新添加。"
-)
+NOT_UPLOADED = TEXTS["gone"][0]
+
+
+class NotUploadedError(UserError):
+    """A file is not an upload of this page, or is gone."""
+
+    def __init__(self) -> None:
+        super().__init__(NOT_UPLOADED)
+
+
+class SessionFiles:
+    """Files that sessions of the page hold; a file that no session holds any more is removed.
+
+    Equal photos of two sessions are one file, because Gradio names uploads by their content.
+
+    Args:
+        folder: of the uploads; nothing outside is removed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._held: dict[str, set[str]] = {}  # session → paths
+        self._lock = threading.Lock()
+
+    def hold(self, session: str, *paths: str) -> None:
+        """Note that a session uses these files, which stay until it ends."""
+        with self._lock:
+            self._held.setdefault(session, set()).update(paths)
+
+    def release(self, session: str, keep: Iterable[str] = ()) -> None:
+        """Let go of all files of a session but those to `keep`."""
+        with self._lock:
+            kept = self._held.pop(session, set())
+            if staying := kept & set(keep):
+                self._held[session] = staying
+            others = set().union(*self._held.values())
+            for path in kept - others:
+                if is_file_in(path, self.folder):
+                    with contextlib.suppress(OSError):  # the folder of another file of this content is not empty
+                        Path(path).unlink()
+                        Path(path).parent.rmdir()
 
 
 @contextlib.contextmanager
@@ -74,15 +114,26 @@ def uploaded_photo(upload: Any, folder: Path) -> Path:
     """Return the file of a photo sent by a browser or an API client.
 
     Raises:
-        UserError: it has a wrong form, or is not a file in `folder`; the same sentence for all.
+        NotUploadedError: it has a wrong form, or is not a file in `folder`; the same sentence for all.
     """
     path = upload.get("path") if isinstance(upload, dict) else None
     if not isinstance(path, str) or not is_file_in(path, folder):
-        raise UserError(NOT_UPLOADED)
+        raise NotUploadedError
     file = Path(path)
     with contextlib.suppress(OSError):
         os.utime(file)  # uploads are kept for a time after their last use
     return file
+
+
+def store(folder: Path, content: bytes, name: str) -> str:
+    """Write a file as Gradio stores an upload, in a folder named by its content; return its path."""
+    place = folder / hashlib.sha256(content).hexdigest()
+    place.mkdir(mode=0o700, exist_ok=True)
+    file = place / name
+    if not file.exists():
+        file.write_bytes(content)
+    os.utime(file)
+    return str(file)
 
 
 def photo_name(upload: Any) -> str:

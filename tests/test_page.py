@@ -1,10 +1,11 @@
-"""The page, driven in a headless Chromium with an answerer that tells what it was sent."""
+"""The chat of the page, driven in a headless Chromium with an engine that tells what it was sent."""
 
-import shutil
+import json
+import re
 import socket
 import subprocess
 import sys
-import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,57 +14,35 @@ from PIL import Image
 import test_gui
 from config import Generate, Gui
 from evaluation import screenshots
+from page.checkpoints import Engines
+from page.texts import TEXTS
+from predict import answer_file
+from tests.page.driver import (
+    THUMBNAILS,
+    SpokenEngine,
+    ask,
+    expect,
+    expect_text,
+    free_port,
+    fresh,
+    no_browser,
+    opened,
+    served,
+    upload,
+)
 
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 pytestmark = [
-    pytest.mark.skipif(not any(map(shutil.which, screenshots.BROWSERS)), reason="no Chromium on this machine"),
+    pytest.mark.skipif(no_browser(), reason="no Chromium on this machine"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio"),  # Gradio uses what pandas 3 calls old
 ]
-
-
-THUMBNAILS = "#question .thumbnail-wrapper"
-
-
-class TellingAnswerer:
-    """Answers with the questions it was sent; some questions make it fail or slow."""
-
-    def __init__(self):
-        self.settings = None  # of the last question
-        self.closed_early = False
-
-    def stream(self, image, messages, settings):
-        self.settings = settings
-        assert image is None
-        question = messages[-1]["content"]
-        if question == "memory":
-            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        if question == "long":
-            raise ValueError("the dialogue is <b>too long</b>: start a new one")
-        if question == "silent":
-            time.sleep(3)
-        if question == "defect":
-            raise KeyError("something of ours")
-        try:
-            asked = messages[::2]
-            yield " + ".join(" ".join([*(str(p.size) for p in m["images"]), m["content"]]) for m in asked)
-            if question == "slow":
-                for _ in range(400):
-                    time.sleep(0.05)
-                    yield " on"
-        except GeneratorExit:
-            self.closed_early = True
-            raise
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+EXAMPLE = TEXTS["example_2"][0]
+FIGURES = "first token after 0.25 s · 8.5 tokens/s · 19 tokens of the prompt read, 11 reused"
 
 
 @pytest.fixture(scope="module")
-def answerer():
-    return TellingAnswerer()
+def engine():
+    return SpokenEngine()
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +51,10 @@ def uploads(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(answerer, uploads):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("GRADIO_TEMP_DIR", str(uploads))
-    patch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there: the page must not need a proxy
-    patch.delenv("no_proxy", raising=False)
-    patch.delenv("NO_PROXY", raising=False)
-    gui = Gui(port=free_port(), max_upload_mb=1)
-    page = test_gui.build_page(answerer, Generate(max_new_tokens=50), "checkpoint-7")
-    test_gui.launch(page, gui)
-    yield f"http://{gui.host}:{gui.port}/"
-    page.close()
-    patch.undo()
+def address(engine, uploads):
+    engines, samples = Engines(engine, "checkpoint-7"), test_gui.sample_photos()
+    with served(uploads, engines, Generate(max_new_tokens=50), samples, max_upload_mb=1) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -92,21 +63,16 @@ def browser():
         yield browser
 
 
+@pytest.fixture(scope="module")
+def one_page(browser, address):
+    with opened(browser, address) as page:
+        yield page
+
+
 @pytest.fixture
-def page(browser, address):
-    """An open page; afterwards it must have asked nobody but its own server, and run no script of a text."""
-    page = browser.new_page(viewport={"width": 1280, "height": 800})
-    page.set_default_timeout(20_000)
-    requests, dialogs = [], []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
-    page.goto(address)
-    page.wait_for_selector("#ask")
-    yield page
-    page.close()
-    assert len(requests) > 5
-    assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
-    assert dialogs == []
+def page(one_page):
+    fresh(one_page)
+    return one_page
 
 
 @pytest.fixture
@@ -119,53 +85,55 @@ def photos(tmp_path):
     return tmp_path
 
 
-def upload(page, *files):
-    """Attach files to the question, as a user does; wait for their pictures."""
-    before = page.locator(THUMBNAILS).count()
-    with page.expect_file_chooser() as chooser:  # without it, a file that was chosen before would not be seen again
-        page.click("#question .upload-button")
-    chooser.value.set_files([str(file) for file in files])
-    # uploads share the machine with other tests
-    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(before + len(files), timeout=30_000)
-
-
-def ask(page, question):
-    page.fill("#question textarea", question)
-    page.click("#ask")
-
-
-def expect_text(page, selector, text):
-    sync_api.expect(page.locator(selector)).to_contain_text(text)
-
-
-def test_asked_and_answered_with_history_and_kept_photo(page, photos, answerer):
+def test_asked_and_answered_with_history_and_kept_photo(page, photos, engine):
     upload(page, photos / "red.png")
     ask(page, "What is it?")
     expect_text(page, "#chat", "(64, 48) What is it?")
-    expect_text(page, "#status", "characters")
+    expect_text(page, "#status", FIGURES)
     page.fill("#question textarea", "还有呢？")
     page.keyboard.press("Enter")
     expect_text(page, "#chat", "(64, 48) What is it? + 还有呢？")
     assert page.input_value("#question textarea") == ""
-    assert answerer.settings.max_new_tokens == 50
+    assert engine.settings.max_new_tokens == 50
 
+    expect(page, "#again").to_be_enabled()
     page.click("#again")
-    time.sleep(0.5)
+    expect_text(page, "body", "Greedy answers stay the same")
+    expect(page, "#again").to_be_enabled()
     expect_text(page, "#chat", "(64, 48) What is it? + 还有呢？")
-    sync_api.expect(page.locator("#chat .message.bot")).to_have_count(2)
-    assert answerer.settings.seed != Generate().seed
+    expect(page, "#chat .message.bot").to_have_count(2)
+    assert engine.settings.seed != Generate().seed
 
     page.click("#clear")
-    sync_api.expect(page.locator("#chat")).not_to_contain_text("What is it?")
+    expect(page, "#chat").not_to_contain_text("What is it?")
     ask(page, "Fresh?")
     expect_text(page, "#status", "No photo yet")
+
+
+def test_an_edited_question_is_asked_anew_and_what_came_after_it_is_gone(page, photos):
+    upload(page, photos / "red.png")
+    for number, question in enumerate(("first", "second", "third"), start=1):
+        ask(page, question)
+        expect(page, "#chat .message.bot").to_have_count(number)
+        expect(page, "#ask").to_be_enabled()
+    page.locator("#chat button[aria-label='Edit']").nth(1).click()
+    page.locator("#chat textarea").fill("<b>other</b>")
+    page.click("#chat button[aria-label='Submit']")
+    expect_text(page, "#chat", "(64, 48) first + <b>other</b>")
+    expect(page, "#chat .message.bot").to_have_count(2)
+    expect(page, "#chat").not_to_contain_text("third")
+    page.locator("#chat button[aria-label='Edit']").first.click()  # this question has a photo
+    page.locator("#chat textarea").fill("begin")
+    page.click("#chat button[aria-label='Submit']")
+    expect(page, "#chat .message.bot").to_have_count(1)
+    expect_text(page, "#chat", "(64, 48) begin")
 
 
 def test_photos_stand_beside_their_messages(page, photos):
     upload(page, photos / "red.png", photos / "蓝色 blue.jpg")
     ask(page, "first")
     expect_text(page, "#chat", "(64, 48) (33, 22) first")
-    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(0)
+    expect(page, THUMBNAILS).to_have_count(0)
     upload(page, photos / "蓝色 blue.jpg")
     ask(page, "second")
     expect_text(page, "#chat", "(64, 48) (33, 22) first + (33, 22) second")
@@ -174,17 +142,13 @@ def test_photos_stand_beside_their_messages(page, photos):
     asked = page.locator("#chat .user-row")
     assert [asked.nth(number).locator("img").count() for number in range(3)] == [2, 1, 0]
     for number in range(3):  # the browser shows them
-        picture = page.locator("#chat .user-row img").nth(number)
-        sync_api.expect(picture).to_have_js_property("naturalWidth", [64, 33, 33][number])
+        picture = f"#chat .user-row img >> nth={number}"
+        expect(page, picture).to_have_js_property("naturalWidth", [64, 33, 33][number])
     first, second = (page.locator("#chat .user-row img").nth(number).bounding_box() for number in (0, 1))
     assert first["y"] < second["y"] + second["height"]
     assert second["y"] < first["y"] + first["height"]  # side by side
-
-    page.click("#again")
-    expect_text(page, "#status", "characters")
-    sync_api.expect(page.locator("#ask")).to_be_enabled()
-    expect_text(page, "#chat", "(64, 48) (33, 22) first + (33, 22) second + third")
-    sync_api.expect(page.locator("#chat .user-row img")).to_have_count(3)
+    assert page.locator("#chat .user-row img").first.get_attribute("alt") == "red.png"
+    expect(page, "#chat button[aria-label='Share']:visible").to_have_count(0)  # it would send them to a website
 
 
 def test_retry_sends_the_photos_of_the_question_again(page, photos):
@@ -193,18 +157,32 @@ def test_retry_sends_the_photos_of_the_question_again(page, photos):
     expect_text(page, "#chat", "(64, 48) (64, 48) twice")
     upload(page, photos / "蓝色 blue.jpg")  # waits for the next question
     page.click("#again")
-    expect_text(page, "#status", "characters")
-    sync_api.expect(page.locator("#ask")).to_be_enabled()
+    expect_text(page, "#status", FIGURES)
+    expect(page, "#ask").to_be_enabled()
     expect_text(page, "#chat", "(64, 48) (64, 48) twice")
-    sync_api.expect(page.locator("#chat .user-row")).to_have_count(1)
+    expect(page, "#chat .user-row").to_have_count(1)
     ask(page, "next")
     expect_text(page, "#chat", "(64, 48) (64, 48) twice + (33, 22) next")
+
+
+def test_a_new_photo_in_a_chat_asks_where_it_belongs(page, photos):
+    upload(page, photos / "red.png")
+    expect(page, "#where").to_be_hidden()
+    ask(page, "first")
+    expect_text(page, "#chat", "(64, 48) first")
+    upload(page, photos / "蓝色 blue.jpg")
+    expect(page, "#where").to_be_visible()
+    page.get_by_label("Ask about the new one in a new chat").check()
+    ask(page, "second")
+    expect_text(page, "#chat", "(33, 22) second")
+    expect(page, "#chat").not_to_contain_text("first")
+    expect(page, "#where").to_be_hidden()
 
 
 def test_a_photo_taken_away_before_asking_is_not_sent(page, photos):
     upload(page, photos / "red.png", photos / "蓝色 blue.jpg")
     page.locator("#question button[aria-label='Remove file']").first.click()
-    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(1)
+    expect(page, THUMBNAILS).to_have_count(1)
     ask(page, "What?")
     expect_text(page, "#chat", "(33, 22) What?")
 
@@ -228,21 +206,24 @@ def test_a_photo_that_is_gone_is_said(page, photos, uploads):
         file.unlink()
     upload(page, photos / "蓝色 blue.jpg")
     ask(page, "second")
-    expect_text(page, "#chat", "is gone: press Clear and add it again")
-    sync_api.expect(page.locator("#question textarea")).to_have_value("second")
-    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(1)
+    expect_text(page, "#chat", "is gone: start a new chat and add it again")
+    expect(page, "#question textarea").to_have_value("second")
+    expect(page, THUMBNAILS).to_have_count(1)
     page.click("#clear")
-    sync_api.expect(page.locator("#chat")).not_to_contain_text("is gone")
+    expect(page, "#chat").not_to_contain_text("is gone")
     page.click("#ask")
     expect_text(page, "#chat", "(33, 22) second")
 
 
-def test_an_example_leaves_the_photos_in_the_box(page, photos):
+def test_an_example_leaves_the_photos_in_the_box_and_a_sample_joins_them(page, photos):
     upload(page, photos / "red.png", photos / "蓝色 blue.jpg")
-    page.get_by_text(test_gui.EXAMPLES[1]).click()
-    sync_api.expect(page.locator("#question textarea")).to_have_value(test_gui.EXAMPLES[1])
+    page.get_by_role("button", name=EXAMPLE).click()
+    expect(page, "#question textarea").to_have_value(EXAMPLE)
+    page.locator("#samples button").first.click()
+    expect(page, THUMBNAILS).to_have_count(3)
+    expect(page, "#question textarea").to_have_value(EXAMPLE)
     page.click("#ask")
-    expect_text(page, "#chat", f"(64, 48) (33, 22) {test_gui.EXAMPLES[1]}")
+    expect_text(page, "#chat", f"(64, 48) (33, 22) (384, 384) {EXAMPLE}")
 
 
 def test_a_long_pasted_text_stays_text(page, photos):
@@ -255,7 +236,7 @@ def test_a_long_pasted_text_stays_text(page, photos):
     }""", "word " * 1000)  # fmt: skip
     page.wait_for_timeout(500)
     assert not page.evaluate("window.taken")  # so the browser puts the text in the box
-    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(1)
+    expect(page, THUMBNAILS).to_have_count(1)
 
 
 def test_missing_photo_and_empty_question_are_said(page, photos):
@@ -276,11 +257,11 @@ def test_broken_photo_is_said_and_taken_away(page, photos, name, sentence):
     expect_text(page, "#chat", f"⚠ {name}: ")
     expect_text(page, "#chat", sentence)
     assert "/" not in page.inner_text("#chat")
-    sync_api.expect(page.locator("#question textarea")).to_have_value("What?")
-    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(2)
+    expect(page, "#question textarea").to_have_value("What?")
+    expect(page, THUMBNAILS).to_have_count(2)
     page.click("#ask")
     expect_text(page, "#chat", "(64, 48) (33, 22) What?")
-    sync_api.expect(page.locator("#chat")).not_to_contain_text("⚠")
+    expect(page, "#chat").not_to_contain_text("⚠")
 
 
 def test_too_large_photo_is_refused(page, photos):
@@ -296,7 +277,7 @@ def test_control_tokens_and_html_are_letters(page, photos):
     ask(page, text)
     expect_text(page, "#chat", f"(64, 48) {text}")
     assert page.locator("#chat .message [onerror], #chat .message script, #chat .katex").count() == 0
-    sync_api.expect(page.locator("#chat .message img")).to_have_count(1)  # the photo
+    expect(page, "#chat .message img").to_have_count(1)  # the photo
     ask(page, "and now?")
     expect_text(page, "#chat", f"{text} + and now?")
 
@@ -305,31 +286,27 @@ def test_errors_stand_in_the_chat_and_the_question_comes_back(page, photos):
     upload(page, photos / "red.png")
     ask(page, "memory")
     expect_text(page, "#chat", "Out of memory: lower")
-    sync_api.expect(page.locator("#question textarea")).to_have_value("memory")
-    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(1)
+    expect(page, "#question textarea").to_have_value("memory")
+    expect(page, THUMBNAILS).to_have_count(1)
     ask(page, "long")
     expect_text(page, "#chat", "the dialogue is <b>too long</b>")
     ask(page, "defect")
     expect_text(page, "#chat", "KeyError: 'something of ours'")
-    sync_api.expect(page.locator("#ask")).to_be_enabled()
+    expect(page, "#ask").to_be_enabled()
     ask(page, "short")  # failed questions are not part of what the model is sent
     expect_text(page, "#chat", "(64, 48) short")
 
 
-def test_stop_keeps_what_was_said_and_ends_the_work(page, photos, answerer):
+def test_stop_keeps_what_was_said_and_ends_the_work(page, photos, engine):
     upload(page, photos / "red.png")
-    answerer.closed_early = False
+    engine.closed_early = False
     ask(page, "slow")
     expect_text(page, "#chat", "slow on on on")
-    sync_api.expect(page.locator("#ask")).to_be_disabled()
+    expect(page, "#ask").to_be_disabled()
     page.click("#stop")
-    expect_text(page, "#status", "Stopped")
-    sync_api.expect(page.locator("#ask")).to_be_enabled()
-    for _ in range(100):
-        if answerer.closed_early:
-            break
-        time.sleep(0.1)
-    assert answerer.closed_early
+    expect_text(page, "#status", f"Stopped. {FIGURES}")
+    expect(page, "#ask").to_be_enabled()
+    assert engine.closed_early
     ask(page, "next")
     expect_text(page, "#chat", "slow + next")
 
@@ -340,32 +317,91 @@ def test_stop_before_the_first_word_gives_the_question_back(page, photos):
     expect_text(page, "#status", "Looking at the photo")
     page.click("#stop")
     expect_text(page, "#status", "Stopped")
-    assert page.input_value("#question textarea") == "silent"
-    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(1)
+    expect(page, "#question textarea").to_have_value("silent")
+    expect(page, THUMBNAILS).to_have_count(1)
     page.click("#again")
     expect_text(page, "#status", "no answer to repeat")
     ask(page, "next")
     expect_text(page, "#chat", "(64, 48) next")
 
 
-def test_phone_width_has_no_sideways_scrolling(page, photos):
-    page.set_viewport_size({"width": 390, "height": 844})
-    upload(page, *[photos / "red.png"] * 12)
-    ask(page, "What?")
-    expect_text(page, "#status", "characters")
-    upload(page, *[photos / "red.png"] * 12)
-    page.wait_for_timeout(300)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    for name in ["ask", "stop", "again", "clear"]:
-        assert page.evaluate(f"(e => e.scrollWidth <= e.clientWidth)(document.querySelector('#{name}'))"), name
-
-
-def test_empty_answer_is_shown_as_such(page, photos, answerer, monkeypatch):
-    monkeypatch.setattr(answerer, "stream", lambda image, messages, settings: (piece for piece in []))
+def test_settings_reach_the_engine(page, photos, engine):
+    page.click("#settings > button")
+    temperature = page.locator("#temperature input[type=number]")
+    expect(page, "#temperature input[type=number]").to_be_disabled()  # greedy
+    page.locator("#greedy input").uncheck()
+    expect(page, "#temperature input[type=number]").to_be_enabled()
+    temperature.fill("0.5")
+    for name, value in {"top_p": "0.9", "top_k": "40", "min_p": "0.1", "repetition_penalty": "1.2"}.items():
+        page.locator(f"#{name} input[type=number]").fill(value)
+    page.locator("#seed input").fill("5")
+    page.locator("#longest input[type=number]").fill("7")
+    page.fill("#system textarea", "Answer in one word.")
+    page.locator("#system textarea").blur()
     upload(page, photos / "red.png")
     ask(page, "What?")
-    expect_text(page, "#chat", "(no answer")
-    expect_text(page, "#status", "0 characters")
+    expect_text(page, "#chat", "(64, 48) What?")
+    assert engine.settings == Generate(
+        max_new_tokens=7, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, repetition_penalty=1.2, seed=5
+    )
+    assert engine.messages[0] == {"role": "system", "content": "Answer in one word."}
+    page.fill("#system textarea", "")
+    page.locator("#greedy input").check()
+    page.locator("#longest input[type=number]").fill("50")
+    page.click("#settings > button")
+
+
+def test_a_chat_comes_back_from_the_browsers_storage(page, photos):
+    page.click("#kept > button")
+    page.click("#forget-all")
+    upload(page, photos / "red.png")
+    ask(page, "kept <b>one</b>")
+    expect_text(page, "#chat", "(64, 48) kept")
+    page.wait_for_function("localStorage.getItem('vqa-chats')?.includes('kept')")
+    page.click("#clear")
+    expect(page, "#chat .message").to_have_count(0)
+    page.click("#kept-list input")
+    page.get_by_role("option", name="kept <b>one</b>").click()
+    expect_text(page, "#chat", "(64, 48) kept <b>one</b>")
+    expect(page, "#chat .user-row img").to_have_count(1)
+    ask(page, "more")
+    expect_text(page, "#chat", "(64, 48) kept <b>one</b> + more")
+
+    page.reload()  # the same tab shows its chat again
+    page.wait_for_selector("#ask")
+    expect_text(page, "#chat", "+ more")
+    page.wait_for_function("JSON.parse(localStorage.getItem('vqa-chats')).length === 1")
+    page.click("#kept > button")
+    page.click("#forget-all")
+    page.wait_for_function("JSON.parse(localStorage.getItem('vqa-chats')).length === 0")
+
+
+def test_a_downloaded_chat_can_be_read_and_asked_by_the_command_line(page, photos, tmp_path):
+    page.click("#download")
+    expect_text(page, "#status", "nothing to download")
+    upload(page, photos / "red.png", photos / "蓝色 blue.jpg")
+    for number, question in enumerate(("first", "second"), start=1):
+        ask(page, question)
+        expect(page, "#chat .message.bot").to_have_count(number)
+        expect(page, "#ask").to_be_enabled()
+    with page.expect_download() as download:
+        page.click("#download")
+    with zipfile.ZipFile(download.value.path()) as archive:
+        archive.extractall(tmp_path / "chat")
+    text = (tmp_path / "chat/chat.md").read_text(encoding="utf-8")
+    assert "> second" in text
+    for file in re.findall(r"!\[\]\((.+)\)", text):
+        Image.open(tmp_path / "chat" / file).verify()
+    answered, failed = answer_file(SpokenEngine(), tmp_path / "chat/chat.jsonl", tmp_path / "answers.jsonl")
+    assert (answered, failed) == (1, 0)
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["answer"].endswith("second")
+
+
+def test_empty_answer_is_shown_as_such(page, photos):
+    upload(page, photos / "red.png")
+    ask(page, "nothing")
+    expect_text(page, "#chat", "(no answer)")
+    expect_text(page, "#status", "0 tokens answered")
 
 
 def test_screenshots_of_a_real_checkpoint(tmp_path, photos, browser, tiny_checkpoint):
@@ -377,9 +413,9 @@ def test_screenshots_of_a_real_checkpoint(tmp_path, photos, browser, tiny_checkp
         screenshots.take_screenshots(
             browser, address, [photos / "red.png", photos / "蓝色 blue.jpg"], ["一？", "Two?"], tmp_path / "docs"
         )
-    for name, (width, _) in screenshots.SIZES.items():
+    for name, shot in screenshots.SHOTS.items():
         with Image.open(tmp_path / "docs" / name) as picture:
-            assert picture.width == width
+            assert picture.width == shot.width
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
 
 

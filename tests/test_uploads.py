@@ -15,36 +15,26 @@ from PIL import Image
 
 import test_gui
 from answering.remote import RemoteAnswerer
-from config import Generate, Gui
+from config import Gui
 from errors import UserError
 from page.address import check_port, in_url
-from page.uploads import NOT_UPLOADED, PREFIX, photo_name, remove_leftovers, upload_folder, uploaded_photo
+from page.checkpoints import Engines
+from page.uploads import NOT_UPLOADED, PREFIX, photo_name, remove_leftovers, upload_folder
+from page.uploads import uploaded_photo as check_upload
 from paths import REPO_ROOT
-from tests.telling import NAME, TellingEngine, free_port, running
+from tests.page.driver import served as page_served
+from tests.telling import TellingEngine, running
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # Gradio uses what pandas 3 calls old
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and links of POSIX")
 
 
-class SizeAnswerer:
-    def stream(self, image, messages, settings):
-        yield " ".join([*(str(photo.size) for photo in messages[-1]["images"]), messages[-1]["content"]])
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The page's address and the folder of its uploads."""
-    patch = pytest.MonkeyPatch()
     uploads = tmp_path_factory.mktemp("uploads")
-    patch.setenv("GRADIO_TEMP_DIR", str(uploads))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    page = test_gui.build_page(SizeAnswerer(), Generate(), "checkpoint-7")
-    test_gui.launch(page, Gui(port=port))
-    yield f"http://127.0.0.1:{port}/gradio_api", uploads
-    page.close()
-    patch.undo()
+    with page_served(uploads) as address:
+        yield f"{address}/gradio_api", uploads
 
 
 def fetch(url, content=None):
@@ -82,11 +72,20 @@ def photo(path, **more):
     return {"path": str(path), "orig_name": "my.png", "meta": {"_type": "gradio.FileData"}} | more
 
 
-def ask(address, *uploads, text="What?", longest=40, temperature=0):
+def sent(payload, longest=40, temperature=0):
+    """What a browser sends with a question: box, a chat to join, a part of the photo, checkpoint, settings."""
+    return [payload, "add", "", "checkpoint-7", False, temperature, 1, 0, 0, 1, 0, longest, ""]
+
+
+def shown(data):
     """What the page shows last, and what is in the question box after it."""
-    kind, data = call(address, "on_ask", {"text": text, "files": list(uploads)}, longest, temperature)
+    return data[2]["value"][-1]["content"][-1]["text"], data[4]
+
+
+def ask(address, *uploads, text="What?", longest=40, temperature=0):
+    kind, data = call(address, "on_ask", *sent({"text": text, "files": list(uploads)}, longest, temperature))
     assert kind == "complete"
-    return data[1][-1]["content"][-1]["text"], data[3]
+    return shown(data)
 
 
 @pytest.fixture
@@ -101,7 +100,6 @@ def test_uploads_are_answered_and_kept_for_an_hour(served, secret):
     os.utime(path, (0, 0))
     assert ask(address, photo(path), photo(path))[0] == "(64, 48) (64, 48) What?"
     assert os.stat(path).st_mtime > 0  # its age counts from its last use
-    assert test_gui.KEEP_SECONDS == 3600
 
 
 @posix
@@ -118,7 +116,7 @@ def test_no_other_file_is_opened_and_none_is_told_of(served, secret, after, meta
     told = set()
     for path in (*outside, f"{uploads}/../x", "e", "a\0b", uploads, uploads / "none.png", uploads / "link.png"):
         wrong = photo(path) if meta else {"path": str(path)}
-        kind, data = call(address, "on_ask", {"text": "What?", "files": [*sound, wrong]}, 40, 0)
+        kind, data = call(address, "on_ask", *sent({"text": "What?", "files": [*sound, wrong]}))
         assert "(64, 48)" not in json.dumps(data), path
         if kind == "complete":
             assert Path(path).is_relative_to(uploads)
@@ -144,7 +142,8 @@ def test_no_address_of_a_payload_is_fetched(served, secret, tmp_path):
         assert text.startswith("⚠ settings")
         assert [file["path"] for file in box["files"]] == [path]
         assert url not in json.dumps(box)
-        assert call(address, "on_ask", {"text": "What?", "files": [photo(url, url=url)]}, 40, 0)[0] == "error"
+        wrong = {"text": "What?", "files": [photo(url, url=url)]}
+        assert call(address, "on_ask", *sent(wrong))[0] == "error"
         with pytest.raises(TimeoutError):
             trap.accept()
 
@@ -153,11 +152,10 @@ def test_a_photo_that_is_gone_is_one_sentence_and_the_buttons_come_back(served, 
     address, _ = served
     gone = upload(address, secret)
     os.unlink(gone)
-    kind, data = call(address, "on_ask", {"text": "What?", "files": [photo(gone)]}, 40, 0)
+    kind, data = call(address, "on_ask", *sent({"text": "What?", "files": [photo(gone)]}))
     assert kind == "complete"
-    assert data[1][-1]["content"][0]["text"] == f"⚠ {NOT_UPLOADED}"
-    assert data[3] == {"text": "What?", "files": []}
-    assert [update["interactive"] for update in data[4:7]] == [True, True, False]  # ask, retry, stop
+    assert shown(data) == (f"⚠ {NOT_UPLOADED}", {"text": "What?", "files": []})
+    assert [update["interactive"] for update in data[6:10]] == [True, False, True, True]  # ask, stop, retry, clear
 
 
 @pytest.mark.parametrize(("longest", "temperature"), [("x", 0), (40, 1e308), (-5, 0), ([], 0), (40, {}), (None, 0)])
@@ -172,18 +170,18 @@ def test_odd_settings_are_one_sentence(served, secret, longest, temperature):
 @pytest.mark.parametrize(
     "data",
     [
-        ["x", 40, 0],
-        [[1], 40, 0],
-        [None, 40, 0],
-        [{"text": 5, "files": [{"path": 5}]}, 40, 0],
-        [{"text": "?", "files": {"path": "x"}}, 40, 0],
-        [{"text": "?", "files": ["x", 5, None]}, 40, 0],
-        [{"text": "?", "files": [{}]}, 40, 0],
-        [{"text": "?", "files": [{"path": None, "meta": {"_type": "gradio.FileData"}}]}, 40, 0],
-        [{"text": "?", "files": [{"url": "x", "meta": {"_type": "gradio.FileData"}}]}, 40, 0],
-        [{"files": 5}, 40, 0],
+        sent("x"),
+        sent([1]),
+        sent(None),
+        sent({"text": 5, "files": [{"path": 5}]}),
+        sent({"text": "?", "files": {"path": "x"}}),
+        sent({"text": "?", "files": ["x", 5, None]}),
+        sent({"text": "?", "files": [{}]}),
+        sent({"text": "?", "files": [{"path": None, "meta": {"_type": "gradio.FileData"}}]}),
+        sent({"text": "?", "files": [{"url": "x", "meta": {"_type": "gradio.FileData"}}]}),
+        sent({"files": 5}),
         [],
-        [None] * 3,
+        [None] * 13,
     ],
 )
 def test_the_server_goes_on_after_what_gradio_refuses(served, secret, data):
@@ -200,7 +198,7 @@ def test_half_a_surrogate_pair_is_said(served, secret):
 @pytest.mark.parametrize("upload", [None, {}, "x", [1], 5, {"path": None}, {"path": 5}, {"path": "/etc/passwd"}])
 def test_what_is_no_upload(tmp_path, upload):
     with pytest.raises(UserError) as caught:
-        uploaded_photo(upload, tmp_path)
+        check_upload(upload, tmp_path)
     assert str(caught.value) == NOT_UPLOADED
     assert photo_name(upload) == "photo"
 
@@ -288,43 +286,31 @@ def test_hosts_of_both_kinds():
     check_port(Gui(host="::1", port=port))
 
 
-def test_the_page_is_served_by_ipv6(tmp_path, monkeypatch):
+def test_the_page_is_served_by_ipv6(tmp_path):
     with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
         try:
             probe.bind(("::1", 0))
         except OSError:
             pytest.skip("no IPv6 on this machine")
         gui = Gui(host="::1", port=probe.getsockname()[1])
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    monkeypatch.setenv("no_proxy", "")  # `launch` changes both
-    monkeypatch.setenv("NO_PROXY", "")
-    page = test_gui.build_page(SizeAnswerer(), Generate(), "checkpoint-7")
-    assert page.delete_cache == (600, 3600)  # looks every ten minutes for what was not used for an hour
     check_port(gui)
-    test_gui.launch(page, gui)
-    try:
-        assert "checkpoint-7" in fetch(f"http://[::1]:{gui.port}/")
-    finally:
-        page.close()
+    with page_served(tmp_path / "uploads", host="::1", port=gui.port):
+        assert "Ask about a photo" in fetch(f"http://[::1]:{gui.port}/")
 
 
-def test_uploads_reach_the_server_as_files_and_its_errors_the_chat(tmp_path, monkeypatch):
+def test_uploads_reach_the_server_as_files_and_its_errors_the_chat(tmp_path):
     engine = TellingEngine()
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     Image.new("RGB", (64, 48), "red").save(tmp_path / "red.jpg")
-    with running(engine) as server:
-        page = test_gui.build_page(RemoteAnswerer(server), Generate(), NAME)
-        gui = Gui(port=free_port())
-        test_gui.launch(page, gui)
-        try:
-            address = f"http://127.0.0.1:{gui.port}/gradio_api"
-            uploaded = photo(upload(address, tmp_path / "red.jpg"))
-            assert ask(address, uploaded, text="Which?")[0] == "(64, 48) Which?"
-            settings = engine.asked[-1][1]
-            assert (settings.max_new_tokens, settings.temperature) == (40, 0)
-            said, box = ask(address, uploaded, text="defect")
-        finally:
-            page.close()
+    with (
+        running(engine) as server,
+        page_served(tmp_path / "uploads", Engines(RemoteAnswerer(server), "checkpoint-7")) as page,
+    ):
+        address = f"{page}/gradio_api"
+        uploaded = photo(upload(address, tmp_path / "red.jpg"))
+        assert ask(address, uploaded, text="Which?")[0] == "(64, 48) Which?"
+        settings = engine.asked[-1][1]
+        assert (settings.max_new_tokens, settings.temperature) == (40, 0)
+        said, box = ask(address, uploaded, text="defect")
     assert said == f"⚠ {server}/v1 refuses: a defect of this server; its operator finds the cause in its log"
     assert box["text"] == "defect"
 

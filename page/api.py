@@ -1,0 +1,51 @@
+"""Named endpoints of the page for programs (`gradio_client`); all others are for the page itself."""
+
+from typing import Any
+
+import gradio as gr
+
+from page.asking import Asked, Shared, answer
+from page.texts import say
+
+
+def add_endpoints(shared: Shared) -> None:
+    """Add `/answer` and `/checkpoints`; inside `gr.Blocks`."""
+
+    def answer_one(
+        request: gr.Request,
+        photos: list[dict[str, Any]],
+        question: str,
+        checkpoint: str = "",
+        longest: int = 0,
+        temperature: float = 0.0,
+        system: str = "",
+    ) -> str:
+        """Answer a question about photos.
+
+        Args:
+            photos: files, as `gradio_client.handle_file` makes them.
+            checkpoint: of `/checkpoints`; empty: the one that the page began with.
+            longest: most tokens of the answer; 0: as the page.
+            temperature: 0: always the likeliest token.
+            system: system message; empty: that of the training.
+        """
+        session = request.session_hash or ""
+        if session in shared.running:
+            raise gr.Error(say("en", "busy"), print_exception=False)
+        if not isinstance(question, str) or not question.strip():
+            raise gr.Error(say("en", "no_question"), print_exception=False)
+        settings = {"temperature": temperature, "system": system}
+        settings |= {"max_new_tokens": longest} if longest else {}
+        asked = Asked(session, "en", checkpoint or shared.engines.first, settings)
+        *_, step = answer(shared, asked, [{"role": "user", "content": question.strip()}], photos)
+        shared.files.release(session)
+        if step.failed:
+            raise gr.Error(step.failed[-1]["content"], print_exception=False)
+        return step.history[-1]["content"]
+
+    def checkpoints() -> list[str]:
+        """Return the names of the checkpoints that can be asked."""
+        return [name for _, name in shared.engines.names()]
+
+    gr.api(answer_one, api_name="answer", concurrency_limit=None)
+    gr.api(checkpoints, api_name="checkpoints")

@@ -1,0 +1,263 @@
+"""Answering a question of the page: waiting in the line, the answer as it grows, figures, and errors as sentences."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from PIL import Image
+
+from answering.answer import Answerer
+from answering.remote import RemoteAnswerer
+from answering.request import AnyAnswerer, Reply, ReplyStream
+from config import Generate, changed
+from errors import UserError, check_text, is_out_of_memory
+from page.chat import History, UploadedPhoto, checked, in_box, photos_of, with_part
+from page.checkpoints import Engines
+from page.line import Line, Place
+from page.texts import say
+from page.uploads import NotUploadedError, SessionFiles
+from visual.region import parse_box
+from visual.transform import load_image
+
+REFRESH_SECONDS = 0.05  # the page is redrawn at most this often while an answer grows
+WAIT_SECONDS = 0.5  # the place in the line is shown anew this often
+
+decoded = functools.lru_cache(maxsize=8)(load_image)  # each upload has its own path; follow-ups decode nothing
+
+
+class Work:
+    """The answer that a session waits for; another thread may stop it."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._stream: ReplyStream | None = None
+
+    def begin(self, stream: ReplyStream) -> None:
+        self._stream = stream
+        if self.stopped:
+            stream.close()
+
+    def stop(self) -> None:
+        self.stopped = True
+        if self._stream is not None:
+            self._stream.close()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all sessions of a page share.
+
+    Attributes:
+        generate: settings that the page starts with.
+        running: the answer that each session waits for, by session.
+    """
+
+    engines: Engines
+    generate: Generate
+    files: SessionFiles
+    line: Line = field(default_factory=Line)
+    running: dict[str, Work] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.files.folder
+
+
+class Asked(NamedTuple):
+    """Who asks, and how.
+
+    Attributes:
+        settings: fields of `Generate`, and `system`, which may be empty.
+        box: text of a box in the last photo, or an empty one.
+    """
+
+    session: str
+    language: str
+    checkpoint: str
+    settings: dict[str, Any]
+    box: str = ""
+
+
+class Step(NamedTuple):
+    """What the page shows while a question is answered.
+
+    Attributes:
+        history: the dialogue, as the next question goes on with it.
+        line: for the status line.
+        busy: whether more follows.
+        failed: shown after the dialogue, but not part of it.
+        question: new content of the question box; None: it stays as it is.
+    """
+
+    history: History
+    line: str
+    busy: bool = True
+    failed: Sequence[dict[str, Any]] = ()
+    question: dict[str, Any] | None = None
+
+
+def answer(shared: Shared, asked: Asked, history: History, uploads: list[Any]) -> Iterator[Step]:
+    """Answer the last question of `history`, sent with `uploads`; any error becomes a sentence in the chat."""
+    *before, question = history
+    readable: list[UploadedPhoto] = []
+    work = shared.running[asked.session] = Work()
+    try:
+        # check before display, because the page serves every displayed file
+        photos = [checked(upload, shared.folder) for upload in uploads]
+        shared.files.hold(asked.session, *(photo.path for photo in photos))
+        readable, question = photos, question | {"photos": photos}
+        yield Step([*before, question], say(asked.language, "working"))
+        check_text(question["content"], "the question")
+        settings = decoding(shared.generate, asked.settings)
+        readable, problems = _readable(photos)
+        if problems:
+            raise problems[0]
+        if asked.box:
+            image = decoded(photos_of([*before, question])[-1].path)
+            question = with_part(question, parse_box(asked.box), image, shared.folder)
+            shared.files.hold(asked.session, question["part"])
+        yield from _answered(shared, asked, work, [*before, question], settings)
+    except Exception as error:
+        sentence = f"⚠ {sentence_of(error, photos_of(history) + photos_of([question]), asked.language)}"
+        failed = [question | {"photos": readable}, {"role": "assistant", "content": sentence}]
+        yield Step(before, "", busy=False, failed=failed, question=in_box(question["content"], readable))
+        if not isinstance(error, UserError) and not is_out_of_memory(error):
+            raise
+    finally:
+        work.stop()
+        shared.running.pop(asked.session, None)
+
+
+def _answered(shared: Shared, asked: Asked, work: Work, history: History, settings: Generate) -> Iterator[Step]:
+    """Wait for the turn, then answer."""
+    language = asked.language
+    with shared.line.place() as place:
+        for sentence in waiting(place, language):
+            if work.stopped:
+                break
+            yield Step(history, sentence)
+        if not work.stopped and shared.engines.loaded(asked.checkpoint) is None:
+            yield Step(history, say(language, "loading", name=asked.checkpoint))
+        if work.stopped:  # before its turn
+            text, reply = "", Reply("", "cancelled", 0, 0)
+        else:
+            (engine,) = shared.engines.get(asked.checkpoint)
+            stream = engine.stream(None, sent(history, engine, shared.folder, asked.settings["system"]), settings)
+            work.begin(stream)
+            text = ""
+            for text in growing(stream):
+                yield Step([*history, {"role": "assistant", "content": text}], say(language, "working"))
+            reply = stream.reply
+            assert reply is not None
+            figures = line_of_figures(reply, engine, language)
+    if reply.finish_reason != "cancelled":
+        yield Step([*history, {"role": "assistant", "content": text}], figures, busy=False)
+    elif text:
+        line = f"{say(language, 'stopped')} {figures}"
+        yield Step([*history, {"role": "assistant", "content": text}], line, busy=False)
+    else:  # before the first word: return the question to the box
+        question = in_box(history[-1]["content"], history[-1]["photos"])
+        yield Step(history[:-1], say(language, "stopped"), busy=False, question=question)
+
+
+def waiting(place: Place, language: str) -> Iterator[str]:
+    """Yield sentences until it is the turn of `place`."""
+    while ahead := place.ahead(WAIT_SECONDS):
+        yield say(language, "waiting", ahead=ahead)
+
+
+def decoding(generate: Generate, settings: dict[str, Any]) -> Generate:
+    """Return decoding settings; those that are as before stay unset, which matters to a server.
+
+    Raises:
+        UserError: a wrong value.
+    """
+    known = {name: value for name, value in settings.items() if name in Generate.model_fields}
+    return changed(generate, {k: v for k, v in known.items() if v != getattr(generate, k)}, "settings")
+
+
+def sent(history: History, engine: AnyAnswerer, folder: Path, system: Any) -> list[dict[str, Any]]:
+    """Return a dialogue as `Answerer.stream` takes it.
+
+    Raises:
+        UserError: a photo is gone or broken, or the system message is no text.
+    """
+
+    def load(photo: UploadedPhoto) -> Image.Image | Path:
+        path = checked({"path": photo.path}, folder).path  # checks that it still exists, keeps it another hour
+        image = decoded(path)
+        return Path(path) if isinstance(engine, RemoteAnswerer) else image  # a file is smaller on its way
+
+    messages: list[dict[str, Any]] = []
+    if isinstance(system, str) and system.strip():
+        check_text(system, "the system message")
+        messages.append({"role": "system", "content": system.strip()})
+    for message in history:
+        images = [load(photo) for photo in message.get("photos", ())]
+        messages.append({"role": message["role"], "content": message["content"], "images": images})
+        if "box" in message:
+            messages[-1]["box"] = message["box"]
+    return messages
+
+
+def growing(stream: ReplyStream) -> Iterator[str]:
+    """Yield the text so far, at most every `REFRESH_SECONDS` and once at the end."""
+    shown, text = time.perf_counter(), ""
+    with contextlib.closing(stream):
+        for piece in stream:
+            text += piece
+            if time.perf_counter() - shown >= REFRESH_SECONDS:
+                yield text
+                shown = time.perf_counter()
+    yield text
+
+
+def line_of_figures(reply: Reply, engine: AnyAnswerer, language: str) -> str:
+    """Return the figures of an answer, and the memory that is in use."""
+    figures = say(
+        language,
+        "figures",
+        first=reply.seconds_to_first_token,
+        speed=reply.tokens_per_second,
+        new=reply.tokens_in - reply.tokens_reused,
+        reused=reply.tokens_reused,
+        out=reply.tokens_out,
+    )
+    parts = [figures]
+    if isinstance(engine, Answerer):
+        on_gpu = engine.model.device.type == "cuda"
+        used = torch.cuda.memory_allocated(engine.model.device) if on_gpu else psutil.Process().memory_info().rss
+        parts.append(say(language, "memory", gib=used / 2**30))
+    if reply.finish_reason == "length":
+        parts.append(say(language, "cut_off"))
+    return " · ".join(parts)
+
+
+def sentence_of(error: Exception, photos: list[UploadedPhoto], language: str) -> str:
+    """Return the message for the user, with file names instead of paths on the server."""
+    if is_out_of_memory(error):
+        return say(language, "out_of_memory")
+    if isinstance(error, NotUploadedError):
+        return say(language, "gone")
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    for photo in photos:
+        text = text.replace(photo.path, photo.name)
+    return say(language, "error", sentence=text)
+
+
+def _readable(photos: list[UploadedPhoto]) -> tuple[list[UploadedPhoto], list[UserError]]:
+    """Return the readable photos, and the errors of the others."""
+    sound, problems = [], []
+    for photo in photos:
+        try:
+            decoded(photo.path)
+            sound.append(photo)
+        except UserError as error:
+            problems.append(error)
+    return sound, problems

@@ -1,0 +1,136 @@
+"""Many questions of the batch tab: rows of uploaded files, their answers, and both as files."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from answering.request import AnyAnswerer, PhotoSource, Reply, Request, add_region
+from config import Generate
+from errors import UserError, check_text, shortened
+from page.chat import UploadedPhoto
+from qwen.chat import Message
+from visual.region import checked_box
+
+ROWS_AT_ONCE = 16  # answered together; the progress is shown, and Cancel acts, after each such batch
+MOST_ROWS = 10_000
+
+Row = dict[str, Any]  # as in the file, or {"image", "question"}; with "answer" or "error" at the end
+
+
+def read_rows(photos: list[UploadedPhoto], tables: list[UploadedPhoto], question: str) -> list[Row]:
+    """Return the rows to answer: those of the files `tables`, else one for each photo.
+
+    Raises:
+        UserError: a table is not UTF-8, or has too many rows.
+    """
+    if not tables:
+        return [{"image": photo.name, "question": question} for photo in photos] if question else []
+    rows: list[Row] = []
+    for table in tables:
+        try:
+            lines = Path(table.path).read_bytes().decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{table.name} is not text in UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
+        rows += [_parsed(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    if len(rows) > MOST_ROWS:
+        raise UserError(
+            f"{len(rows)} rows are more than the page answers at once ({MOST_ROWS}): use predict.py --input"
+        )
+    return rows
+
+
+def _parsed(line: str, number: int) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return {"line": number, "error": f"not valid JSON: {shortened(error)}"}
+    if not isinstance(row, dict):
+        return {"line": number, "error": f'expected {{"image": …, "question": …}}, found {type(row).__name__}'}
+    return {key: value for key, value in row.items() if key not in ("answer", "error")}
+
+
+def image_names(row: Row) -> list[Any]:
+    """Return what a row names under "image" or "images"."""
+    names = row.get("image", row.get("images")) or []
+    return names if isinstance(names, list) else [names]
+
+
+def answer_rows(
+    engine: AnyAnswerer, rows: list[Row], photos: list[UploadedPhoto], settings: Generate, system: str
+) -> Iterator[list[Row]]:
+    """Answer rows in order; yield them, with "answer" or "error", in batches.
+
+    Args:
+        system: system message; empty: that of the training.
+    """
+    by_name = {Path(photo.name).name: photo.path for photo in photos}
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        done, requests = [], []
+        for row in rows[start : start + ROWS_AT_ONCE]:
+            try:
+                request = row if "error" in row else _request(engine, row, by_name, system)
+            except UserError as error:
+                request = row | {"error": str(error)}
+            done.append(request)
+            if isinstance(request, Request):
+                requests.append(request)
+        replies = iter(engine.answer_many(requests, settings))
+        yield [
+            _with_reply(row, next(replies)) if isinstance(request, Request) else request
+            for row, request in zip(rows[start : start + ROWS_AT_ONCE], done, strict=True)
+        ]
+
+
+def _request(engine: AnyAnswerer, row: Row, by_name: dict[str, str], system: str) -> Request:
+    """Return the request of a row.
+
+    Raises:
+        UserError: it has no question, a wrong box, or a photo that was not uploaded.
+    """
+    question = row.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise UserError(f'"question" must be a text, found {shortened(repr(question))}')
+    check_text(question, '"question"')
+    photos: list[PhotoSource] = []
+    for name in image_names(row):
+        if not isinstance(name, str) or Path(name.replace("\\", "/")).name not in by_name:
+            raise UserError(f"the photo {shortened(repr(name))} was not uploaded: add it to the files")
+        photos.append(by_name[Path(name.replace("\\", "/")).name])
+    if row.get("box") is not None:
+        add_region(photos, checked_box(row["box"]))
+    messages = [Message("system", (system,))] if system else []
+    return Request(photos, [*messages, engine.chat.typed_question(question, len(photos))])
+
+
+def _with_reply(row: Row, reply: Reply | UserError) -> Row:
+    return row | ({"answer": reply.text} if isinstance(reply, Reply) else {"error": str(reply)})
+
+
+def as_table(rows: list[Row]) -> list[list[str]]:
+    """Return photo, question and answer of each row, as texts."""
+    return [
+        [
+            ", ".join(map(str, image_names(row))),
+            str(row.get("question", "")),
+            row["answer"] if "answer" in row else f"⚠ {row['error']}",
+        ]
+        for row in rows
+    ]
+
+
+def as_jsonl(rows: list[Row]) -> bytes:
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode(errors="replace")
+
+
+def as_csv(rows: list[Row]) -> bytes:
+    """Return the rows for a spreadsheet; the byte order mark tells Excel that it is UTF-8."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["image", "question", "answer", "error"])
+    for row in rows:
+        names = ", ".join(map(str, image_names(row)))
+        writer.writerow([names, row.get("question", ""), row.get("answer", ""), row.get("error", "")])
+    return file.getvalue().encode("utf-8-sig", errors="replace")

@@ -1,0 +1,120 @@
+"""The batch tab of the page: many photos or a file of questions in, a table and two files out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from errors import UserError, is_out_of_memory
+from page.asking import Shared, Work, decoding, sentence_of, waiting
+from page.batch import Row, answer_rows, as_csv, as_jsonl, as_table, read_rows
+from page.chat import UploadedPhoto, checked
+from page.settings import as_settings
+from page.texts import label, language_of, say
+from page.uploads import store
+
+OPTIONS = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+
+
+class BatchTab:
+    """Components and handlers; made inside `gr.Blocks`."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        gr.Markdown(label("batch_info"))
+        self.files = gr.File(
+            file_count="multiple", file_types=["image", ".jsonl"], label=label("batch_files"), elem_id="batch-files",
+            height=160,
+        )  # fmt: skip
+        self.question = gr.Textbox("", label=label("batch_question"), lines=1, elem_id="batch-question")
+        with gr.Row():
+            self.run = gr.Button(label("batch_run"), variant="primary", min_width=80, elem_id="batch-run")
+            self.cancel = gr.Button(label("cancel"), interactive=False, min_width=80, elem_id="batch-cancel")
+        self.state = gr.Markdown("", elem_id="batch-state")
+        self.table = gr.Dataframe(
+            headers=["photo", "question", "answer"], datatype="str", interactive=False, wrap=True,
+            label=label("batch_table"), visible=False, elem_id="batch-table",
+        )  # fmt: skip
+        with gr.Row():
+            self.downloads = [
+                gr.DownloadButton(name, visible=False, size="sm", elem_id=f"batch-{name}") for name in ("csv", "jsonl")
+            ]
+
+    def connect(self, checkpoint: Any, settings: list[Any]) -> None:
+        outputs = [self.state, self.table, self.run, self.cancel, *self.downloads]
+        self.run.click(self.on_run, [self.files, self.question, checkpoint, *settings], outputs, **OPTIONS)
+        self.cancel.click(self.on_cancel, None, None, **OPTIONS)
+
+    def on_cancel(self, request: gr.Request) -> None:
+        if work := self._shared.running.get(request.session_hash or ""):
+            work.stop()
+
+    def on_run(self, request: gr.Request, files, question, name, *settings) -> Iterator[list[Any]]:
+        language, session, done = language_of(request), request.session_hash or "", []
+        if session in self._shared.running:
+            yield self._show(say(language, "busy"), [], language)
+            return
+        work, photos = self._shared.running.setdefault(session, Work()), []
+        try:
+            uploads = [checked(upload, self._shared.folder) for upload in files or []]
+            self._shared.files.hold(session, *(upload.path for upload in uploads))
+            tables = [upload for upload in uploads if upload.name.lower().endswith(".jsonl")]
+            photos = [upload for upload in uploads if upload not in tables]
+            rows = read_rows(photos, tables, question.strip() if isinstance(question, str) else "")
+            if not rows:
+                yield self._show(say(language, "no_rows"), [], language)
+                return
+            for sentence, answered in self._answered(work, rows, photos, str(name), as_settings(settings), language):
+                done += answered
+                yield self._show(sentence, done, language, busy=True)
+            failed = sum("error" in row for row in done)
+            ends = [say(language, "batch_state", done=len(done) - failed, all=len(rows))]
+            ends += [say(language, "batch_failed", failed=failed)] if failed else []
+            ends += [say(language, "stopped")] if work.stopped else []
+            yield self._show(" · ".join(ends), done, language, files=self._stored(session, done))
+        except Exception as error:
+            sentence = f"⚠ {sentence_of(error, photos, language)}"
+            yield self._show(sentence, done, language, files=self._stored(session, done))
+            if not isinstance(error, UserError) and not is_out_of_memory(error):
+                raise
+        finally:
+            self._shared.running.pop(session, None)
+
+    def _answered(
+        self, work: Work, rows: list[Row], photos: list[UploadedPhoto], name: str, values: dict[str, Any], language: str
+    ) -> Iterator[tuple[str, list[Row]]]:
+        """Yield what to say, and the rows that are answered since."""
+        settings, system = decoding(self._shared.generate, values), values["system"]
+        with self._shared.line.place() as place:
+            for sentence in waiting(place, language):
+                if work.stopped:
+                    return
+                yield sentence, []
+            if self._shared.engines.loaded(name) is None:
+                yield say(language, "loading", name=name), []
+            (engine,) = self._shared.engines.get(name)
+            count = 0
+            yield say(language, "batch_state", done=0, all=len(rows)), []
+            system = system.strip() if isinstance(system, str) else ""
+            for batch in answer_rows(engine, rows, photos, settings, system):
+                count += len(batch)
+                yield say(language, "batch_state", done=count, all=len(rows)), batch
+                if work.stopped:
+                    return
+
+    def _stored(self, session: str, rows: list[Row]) -> list[str]:
+        """Write both files of the answers; return their paths."""
+        if not rows:
+            return []
+        contents = {"answers.csv": as_csv(rows), "answers.jsonl": as_jsonl(rows)}
+        paths = [store(self._shared.folder, content, name) for name, content in contents.items()]
+        self._shared.files.hold(session, *paths)
+        return paths
+
+    def _show(
+        self, sentence: str, rows: list[Row], language: str, busy: bool = False, files: list[str] | None = None
+    ) -> list[Any]:
+        headers = [say(language, key) for key in ("batch_photo", "batch_asked", "batch_answer")]
+        table = gr.update(value=as_table(rows), headers=headers, visible=bool(rows))
+        downloads = [gr.update(value=path, visible=True) for path in files or []] or [gr.update(visible=False)] * 2
+        return [sentence, table, gr.update(interactive=not busy), gr.update(interactive=busy), *downloads]

@@ -1,0 +1,159 @@
+// What runs in the browser: language, chats that are kept, a box drawn over a photo, downloads.
+// `page/build.py` puts it before everything else in the page, because Gradio reads the browser's language first.
+
+const vqa = {
+  language: (document.cookie.match(/vqa_language=(en|zh)/) || [, navigator.language.startsWith("zh") ? "zh" : "en"])[1],
+
+  choose_language(language) {
+    document.cookie = `vqa_language=${language}; path=/; max-age=31536000; SameSite=Lax`
+  },
+
+  switch_language() {
+    vqa.choose_language(vqa.language === "zh" ? "en" : "zh")
+    location.reload()
+  },
+
+  // Gradio writes some labels in English only, and gives some elements none
+  chinese: {
+    "Copy message": "复制", "Copy conversation": "复制对话", "Copied conversation": "已复制", "Fullscreen": "全屏",
+    "chatbot conversation": "对话", "Exit fullscreen mode": "退出全屏", "Remove file": "移除文件",
+    "Click to Access Webcam": "点击启用摄像头", "Upload a file": "上传文件", "Clear": "清除",
+  },
+
+  translate(element) {
+    for (const name of ["aria-label", "title"]) {
+      const text = vqa.chinese[element.getAttribute(name)]
+      if (text) element.setAttribute(name, text)
+    }
+    const text = element.childElementCount ? undefined : vqa.chinese[element.textContent.trim()]
+    if (text) element.textContent = text
+  },
+
+  // ---- chats that are kept: [{id, title, messages}, …], newest first, in the storage of this browser
+
+  kept() {
+    try {
+      return JSON.parse(localStorage.getItem("vqa-chats")) || []
+    } catch {
+      return []  // another program wrote it, or the storage is closed to us
+    }
+  },
+
+  store(chats) {
+    for (; ; chats.pop()) {  // the oldest give way if there is no room
+      try {
+        localStorage.setItem("vqa-chats", JSON.stringify(chats))
+        break
+      } catch {
+        if (!chats.length) break
+      }
+    }
+    return vqa.choices(chats)
+  },
+
+  choices(chats) {
+    const value = sessionStorage.getItem("vqa-chat")
+    const choices = chats.map(chat => [chat.title, chat.id])
+    return {__type__: "update", choices, value: chats.some(chat => chat.id === value) ? value : null}
+  },
+
+  keep(chat) {
+    if (!chat || !chat.messages.length) return vqa.choices(vqa.kept())
+    sessionStorage.setItem("vqa-chat", chat.id)
+    return vqa.store([chat, ...vqa.kept().filter(other => other.id !== chat.id)])
+  },
+
+  forget(id) {
+    return vqa.store(vqa.kept().filter(chat => id !== null && chat.id !== id))
+  },
+
+  open(id) {
+    const chat = vqa.kept().find(chat => chat.id === id)
+    if (chat) sessionStorage.setItem("vqa-chat", id)
+    return chat || null
+  },
+
+  // ---- files
+
+  download(file) {
+    if (!file) return
+    const link = document.createElement("a")
+    Object.assign(link, {href: file.url, download: file.orig_name || "chat.zip"})
+    link.click()
+  },
+
+  // ---- the box over the photo in #part
+
+  photo_at(event) {
+    return event.target.closest?.("#part")?.querySelector("img")
+  },
+
+  begin_box(event) {
+    const photo = vqa.photo_at(event)
+    if (!photo || event.target.closest("button:not(:has(img))")) return
+    event.preventDefault()
+    const frame = photo.getBoundingClientRect()
+    const at = move => [
+      Math.min(Math.max((move.clientX - frame.left) / frame.width, 0), 1),
+      Math.min(Math.max((move.clientY - frame.top) / frame.height, 0), 1),
+    ]
+    const [x, y] = at(event)
+    const drag = move => {
+      const [toX, toY] = at(move)
+      vqa.write_box([Math.min(x, toX), Math.min(y, toY), Math.max(x, toX), Math.max(y, toY)])
+    }
+    const end = () => {
+      removeEventListener("pointermove", drag)
+      removeEventListener("pointerup", end)
+      removeEventListener("pointercancel", end)
+    }
+    addEventListener("pointermove", drag)
+    addEventListener("pointerup", end)
+    addEventListener("pointercancel", end)
+  },
+
+  write_box(edges) {
+    const field = document.querySelector("#box textarea, #box input")
+    field.value = edges[2] - edges[0] > 0.01 && edges[3] - edges[1] > 0.01 ? edges.map(e => e.toFixed(3)).join(",") : ""
+    field.dispatchEvent(new Event("input", {bubbles: true}))
+    vqa.show_box()
+  },
+
+  show_box() {
+    const photo = document.querySelector("#part img"), field = document.querySelector("#box textarea, #box input")
+    if (!photo || !field) return
+    const frame = photo.parentElement
+    const edges = field.value.split(",").map(Number)
+    let drawn = frame.querySelector(".drawn-box")
+    if (edges.length !== 4 || !edges.every(edge => edge >= 0 && edge <= 1)) {
+      drawn?.remove()
+      return
+    }
+    if (!drawn) {
+      drawn = document.createElement("div")
+      drawn.className = "drawn-box"
+      frame.style.position = "relative"
+      frame.append(drawn)
+    }
+    const [left, top, right, bottom] = edges
+    Object.assign(drawn.style, {
+      left: `${photo.offsetLeft + left * photo.offsetWidth}px`, width: `${(right - left) * photo.offsetWidth}px`,
+      top: `${photo.offsetTop + top * photo.offsetHeight}px`, height: `${(bottom - top) * photo.offsetHeight}px`,
+    })
+  },
+}
+
+vqa.choose_language(vqa.language)
+document.documentElement.lang = vqa.language === "zh" ? "zh-CN" : "en"
+Object.defineProperty(navigator, "language", {get: () => document.documentElement.lang})
+Object.defineProperty(navigator, "languages", {get: () => [document.documentElement.lang]})
+addEventListener("pointerdown", vqa.begin_box, {passive: false})
+addEventListener("input", event => event.target.closest?.("#box") && vqa.show_box())
+addEventListener("resize", vqa.show_box)
+if (vqa.language === "zh") {
+  new MutationObserver(changes => {
+    for (const {addedNodes} of changes)
+      for (const node of addedNodes)
+        if (node.nodeType === 1) [node, ...node.querySelectorAll("*")].forEach(vqa.translate)
+  }).observe(document, {childList: true, subtree: true})
+}

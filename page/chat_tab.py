@@ -1,0 +1,181 @@
+"""The chat of the page: its components, and what its buttons do."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from page.asking import Asked, Shared, Step, answer
+from page.chat import History, answered, as_shown, as_upload, in_box, photos_of, typed
+from page.settings import as_settings
+from page.texts import label, language_of, say
+
+Updates = dict[Any, Any]  # component → its new value
+
+
+class ChatTab:
+    """Components and handlers of the chat; made inside `gr.Blocks`.
+
+    Attributes:
+        messages: state: `History` of the session; the chat also shows failed questions.
+        chat_id: state: of the chat in the browser's storage; empty before its first answer.
+    """
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self.messages, self.chat_id = gr.State([]), gr.State("")
+        self.shown = gr.Chatbot(
+            label=label("chat"),
+            height=480,
+            elem_id="chat",
+            placeholder=label("hello"),
+            buttons=["copy", "copy_all"],
+            editable="user",
+            render_markdown=False,
+            latex_delimiters=[],
+        )
+        self.status = gr.Markdown("", elem_id="status")
+        self.where = gr.Radio(
+            [(label("where_add"), "add"), (label("where_new"), "new")],
+            value="add",
+            label=label("where"),
+            visible=False,
+            elem_id="where",
+        )
+        with gr.Row(equal_height=False):
+            self.question = gr.MultimodalTextbox(
+                label=label("question"),
+                show_label=False,
+                container=False,
+                placeholder=label("question_hint"),
+                file_count="multiple",
+                file_types=["image"],
+                lines=1,
+                max_lines=4,
+                max_plain_text_length=2**31,  # a longer text would be pasted as a file
+                submit_btn=False,
+                scale=5,
+                min_width=240,
+                elem_id="question",
+            )
+            self.ask = gr.Button(label("ask"), variant="primary", scale=1, min_width=100, elem_id="ask")
+        with gr.Row(elem_id="buttons"):
+            self.stop = gr.Button(label("stop"), interactive=False, min_width=80, elem_id="stop")
+            self.again = gr.Button(label("again"), min_width=80, elem_id="again")
+            self.clear = gr.Button(label("clear"), min_width=80, elem_id="clear")
+            self.download = gr.Button(label("download"), min_width=80, elem_id="download")
+
+    def connect(self, checkpoint: Any, settings: list[Any], box: Any) -> None:
+        """Connect the buttons; sets `answering` and `changes`, events after which the chat has another last answer.
+
+        Args:
+            checkpoint, settings: of `page/settings.py`.
+            box: text of the box in the last photo.
+        """
+        self.box = box
+        self.outputs = [
+            self.messages, self.chat_id, self.shown, self.status, self.question, self.where, self.ask, self.stop,
+            self.again, self.clear, box,
+        ]  # fmt: skip
+        # preprocess=False: Gradio would raise a traceback for a file that is not an upload
+        options = {"preprocess": False, "show_progress": "hidden", "concurrency_limit": None}
+        how = [checkpoint, *settings]
+        asking = gr.on(
+            [self.ask.click, self.question.submit], self.on_ask,
+            [self.messages, self.question, self.where, box, *how], self.outputs,
+            api_name="on_ask", api_visibility="undocumented", **options,
+        )  # fmt: skip
+        options["api_visibility"] = "private"
+        again = self.again.click(self.on_again, [self.messages, *how], self.outputs, **options)
+        edited = self.shown.edit(self.on_edit, [self.messages, *how], self.outputs, **options)
+        self.stop.click(self.on_stop, None, None, **options)
+        cleared = gr.on([self.clear.click, self.shown.clear], self.on_clear, None, self.outputs, **options)
+        cleared.then(None, js="() => sessionStorage.removeItem('vqa-chat')")
+        self.answering = [asking, again, edited]
+        self.changes = [*self.answering, cleared]
+
+    def show(self, step: Step, language: str) -> Updates:
+        """Return the updates for a step of an answer."""
+        shown = as_shown([*step.history, *step.failed], language)
+        updates: Updates = {
+            self.messages: step.history,
+            self.shown: gr.update(value=shown, editable=None if step.busy else "user"),
+            self.status: step.line,
+            self.stop: gr.update(interactive=step.busy),
+        }
+        updates |= {button: gr.update(interactive=not step.busy) for button in (self.ask, self.again, self.clear)}
+        return updates if step.question is None else updates | {self.question: step.question}
+
+    def complain(self, request: gr.Request, key: str) -> Updates:
+        """Return the update that shows a sentence."""
+        sentence = say(language_of(request), key)
+        gr.Warning(sentence)
+        return {self.status: sentence}
+
+    def is_busy(self, request: gr.Request) -> bool:
+        return request.session_hash in self._shared.running
+
+    def on_ask(self, request: gr.Request, history, payload, where, box_text, name, *values) -> Iterator[Updates]:
+        history, (text, uploads) = answered(history), typed(payload)
+        if self.is_busy(request):
+            yield self.complain(request, "busy")
+        elif not text or not (uploads or photos_of(history)):
+            yield self.complain(request, "no_question" if uploads or photos_of(history) else "no_photo")
+        else:
+            emptied = {self.question: in_box(""), self.where: gr.update(visible=False, value="add"), self.box: ""}
+            if where == "new" and uploads and history:
+                history, emptied = [], emptied | {self.chat_id: ""}
+            yield emptied
+            box_text = box_text if isinstance(box_text, str) else ""
+            yield from self._run(request, history, text, uploads, name, as_settings(values), box_text.strip())
+
+    def on_again(self, request: gr.Request, history, name, *values) -> Iterator[Updates]:
+        history, settings = answered(history), as_settings(values)
+        if self.is_busy(request) or not history:
+            yield self.complain(request, "busy" if history else "nothing_to_repeat")
+            return
+        if settings["temperature"] == 0:
+            gr.Info(say(language_of(request), "same_answer"))
+        settings["seed"] = time.time_ns() % 2**31
+        yield from self._ask_anew(request, history, len(history) - 2, history[-2]["content"], name, settings)
+
+    def on_edit(self, request: gr.Request, change: gr.EditData, history, name, *values) -> Iterator[Updates]:
+        history = answered(history)
+        place = change.index if isinstance(change.index, int) else change.index[0]
+        text = change.value.strip() if isinstance(change.value, str) else ""
+        if self.is_busy(request):
+            yield self.complain(request, "busy")
+        elif not text or not 0 <= place < len(history) or place % 2:
+            shown = as_shown(history, language_of(request))
+            yield self.complain(request, "no_question") | {self.shown: shown}
+        else:
+            yield from self._ask_anew(request, history, place, text, name, as_settings(values))
+
+    def on_stop(self, request: gr.Request) -> None:
+        if work := self._shared.running.get(request.session_hash or ""):
+            work.stop()
+
+    def on_clear(self, request: gr.Request) -> Updates:
+        if self.is_busy(request):
+            return self.complain(request, "busy")
+        self._shared.files.release(request.session_hash or "")
+        return self.show(Step([], "", busy=False), language_of(request)) | {self.chat_id: "", self.box: ""}
+
+    def _ask_anew(
+        self, request: gr.Request, history: History, place: int, text: str, name: str, settings: dict[str, Any]
+    ) -> Iterator[Updates]:
+        """Ask the question at `place` of the dialogue in other words; what came after it is gone."""
+        question = history[place]
+        uploads = [as_upload(photo) for photo in question["photos"]]
+        box = ",".join(map(str, question.get("box", ())))
+        yield from self._run(request, history[:place], text, uploads, name, settings, box)
+
+    def _run(
+        self, request: gr.Request, before: History, text: str, uploads: list[Any], name: Any,
+        settings: dict[str, Any], box: str,
+    ) -> Iterator[Updates]:  # fmt: skip
+        language = language_of(request)
+        asked = Asked(request.session_hash or "", language, str(name), settings, box)
+        for step in answer(self._shared, asked, [*before, {"role": "user", "content": text}], uploads):
+            yield self.show(step, language)

@@ -1,0 +1,132 @@
+"""Chats outside the page: kept in the browser, opened again, and downloaded.
+
+The server keeps nothing. After each answer the browser gets the chat with small copies of its photos, and stores it
+(`browser.js`); opened again, the copies are the photos. A download is a zip file with the photos as they were uploaded,
+the chat to read, and the chat as a row for `predict.py --input`.
+"""
+
+import base64
+import binascii
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from errors import UserError, check_text, shortened
+from page.asking import decoded
+from page.chat import History, UploadedPhoto, photos_of, with_part
+from page.texts import TEXTS
+from page.uploads import store
+from visual.region import checked_box
+from visual.transform import load_image
+
+COPY_PX = 512  # longest edge of a kept photo: some 40 KB, so 5 MB of storage hold a hundred
+TITLE_CHARACTERS = 40
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    role: str
+    content: str
+    photos: list[tuple[str, str]] = []  # data URL and name
+    box: list[float] | None = None
+
+
+class _Chat(BaseModel):
+    id: str
+    title: str
+    messages: list[_Message]
+
+
+def to_keep(history: History, chat_id: str) -> dict[str, Any]:
+    """Return a chat as the browser stores it; photos that are gone by now are left out."""
+    messages = []
+    for message in history:
+        kept = {"role": message["role"], "content": message["content"]}
+        if message.get("photos"):
+            copies = [(_small_copy(photo.path), photo.name) for photo in message["photos"]]
+            kept["photos"] = [[copy, name] for copy, name in copies if copy]
+        if "box" in message:
+            kept["box"] = list(message["box"])
+        messages.append(kept)
+    title = shortened(history[0]["content"].replace("\n", " "), TITLE_CHARACTERS) if history else ""
+    return {"id": chat_id, "title": title, "messages": messages}
+
+
+def opened(stored: Any, folder: Path) -> tuple[History, str]:
+    """Return the dialogue of a stored chat, with its photos in `folder`, and its id.
+
+    Raises:
+        UserError: it has another form, or a photo cannot be read.
+    """
+    try:
+        chat = _Chat.model_validate(stored)
+        history: History = []
+        for number, message in enumerate(chat.messages):
+            check_text(message.content, "a message")
+            if message.role != ("user", "assistant")[number % 2]:
+                raise ValueError("roles do not take turns")
+            kept: dict[str, Any] = {"role": message.role, "content": message.content}
+            if message.role == "user":
+                kept["photos"] = [UploadedPhoto(_restored(url, folder), name) for url, name in message.photos]
+                if message.box is not None:
+                    image = decoded(photos_of([*history, kept])[-1].path)
+                    kept = with_part(kept, checked_box(message.box), image, folder)
+            history.append(kept)
+        if len(history) % 2 or not history or not history[0]["photos"]:
+            raise ValueError("not a whole chat")
+    except (ValidationError, ValueError, IndexError, binascii.Error) as error:  # ValueError: UserError too
+        raise UserError(TEXTS["bad_kept"][0]) from error
+    return history, chat.id
+
+
+def _small_copy(path: str) -> str:
+    """Return a photo as a data URL; empty: it is gone."""
+    try:
+        image = load_image(path)
+    except UserError:
+        return ""
+    image.thumbnail((COPY_PX, COPY_PX), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _restored(url: str, folder: Path) -> str:
+    """Write the photo of a data URL; return its path."""
+    content = base64.b64decode(url.removeprefix("data:image/jpeg;base64,"), validate=True)
+    load_image(io.BytesIO(content))  # nothing else gets a file here
+    return store(folder, content, "photo.jpg")
+
+
+def zipped(history: History, name: str) -> bytes:
+    """Return a zip file of a chat: `chat.md` to read, `chat.jsonl` for `predict.py --input`, and the photos.
+
+    Args:
+        name: of the checkpoint.
+    """
+    files: dict[str, str] = {}  # path of an upload → name in the zip file
+    for photo in photos_of(history):
+        extension = os.path.splitext(photo.path)[1].lower()
+        files.setdefault(photo.path, f"photos/{len(files) + 1}{extension}")
+    lines, turns = [f"# {name}", ""], []
+    for question, answer in zip(history[::2], history[1::2], strict=True):
+        names = [files[photo.path] for photo in question["photos"]]
+        lines += [f"![]({file})" for file in names]
+        lines += [f"▢ {','.join(map(str, question['box']))}"] if "box" in question else []
+        lines += ["", *(f"> {line}" for line in question["content"].splitlines()), "", answer["content"], ""]
+        turn = {"image": names} if names else {}
+        turn |= {"box": question["box"]} if "box" in question else {}
+        turns.append(turn | {"question": question["content"], "answer": answer["content"]})
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as zip_file:  # photos are compressed already
+        zip_file.writestr("chat.md", "\n".join(lines))
+        zip_file.writestr("chat.jsonl", json.dumps({"turns": turns}, ensure_ascii=False) + "\n")
+        for path, file in files.items():
+            zip_file.write(path, file)
+    return archive.getvalue()

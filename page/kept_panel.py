@@ -1,0 +1,77 @@
+"""Earlier chats that the browser keeps, and the download of the chat."""
+
+import secrets
+from typing import Any
+
+import gradio as gr
+
+from errors import UserError
+from page.asking import Shared, Step
+from page.chat import answered, files_of
+from page.chat_tab import ChatTab, Updates
+from page.kept import opened, to_keep, zipped
+from page.texts import label, language_of, say
+from page.uploads import store
+
+PRIVATE = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
+
+
+class KeptPanel:
+    """Components and handlers; made inside `gr.Blocks`."""
+
+    def __init__(self, chat: ChatTab, shared: Shared) -> None:
+        self._chat, self._shared = chat, shared
+        with gr.Accordion(label("kept"), open=False, elem_id="kept"):
+            self.list = gr.Dropdown([], label=label("kept"), info=label("kept_info"), elem_id="kept-list")
+            with gr.Row():
+                forget = gr.Button(label("forget"), size="sm", min_width=80)
+                forget_all = gr.Button(label("forget_all"), size="sm", min_width=80, elem_id="forget-all")
+        self._saved = gr.JSON(visible="hidden")
+        self._file = gr.File(visible="hidden")
+        forget.click(None, self.list, self.list, js="id => vqa.forget(id)")
+        forget_all.click(None, None, self.list, js="() => vqa.forget(null)")
+
+    def connect(self, page: gr.Blocks, checkpoint: Any) -> None:
+        """Keep the chat after each answer; open chats, also the one before a reload."""
+        chat = self._chat
+        for event in chat.answering:
+            event.then(self.on_answer, [chat.messages, chat.chat_id], [self._saved, chat.chat_id], **PRIVATE).then(
+                None, self._saved, self.list, js="chat => vqa.keep(chat)"
+            )
+        # the browser sends the stored chat in place of its id
+        loaded = page.load(None, None, self.list, js="() => vqa.choices(vqa.kept())")
+        for listener in (self.list.input, loaded.then):
+            opening = listener(self.on_open, self.list, chat.outputs, js="id => [vqa.open(id)]", **PRIVATE)
+            chat.changes.append(opening)
+        chat.download.click(self.on_download, [chat.messages, checkpoint], [self._file, chat.status], **PRIVATE).then(
+            None, self._file, None, js="file => vqa.download(file)"
+        )
+
+    def on_answer(self, history: Any, chat_id: Any) -> tuple[dict[str, Any], str]:
+        chat_id = chat_id or secrets.token_hex(8)
+        return to_keep(answered(history), chat_id), chat_id
+
+    def on_open(self, request: gr.Request, stored: Any) -> Updates:
+        if not stored:  # nothing to open at the first load
+            return {self._chat.status: gr.update()}
+        if self._chat.is_busy(request):
+            return self._chat.complain(request, "busy")
+        try:
+            history, chat_id = opened(stored, self._shared.folder)
+        except UserError:
+            return self._chat.complain(request, "bad_kept")
+        session = request.session_hash or ""
+        self._shared.files.hold(session, *files_of(history))
+        self._shared.files.release(session, keep=files_of(history))
+        step = Step(history, "", busy=False)
+        return self._chat.show(step, language_of(request)) | {self._chat.chat_id: chat_id, self._chat.box: ""}
+
+    def on_download(self, request: gr.Request, history: Any, name: Any) -> tuple[Any, str]:
+        history = answered(history)
+        if not history:
+            sentence = say(language_of(request), "nothing_to_save")
+            gr.Warning(sentence)
+            return None, sentence
+        path = store(self._shared.folder, zipped(history, str(name)), "chat.zip")
+        self._shared.files.hold(request.session_hash or "", path)
+        return path, ""

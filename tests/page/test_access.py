@@ -1,0 +1,190 @@
+"""Who can use the page: both languages, phone, dark mode, keyboard, screen reader; in Chromium."""
+
+import pytest
+from PIL import Image
+
+import test_gui
+from config import Generate
+from evaluation import screenshots
+from page.checkpoints import Engines
+from tests.page.driver import (
+    SpokenEngine,
+    ask,
+    expect,
+    expect_text,
+    no_browser,
+    opened,
+    proxied,
+    served,
+    upload,
+)
+from tests.page.test_pieces import CHINESE
+
+pytest.importorskip("playwright.sync_api")
+pytestmark = [
+    pytest.mark.skipif(no_browser(), reason="no Chromium on this machine"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio"),  # Gradio uses what pandas 3 calls old
+]
+PANELS = ("part-panel", "looking", "beside", "kept", "settings", "camera")
+SERIOUS = ("serious", "critical")
+# what is shown, and what a screen reader says
+WORDS = """() => [document.body.innerText,
+    ...[...document.querySelectorAll('[aria-label], [title], [placeholder], [alt]')]
+    .filter(element => element.checkVisibility())
+    .flatMap(element => ['aria-label', 'title', 'placeholder', 'alt'].map(name => element.getAttribute(name) || ''))
+].join('\\n')"""
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with served(
+        tmp_path_factory.mktemp("uploads"), Engines(SpokenEngine(), "c7"), samples=test_gui.sample_photos()
+    ) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with screenshots.running_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "1.png")
+    return tmp_path / "1.png"
+
+
+def open_panels(page):
+    for panel in PANELS:
+        button = page.locator(f"#{panel} > button")
+        if button.is_visible():
+            button.click()
+
+
+def words(page):
+    text = page.evaluate(WORDS)
+    for name in ("c7", "1.png", "Top-k", "Top-p", "Min-p", "What is in the picture?", "English", "中文", "(64, 48)"):
+        text = text.replace(name, "")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_page_speaks_one_language(browser, address, photo, language):
+    with opened(browser, address, language) as page:
+        open_panels(page)
+        upload(page, photo)
+        ask(page, "1")
+        expect(page, "#chat .message.bot").to_have_count(1)
+        expect(page, "#ask").to_be_enabled()
+        page.click("#again")
+        expect(page, "#ask").to_be_enabled()
+        page.wait_for_timeout(500)
+        assert page.evaluate("document.documentElement.lang") == {"en": "en", "zh": "zh-CN"}[language]
+        if language == "en":
+            assert [line for line in words(page) if CHINESE.search(line)] == []
+        else:
+            latin = [line for line in words(page) if line.isascii() and sum(map(str.isalpha, line)) > 3]
+            assert latin == []
+
+
+def test_the_language_is_switched_in_the_page_and_kept(browser, address, photo):
+    with opened(browser, address, "fr") as page:
+        expect_text(page, "#ask", "Ask")
+        upload(page, photo)
+        ask(page, "一 one")
+        expect_text(page, "#chat", "(64, 48) 一 one")
+        page.wait_for_function("localStorage.getItem('vqa-chats')")
+        page.click("#language")
+        expect_text(page, "#ask", "提问")
+        expect_text(page, "#chat", "(64, 48) 一 one")  # the chat came along
+        page.reload()
+        expect_text(page, "#ask", "提问")
+        page.click("#clear")
+        expect(page, "#chat .message").to_have_count(0)
+        ask(page, "什么？")
+        expect_text(page, "#status", "还没有照片")
+        page.click("#language")
+        expect_text(page, "#ask", "Ask")
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_phone_width_has_no_sideways_scrolling(browser, address, photo, language):
+    with opened(browser, address, language, width=390, has_touch=True) as page:
+        upload(page, *[photo] * 12)
+        ask(page, "What?")
+        expect(page, "#chat .message.bot").to_have_count(1)
+        upload(page, *[photo] * 12)
+        open_panels(page)
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        for name in ("ask", "stop", "again", "clear", "download", "language"):
+            assert page.evaluate(f"(e => e.scrollWidth <= e.clientWidth)(document.querySelector('#{name}'))"), name
+
+
+def test_a_phone_with_its_keyboard_up(browser, address, photo):
+    """The keyboard leaves 390 × 400: question box and Ask must fit in there together."""
+    with opened(browser, address, width=390, has_touch=True) as page:
+        page.set_viewport_size({"width": 390, "height": 400})
+        upload(page, photo)
+        page.tap("#question textarea")
+        page.fill("#question textarea", "What is in this picture of mine?\nAnd what else?")
+        page.locator("#ask").scroll_into_view_if_needed()
+        box, button = (page.locator(name).bounding_box() for name in ("#question textarea", "#ask"))
+        assert box["y"] >= 0
+        assert button["y"] + button["height"] <= 400
+        page.tap("#ask")
+        expect_text(page, "#chat", "(64, 48)")
+
+
+def test_the_keyboard_alone_is_enough(browser, address):
+    """Every control can be reached with Tab, shows its focus, and a question can be asked."""
+    with opened(browser, address) as page:
+        page.locator("#samples button").first.focus()
+        page.keyboard.press("Enter")
+        expect(page, "#question .thumbnail-wrapper").to_have_count(1)
+        page.focus("#question textarea")
+        page.keyboard.type("What?")
+        page.keyboard.press("Enter")
+        expect_text(page, "#chat", "(384, 384) What?")
+        expect(page, "#ask").to_be_enabled()
+        page.focus("#language")
+        reached = set()
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            reached.add(page.evaluate("document.activeElement.closest('[id]')?.id"))
+        assert {"again", "clear", "download"} <= reached
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_nothing_serious(browser, address, photo, width, dark):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    with opened(browser, address, width=width, color_scheme="dark" if dark else "light") as page:
+        open_panels(page)
+        upload(page, photo)
+        ask(page, "What?")
+        expect(page, "#chat .message.bot").to_have_count(1)
+        expect(page, "#ask").to_be_enabled()
+        page.wait_for_timeout(500)
+        found = axe.Axe().run(page).response["violations"]
+        told = [
+            f"{item['id']}: {node['html'][:200]}"
+            for item in found
+            if item["impact"] in SERIOUS
+            for node in item["nodes"]
+        ]
+        assert told == []
+
+
+def test_it_works_at_a_path_of_a_reverse_proxy(browser, tmp_path, photo):
+    engines = Engines(SpokenEngine(), "c7")
+    with (
+        served(tmp_path / "uploads", engines, Generate(), root_path="/vqa") as inside,
+        proxied(inside) as outside,
+        opened(browser, outside, path="/vqa/") as page,
+    ):
+        upload(page, photo)
+        ask(page, "What?")
+        expect_text(page, "#chat", "(64, 48) What?")
+        expect(page, "#chat .user-row img").to_have_js_property("naturalWidth", 64)

@@ -1,0 +1,145 @@
+"""Who may use the page, whose turn it is, and what stays behind: over HTTP and with `gradio_client`, no browser."""
+
+import json
+import time
+import urllib.error
+import urllib.request
+
+import gradio_client
+import httpx2
+import pytest
+from PIL import Image
+
+from page.checkpoints import Engines
+from tests.page.driver import SpokenEngine, proxied, served
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # Gradio uses what pandas 3 calls old
+SETTINGS = [False, 0, 1, 0, 0, 1, 0, 40, ""]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return SpokenEngine()
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory):
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def address(engine, uploads):
+    with served(uploads, Engines(engine, "checkpoint-7")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photos") / "red.png"
+    Image.new("RGB", (64, 48), "red").save(path)
+    return path
+
+
+def client_of(address, **options):
+    return gradio_client.Client(address, verbose=False, analytics_enabled=False, **options)
+
+
+def ask(client, photo, text, where="add"):
+    files = [gradio_client.handle_file(photo)] if photo else []
+    return client.submit({"text": text, "files": files}, where, "", "checkpoint-7", *SETTINGS, api_name="/on_ask")
+
+
+def said(outputs):
+    return outputs[2]["value"][-1]["content"][-1]["text"]
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_example_of_the_docs(address, photo):
+    """`docs/page.md` has these calls."""
+    client = client_of(address)
+    assert client.predict(api_name="/checkpoints") == ["checkpoint-7"]
+    answer = client.predict([gradio_client.handle_file(photo)], "What is it?", api_name="/answer")
+    assert answer == "(64, 48) What is it?"
+    named = set(client.view_api(return_format="dict", print_info=False)["named_endpoints"])
+    assert named == {"/answer", "/checkpoints"}
+
+
+def test_mistakes_of_a_program_are_sentences(address, photo):
+    client = client_of(address)
+    for arguments, sentence in {
+        (" ",): "The question is empty",
+        ("long",): "the dialogue is <b>too long</b>",
+        ("?", "checkpoint-7", -1): "settings: ",
+    }.items():
+        with pytest.raises(gradio_client.exceptions.AppError, match=sentence):
+            client.predict([gradio_client.handle_file(photo)], *arguments, api_name="/answer")
+    with pytest.raises(Exception, match=r".+"):
+        client.predict([{"path": "/etc/passwd"}], "?", api_name="/answer")
+
+
+def test_sessions_do_not_see_each_other_and_take_turns(address, photo, engine):
+    first, second = client_of(address), client_of(address)
+    engine.go_on.clear()
+    waiting = ask(first, photo, "wait")
+    wait_for(lambda: engine.at_work == 1)
+    behind = ask(second, photo, "secret")
+    wait_for(lambda: any("1 before you" in json.dumps(step) for step in behind.outputs()))
+    engine.go_on.set()
+    assert said(waiting.result(60)) == "(64, 48) wait"
+    assert said(behind.result(60)) == "(64, 48) secret"
+    assert said(ask(first, None, "and?").result(60)) == "(64, 48) wait + and?"
+
+
+def test_a_client_that_goes_away_frees_its_place(address, photo, engine):
+    """Also one that waits: S22 was a question that came back after it was given up."""
+    first, second, third = (client_of(address) for _ in range(3))
+    engine.go_on.clear()
+    job = ask(first, photo, "slow")
+    wait_for(lambda: engine.at_work == 1)
+    given_up = ask(second, photo, "given up")
+    wait_for(lambda: any("before you" in json.dumps(step) for step in given_up.outputs()))
+    given_up.cancel()
+    job.cancel()
+    assert said(ask(third, photo, "mine").result(60)) == "(64, 48) mine"
+    wait_for(lambda: engine.at_work == 0)
+    assert said(ask(second, photo, "new").result(60)) == "(64, 48) new"
+
+
+def test_uploads_go_when_the_session_ends(address, photo, uploads):
+    Image.new("RGB", (63, 47), "green").save(photo.with_name("green.png"))
+    client = client_of(address)
+    assert said(ask(client, photo.with_name("green.png"), "What?").result(60)) == "(63, 47) What?"
+    assert list(uploads.rglob("green.png"))
+    client.close()
+    wait_for(lambda: not list(uploads.rglob("green.png")))
+
+
+def test_a_password_is_asked_for_everywhere(tmp_path, photo):
+    with served(tmp_path / "uploads", user="me", password="secret") as address:
+        for path in ("/gradio_api/info", "/config", f"/gradio_api/file={tmp_path}/uploads/x"):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address + path, timeout=30)
+            assert caught.value.code in (401, 403, 404)
+        client = client_of(address, auth=("me", "secret"))
+        answer = client.predict([gradio_client.handle_file(photo)], "What is it?", api_name="/answer")
+        assert answer == "(64, 48) What is it?"
+        with pytest.raises(Exception, match="(?i)login|credentials|auth"):
+            client_of(address, auth=("me", "wrong"))
+
+
+def test_behind_a_reverse_proxy(tmp_path, photo):
+    """A proxy offers the page at /vqa and hands on the rest of each path."""
+    with served(tmp_path / "uploads", root_path="/vqa") as address, proxied(address) as outside:
+        page = httpx2.get(f"{outside}/vqa/", trust_env=False).text
+        config = json.loads(httpx2.get(f"{outside}/vqa/config", trust_env=False).text)
+        assert "vqa_language" in page
+        assert config["root"] == f"{outside}/vqa"
+        client = client_of(f"{outside}/vqa/")
+        answer = client.predict([gradio_client.handle_file(photo)], "What is it?", api_name="/answer")
+        assert answer == "(64, 48) What is it?"
