@@ -12,6 +12,7 @@ from page.settings import as_settings
 from page.texts import label, language_of, say
 
 Updates = dict[Any, Any]  # component → its new value
+NONE = -1  # no question is edited
 
 
 class ChatTab:
@@ -31,11 +32,12 @@ class ChatTab:
             elem_id="chat",
             placeholder=label("hello"),
             buttons=["copy", "copy_all"],
-            editable="user",
             render_markdown=False,
             latex_delimiters=[],
         )
         self.status = gr.Markdown("", elem_id="status")
+        # Gradio's own editing fails for questions with photos
+        self.editing = gr.Dropdown([], value=NONE, label=label("editing"), visible=False, elem_id="editing")
         self.where = gr.Radio(
             [(label("where_add"), "add"), (label("where_new"), "new")],
             value="add",
@@ -63,6 +65,7 @@ class ChatTab:
         with gr.Row(elem_id="buttons"):
             self.stop = gr.Button(label("stop"), interactive=False, min_width=80, elem_id="stop")
             self.again = gr.Button(label("again"), min_width=80, elem_id="again")
+            self.edit = gr.Button(label("edit"), min_width=80, elem_id="edit")
             self.clear = gr.Button(label("clear"), min_width=80, elem_id="clear")
             self.download = gr.Button(label("download"), min_width=80, elem_id="download")
 
@@ -76,23 +79,24 @@ class ChatTab:
         self.box = box
         self.outputs = [
             self.messages, self.chat_id, self.shown, self.status, self.question, self.where, self.ask, self.stop,
-            self.again, self.clear, box,
+            self.again, self.edit, self.clear, self.editing, box,
         ]  # fmt: skip
         # preprocess=False: Gradio would raise a traceback for a file that is not an upload
         options = {"preprocess": False, "show_progress": "hidden", "concurrency_limit": None}
         how = [checkpoint, *settings]
         asking = gr.on(
             [self.ask.click, self.question.submit], self.on_ask,
-            [self.messages, self.question, self.where, box, *how], self.outputs,
+            [self.messages, self.question, self.where, self.editing, box, *how], self.outputs,
             api_name="on_ask", api_visibility="undocumented", **options,
         )  # fmt: skip
         options["api_visibility"] = "private"
         again = self.again.click(self.on_again, [self.messages, *how], self.outputs, **options)
-        edited = self.shown.edit(self.on_edit, [self.messages, *how], self.outputs, **options)
+        self.edit.click(self.on_edit, self.messages, self.outputs, **options)
+        self.editing.input(self.on_choose, [self.messages, self.editing], self.outputs, **options)
         self.stop.click(self.on_stop, None, None, **options)
         cleared = gr.on([self.clear.click, self.shown.clear], self.on_clear, None, self.outputs, **options)
         cleared.then(None, js="() => sessionStorage.removeItem('vqa-chat')")
-        self.answering = [asking, again, edited]
+        self.answering = [asking, again]
         self.changes = [*self.answering, cleared]
 
     def show(self, step: Step, language: str) -> Updates:
@@ -100,11 +104,12 @@ class ChatTab:
         shown = as_shown([*step.history, *step.failed], language)
         updates: Updates = {
             self.messages: step.history,
-            self.shown: gr.update(value=shown, editable=None if step.busy else "user"),
+            self.shown: shown,
             self.status: step.line,
             self.stop: gr.update(interactive=step.busy),
         }
-        updates |= {button: gr.update(interactive=not step.busy) for button in (self.ask, self.again, self.clear)}
+        for button in (self.ask, self.again, self.edit, self.clear):
+            updates[button] = gr.update(interactive=not step.busy)
         return updates if step.question is None else updates | {self.question: step.question}
 
     def complain(self, request: gr.Request, key: str) -> Updates:
@@ -116,19 +121,26 @@ class ChatTab:
     def is_busy(self, request: gr.Request) -> bool:
         return request.session_hash in self._shared.running
 
-    def on_ask(self, request: gr.Request, history, payload, where, box_text, name, *values) -> Iterator[Updates]:
+    def closed(self) -> Updates:
+        """Return the updates that end all that concerns the next question only."""
+        hidden = {self.where: gr.update(visible=False, value="add"), self.box: ""}
+        return hidden | {self.editing: gr.update(visible=False, value=NONE)}
+
+    def on_ask(self, request: gr.Request, history, payload, where, place, box_text, name, *values) -> Iterator[Updates]:
         history, (text, uploads) = answered(history), typed(payload)
+        editing = _is_question(place, history)
+        before = history[:place] if editing else history
         if self.is_busy(request):
             yield self.complain(request, "busy")
-        elif not text or not (uploads or photos_of(history)):
-            yield self.complain(request, "no_question" if uploads or photos_of(history) else "no_photo")
+        elif not text or not (uploads or photos_of(before)):
+            yield self.complain(request, "no_question" if uploads or photos_of(before) else "no_photo")
         else:
-            emptied = {self.question: in_box(""), self.where: gr.update(visible=False, value="add"), self.box: ""}
-            if where == "new" and uploads and history:
-                history, emptied = [], emptied | {self.chat_id: ""}
+            emptied = self.closed() | {self.question: in_box("")}
+            if where == "new" and uploads and before and not editing:
+                before, emptied = [], emptied | {self.chat_id: ""}
             yield emptied
-            box_text = box_text if isinstance(box_text, str) else ""
-            yield from self._run(request, history, text, uploads, name, as_settings(values), box_text.strip())
+            box_text = box_text.strip() if isinstance(box_text, str) else ""
+            yield from self._run(request, before, text, uploads, name, as_settings(values), box_text)
 
     def on_again(self, request: gr.Request, history, name, *values) -> Iterator[Updates]:
         history, settings = answered(history), as_settings(values)
@@ -138,19 +150,28 @@ class ChatTab:
         if settings["temperature"] == 0:
             gr.Info(say(language_of(request), "same_answer"))
         settings["seed"] = time.time_ns() % 2**31
-        yield from self._ask_anew(request, history, len(history) - 2, history[-2]["content"], name, settings)
+        question = history[-2]
+        uploads = [as_upload(photo) for photo in question["photos"]]
+        text, box = question["content"], _box_text(question)
+        yield from self._run(request, history[:-2], text, uploads, name, settings, box)
 
-    def on_edit(self, request: gr.Request, change: gr.EditData, history, name, *values) -> Iterator[Updates]:
+    def on_edit(self, request: gr.Request, history: Any) -> Updates:
+        """Offer the questions of the chat, the last one first of all."""
         history = answered(history)
-        place = change.index if isinstance(change.index, int) else change.index[0]
-        text = change.value.strip() if isinstance(change.value, str) else ""
-        if self.is_busy(request):
-            yield self.complain(request, "busy")
-        elif not text or not 0 <= place < len(history) or place % 2:
-            shown = as_shown(history, language_of(request))
-            yield self.complain(request, "no_question") | {self.shown: shown}
-        else:
-            yield from self._ask_anew(request, history, place, text, name, as_settings(values))
+        if not history:
+            return self.complain(request, "nothing_to_repeat")
+        questions = [(f"{place // 2 + 1}: {history[place]['content']}", place) for place in range(0, len(history), 2)]
+        choices = [*questions, (label("editing_none"), NONE)]
+        offered = gr.update(choices=choices, value=len(history) - 2, visible=True)
+        return self.on_choose(history, len(history) - 2) | {self.editing: offered}
+
+    def on_choose(self, history: Any, place: Any) -> Updates:
+        """Put a question into the box, to be asked in other words."""
+        history = answered(history)
+        if not _is_question(place, history):
+            return self.closed() | {self.question: in_box("")}
+        question = history[place]
+        return {self.question: in_box(question["content"], question["photos"]), self.box: _box_text(question)}
 
     def on_stop(self, request: gr.Request) -> None:
         if work := self._shared.running.get(request.session_hash or ""):
@@ -160,16 +181,7 @@ class ChatTab:
         if self.is_busy(request):
             return self.complain(request, "busy")
         self._shared.files.release(request.session_hash or "")
-        return self.show(Step([], "", busy=False), language_of(request)) | {self.chat_id: "", self.box: ""}
-
-    def _ask_anew(
-        self, request: gr.Request, history: History, place: int, text: str, name: str, settings: dict[str, Any]
-    ) -> Iterator[Updates]:
-        """Ask the question at `place` of the dialogue in other words; what came after it is gone."""
-        question = history[place]
-        uploads = [as_upload(photo) for photo in question["photos"]]
-        box = ",".join(map(str, question.get("box", ())))
-        yield from self._run(request, history[:place], text, uploads, name, settings, box)
+        return self.show(Step([], "", busy=False), language_of(request)) | self.closed() | {self.chat_id: ""}
 
     def _run(
         self, request: gr.Request, before: History, text: str, uploads: list[Any], name: Any,
@@ -179,3 +191,12 @@ class ChatTab:
         asked = Asked(request.session_hash or "", language, str(name), settings, box)
         for step in answer(self._shared, asked, [*before, {"role": "user", "content": text}], uploads):
             yield self.show(step, language)
+
+
+def _is_question(place: Any, history: History) -> bool:
+    return isinstance(place, int) and place % 2 == 0 and 0 <= place < len(history)
+
+
+def _box_text(question: dict[str, Any]) -> str:
+    """Return the box of a question as it was typed."""
+    return ",".join(map(str, question.get("box", ())))

@@ -64,7 +64,7 @@ class KeptPanel:
         self._shared.files.hold(session, *files_of(history))
         self._shared.files.release(session, keep=files_of(history))
         step = Step(history, "", busy=False)
-        return self._chat.show(step, language_of(request)) | {self._chat.chat_id: chat_id, self._chat.box: ""}
+        return self._chat.show(step, language_of(request)) | self._chat.closed() | {self._chat.chat_id: chat_id}
 
     def on_download(self, request: gr.Request, history: Any, name: Any) -> tuple[Any, str]:
         history = answered(history)

@@ -104,9 +104,10 @@ class PartPanel:
     def connect(self, changes: list[Any], chat: ChatTab, shared: Shared) -> None:
         """Follow the last photo of question box and chat; ask whether a new photo begins a new chat."""
 
-        def on_photos(request: gr.Request, payload: Any, history: Any, shown: Any) -> tuple[Any, Any]:
+        def on_photos(request: gr.Request, payload: Any, history: Any, place: Any, shown: Any) -> tuple[Any, Any]:
             history, (_, uploads) = answered(history), typed(payload)
-            earlier = photos_of(history)
+            editing = isinstance(place, int) and place >= 0
+            earlier = photos_of(history[:place] if editing else history)
             try:
                 new = [str(uploaded_photo(upload, shared.folder)) for upload in uploads]
             except NotUploadedError:  # asking says so
@@ -115,14 +116,18 @@ class PartPanel:
             last = [*(photo.path for photo in earlier), *new][-1:]
             before = shown.get("path") if isinstance(shown, dict) else None
             same = last == [before]
-            return gr.update() if same else gr.update(value=_shown(last)), gr.update(visible=bool(new and earlier))
+            return gr.update() if same else gr.update(value=_shown(last)), gr.update(
+                visible=bool(new and earlier) and not editing
+            )
 
         # the browser compares, so that typing asks the server nothing
         attached = gr.Textbox(visible="hidden")
         script = "box => [(box.files || []).map(file => file.path).join('\\n')]"
         chat.question.change(None, chat.question, attached, js=script)
         for listener in (attached.change, *(event.then for event in changes)):
-            listener(on_photos, [chat.question, chat.messages, self.photo], [self.photo, chat.where], **OPTIONS)
+            listener(
+                on_photos, [chat.question, chat.messages, chat.editing, self.photo], [self.photo, chat.where], **OPTIONS
+            )
 
 
 def _shown(paths: list[str]) -> str | None:

@@ -111,22 +111,44 @@ def test_asked_and_answered_with_history_and_kept_photo(page, photos, engine):
 
 
 def test_an_edited_question_is_asked_anew_and_what_came_after_it_is_gone(page, photos):
+    page.click("#edit")
+    expect_text(page, "#status", "no answer to repeat")
     upload(page, photos / "red.png")
     for number, question in enumerate(("first", "second", "third"), start=1):
         ask(page, question)
         expect(page, "#chat .message.bot").to_have_count(number)
         expect(page, "#ask").to_be_enabled()
-    page.locator("#chat button[aria-label='Edit']").nth(1).click()
-    page.locator("#chat textarea").fill("<b>other</b>")
-    page.click("#chat button[aria-label='Submit']")
+    page.click("#edit")
+    expect(page, "#question textarea").to_have_value("third")
+    page.click("#editing input")
+    page.get_by_role("option", name="2: second").click()
+    expect(page, "#question textarea").to_have_value("second")
+    ask(page, "<b>other</b>")
     expect_text(page, "#chat", "(64, 48) first + <b>other</b>")
     expect(page, "#chat .message.bot").to_have_count(2)
     expect(page, "#chat").not_to_contain_text("third")
-    page.locator("#chat button[aria-label='Edit']").first.click()  # this question has a photo
-    page.locator("#chat textarea").fill("begin")
-    page.click("#chat button[aria-label='Submit']")
+    expect(page, "#editing").to_be_hidden()
+    expect(page, "#ask").to_be_enabled()
+
+    page.click("#edit")
+    page.click("#editing input")
+    page.get_by_role("option", name="1: first").click()
+    expect(page, THUMBNAILS).to_have_count(1)  # its photo, which may be exchanged
+    page.locator("#question button[aria-label='Remove file']").click()
+    upload(page, photos / "蓝色 blue.jpg")
+    expect(page, "#where").to_be_hidden()
+    ask(page, "begin")
+    expect_text(page, "#chat", "(33, 22) begin")
     expect(page, "#chat .message.bot").to_have_count(1)
-    expect_text(page, "#chat", "(64, 48) begin")
+    expect(page, "#ask").to_be_enabled()
+
+    page.click("#edit")
+    expect(page, "#question textarea").to_have_value("begin")
+    page.click("#editing input")
+    page.get_by_role("option", name="none: ask a new question").click()
+    expect(page, "#question textarea").to_have_value("")
+    ask(page, "next")
+    expect_text(page, "#chat", "(33, 22) begin + next")
 
 
 def test_photos_stand_beside_their_messages(page, photos):

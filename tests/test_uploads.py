@@ -74,12 +74,12 @@ def photo(path, **more):
 
 def sent(payload, longest=40, temperature=0):
     """What a browser sends with a question: box, a chat to join, a part of the photo, checkpoint, settings."""
-    return [payload, "add", "", "checkpoint-7", False, temperature, 1, 0, 0, 1, 0, longest, ""]
+    return [payload, "add", -1, "", "checkpoint-7", False, temperature, 1, 0, 0, 1, 0, longest, ""]
 
 
 def shown(data):
     """What the page shows last, and what is in the question box after it."""
-    return data[2]["value"][-1]["content"][-1]["text"], data[4]
+    return data[2][-1]["content"][-1]["text"], data[4]
 
 
 def ask(address, *uploads, text="What?", longest=40, temperature=0):
@@ -155,7 +155,7 @@ def test_a_photo_that_is_gone_is_one_sentence_and_the_buttons_come_back(served, 
     kind, data = call(address, "on_ask", *sent({"text": "What?", "files": [photo(gone)]}))
     assert kind == "complete"
     assert shown(data) == (f"⚠ {NOT_UPLOADED}", {"text": "What?", "files": []})
-    assert [update["interactive"] for update in data[6:10]] == [True, False, True, True]  # ask, stop, retry, clear
+    assert [update["interactive"] for update in data[6:11]] == [True, False, True, True, True]  # ask, stop, …
 
 
 @pytest.mark.parametrize(("longest", "temperature"), [("x", 0), (40, 1e308), (-5, 0), ([], 0), (40, {}), (None, 0)])
@@ -181,7 +181,7 @@ def test_odd_settings_are_one_sentence(served, secret, longest, temperature):
         sent({"text": "?", "files": [{"url": "x", "meta": {"_type": "gradio.FileData"}}]}),
         sent({"files": 5}),
         [],
-        [None] * 13,
+        [None] * 14,
     ],
 )
 def test_the_server_goes_on_after_what_gradio_refuses(served, secret, data):

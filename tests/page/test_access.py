@@ -64,7 +64,7 @@ def open_panels(page):
 
 def words(page):
     text = page.evaluate(WORDS)
-    for name in ("c7", "1.png", "Top-k", "Top-p", "Min-p", "What is in the picture?", "English", "中文", "(64, 48)"):
+    for name in ("c7", "1.png", "Top-k", "Top-p", "Min-p", "English", "中文", "(64, 48)"):
         text = text.replace(name, "")
     return [line for line in text.splitlines() if line.strip()]
 

@@ -34,7 +34,7 @@ from tests.page.driver import SpokenEngine
 
 CHINESE = re.compile("[\u3400-\u9fff]")
 SAME_IN_BOTH = {"top_p"}
-OTHER_LANGUAGE = {"switch", "example_3"}  # the button names the language it leads to; a model may know one only
+OTHER_LANGUAGE = {"switch"}  # the button names the language it leads to
 
 
 def fields(text):

@@ -46,11 +46,11 @@ def client_of(address, **options):
 
 def ask(client, photo, text, where="add"):
     files = [gradio_client.handle_file(photo)] if photo else []
-    return client.submit({"text": text, "files": files}, where, "", "checkpoint-7", *SETTINGS, api_name="/on_ask")
+    return client.submit({"text": text, "files": files}, where, -1, "", "checkpoint-7", *SETTINGS, api_name="/on_ask")
 
 
 def said(outputs):
-    return outputs[2]["value"][-1]["content"][-1]["text"]
+    return outputs[2][-1]["content"][-1]["text"]
 
 
 def wait_for(condition, seconds=60):
