@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from page.asking import Asked, Shared, answer
+from page.asking import Caller, Shared, answer
 from page.texts import say
 
 
@@ -36,8 +36,8 @@ def add_endpoints(shared: Shared) -> None:
             raise gr.Error(say("en", "no_question"), print_exception=False)
         settings = {"temperature": temperature, "system": system}
         settings |= {"max_new_tokens": longest} if longest else {}
-        asked = Asked(session, "en", checkpoint or shared.engines.first, settings)
-        *_, step = answer(shared, asked, [{"role": "user", "content": question.strip()}], photos)
+        caller = Caller(session, "en", checkpoint or shared.engines.first, settings)
+        *_, step = answer(shared, caller, [{"role": "user", "content": question.strip()}], photos)
         shared.files.release(session)
         if step.failed:
             raise gr.Error(step.failed[-1]["content"], print_exception=False)

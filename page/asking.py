@@ -19,7 +19,7 @@ from config import Generate, changed
 from errors import UserError, check_text, is_out_of_memory
 from page.chat import History, UploadedPhoto, checked, in_box, photos_of, with_part
 from page.checkpoints import Engines
-from page.line import Line, Place
+from page.line import Place, WaitingLine
 from page.texts import say
 from page.uploads import NotUploadedError, SessionFiles
 from visual.region import parse_box
@@ -61,7 +61,7 @@ class Shared:
     engines: Engines
     generate: Generate
     files: SessionFiles
-    line: Line = field(default_factory=Line)
+    line: WaitingLine = field(default_factory=WaitingLine)
     running: dict[str, Work] = field(default_factory=dict)
 
     @property
@@ -69,7 +69,7 @@ class Shared:
         return self.files.folder
 
 
-class Asked(NamedTuple):
+class Caller(NamedTuple):
     """Who asks, and how.
 
     Attributes:
@@ -102,53 +102,53 @@ class Step(NamedTuple):
     question: dict[str, Any] | None = None
 
 
-def answer(shared: Shared, asked: Asked, history: History, uploads: list[Any]) -> Iterator[Step]:
+def answer(shared: Shared, caller: Caller, history: History, uploads: list[Any]) -> Iterator[Step]:
     """Answer the last question of `history`, sent with `uploads`; any error becomes a sentence in the chat."""
     *before, question = history
     readable: list[UploadedPhoto] = []
-    work = shared.running[asked.session] = Work()
+    work = shared.running[caller.session] = Work()
     try:
         # check before display, because the page serves every displayed file
         photos = [checked(upload, shared.folder) for upload in uploads]
-        shared.files.hold(asked.session, *(photo.path for photo in photos))
+        shared.files.hold(caller.session, *(photo.path for photo in photos))
         readable, question = photos, question | {"photos": photos}
-        yield Step([*before, question], say(asked.language, "working"))
+        yield Step([*before, question], say(caller.language, "working"))
         check_text(question["content"], "the question")
-        settings = decoding(shared.generate, asked.settings)
+        settings = decoding(shared.generate, caller.settings)
         readable, problems = _readable(photos)
         if problems:
             raise problems[0]
-        if asked.box:
+        if caller.box:
             image = decoded(photos_of([*before, question])[-1].path)
-            question = with_part(question, parse_box(asked.box), image, shared.folder)
-            shared.files.hold(asked.session, question["part"])
-        yield from _answered(shared, asked, work, [*before, question], settings)
+            question = with_part(question, parse_box(caller.box), image, shared.folder)
+            shared.files.hold(caller.session, question["part"])
+        yield from _answered(shared, caller, work, [*before, question], settings)
     except Exception as error:
-        sentence = f"⚠ {sentence_of(error, photos_of(history) + photos_of([question]), asked.language)}"
+        sentence = f"⚠ {sentence_of(error, photos_of(history) + photos_of([question]), caller.language)}"
         failed = [question | {"photos": readable}, {"role": "assistant", "content": sentence}]
         yield Step(before, "", busy=False, failed=failed, question=in_box(question["content"], readable))
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise
     finally:
         work.stop()
-        shared.running.pop(asked.session, None)
+        shared.running.pop(caller.session, None)
 
 
-def _answered(shared: Shared, asked: Asked, work: Work, history: History, settings: Generate) -> Iterator[Step]:
+def _answered(shared: Shared, caller: Caller, work: Work, history: History, settings: Generate) -> Iterator[Step]:
     """Wait for the turn, then answer."""
-    language = asked.language
+    language = caller.language
     with shared.line.place() as place:
         for sentence in waiting(place, language):
             if work.stopped:
                 break
             yield Step(history, sentence)
-        if not work.stopped and shared.engines.loaded(asked.checkpoint) is None:
-            yield Step(history, say(language, "loading", name=asked.checkpoint))
+        if not work.stopped and shared.engines.loaded(caller.checkpoint) is None:
+            yield Step(history, say(language, "loading", name=caller.checkpoint))
         if work.stopped:  # before its turn
             text, reply = "", Reply("", "cancelled", 0, 0)
         else:
-            (engine,) = shared.engines.get(asked.checkpoint)
-            stream = engine.stream(None, sent(history, engine, shared.folder, asked.settings["system"]), settings)
+            (engine,) = shared.engines.get(caller.checkpoint)
+            stream = engine.stream(None, sent(history, engine, shared.folder, caller.settings["system"]), settings)
             work.begin(stream)
             text = ""
             for text in growing(stream):

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from page.asking import Asked, Shared, Step, answer
+from page.asking import Caller, Shared, Step, answer
 from page.chat import History, answered, as_shown, as_upload, in_box, photos_of, typed
 from page.settings import as_settings
 from page.texts import label, language_of, say
@@ -188,8 +188,8 @@ class ChatTab:
         settings: dict[str, Any], box: str,
     ) -> Iterator[Updates]:  # fmt: skip
         language = language_of(request)
-        asked = Asked(request.session_hash or "", language, str(name), settings, box)
-        for step in answer(self._shared, asked, [*before, {"role": "user", "content": text}], uploads):
+        caller = Caller(request.session_hash or "", language, str(name), settings, box)
+        for step in answer(self._shared, caller, [*before, {"role": "user", "content": text}], uploads):
             yield self.show(step, language)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Line:
+class WaitingLine:
     """Places of those who wait, and of the one whose turn it is."""
 
     def __init__(self) -> None:
