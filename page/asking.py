@@ -136,7 +136,7 @@ def answer(shared: Shared, caller: Caller, history: History, uploads: list[Any])
 
 def _answered(shared: Shared, caller: Caller, work: Work, history: History, settings: Generate) -> Iterator[Step]:
     """Wait for the turn, then answer."""
-    language = caller.language
+    language, text, figures = caller.language, "", ""
     with shared.line.place() as place:
         for sentence in waiting(place, language):
             if work.stopped:
@@ -145,16 +145,15 @@ def _answered(shared: Shared, caller: Caller, work: Work, history: History, sett
         if not work.stopped and shared.engines.loaded(caller.checkpoint) is None:
             yield Step(history, say(language, "loading", name=caller.checkpoint))
         if work.stopped:  # before its turn
-            text, reply = "", Reply("", "cancelled", 0, 0)
+            reply: Reply | None = Reply("", "cancelled", 0, 0)
         else:
             (engine,) = shared.engines.get(caller.checkpoint)
             stream = engine.stream(None, sent(history, engine, shared.folder, caller.settings["system"]), settings)
             work.begin(stream)
-            text = ""
             for text in growing(stream):
                 yield Step([*history, {"role": "assistant", "content": text}], say(language, "working"))
             reply = stream.reply
-            assert reply is not None
+            assert reply is not None, "the stream has ended"
             figures = line_of_figures(reply, engine, language)
     if reply.finish_reason != "cancelled":
         yield Step([*history, {"role": "assistant", "content": text}], figures, busy=False)

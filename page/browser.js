@@ -25,8 +25,10 @@ const vqa = {
       const text = vqa.chinese[element.getAttribute(name)]
       if (text) element.setAttribute(name, text)
     }
-    const text = element.childElementCount ? undefined : vqa.chinese[element.textContent.trim()]
-    if (text) element.textContent = text
+    for (const node of element.childNodes) {
+      const text = node.nodeType === Node.TEXT_NODE && vqa.chinese[node.data.trim()]
+      if (text) node.data = text
+    }
   },
 
   // ---- chats that are kept: [{id, title, messages}, …], newest first, in the storage of this browser
@@ -148,6 +150,7 @@ document.documentElement.lang = vqa.language === "zh" ? "zh-CN" : "en"
 Object.defineProperty(navigator, "language", {get: () => document.documentElement.lang})
 Object.defineProperty(navigator, "languages", {get: () => [document.documentElement.lang]})
 addEventListener("pointerdown", vqa.begin_box, {passive: false})
+addEventListener("dragstart", event => event.target.closest?.("#part") && event.preventDefault())
 addEventListener("input", event => event.target.closest?.("#box") && vqa.show_box())
 addEventListener("resize", vqa.show_box)
 if (vqa.language === "zh") {

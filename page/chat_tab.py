@@ -37,7 +37,9 @@ class ChatTab:
         )
         self.status = gr.Markdown("", elem_id="status")
         # Gradio's own editing fails for questions with photos
-        self.editing = gr.Dropdown([], value=NONE, label=label("editing"), visible=False, elem_id="editing")
+        self.editing = gr.Dropdown(
+            [(label("editing_none"), NONE)], value=NONE, label=label("editing"), visible=False, elem_id="editing"
+        )
         self.where = gr.Radio(
             [(label("where_add"), "add"), (label("where_new"), "new")],
             value="add",
