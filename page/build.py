@@ -23,6 +23,14 @@ from page.settings import checkpoint_choice, settings_panel
 from page.texts import TEXTS, label, translations
 from page.uploads import SessionFiles
 
+# Gradio's are too pale: WCAG 2.1 wants 4.5:1 between a text and what is behind it
+GREY = {"": "*neutral_600", "_dark": "*neutral_300"}
+PALE = ("body_text_color_subdued", "block_info_text_color", "block_label_text_color", "input_placeholder_color")
+COLOURS = {name + mode: grey for name in PALE for mode, grey in GREY.items()} | {
+    "button_primary_background_fill": "*primary_600",
+    "button_primary_background_fill_dark": "*primary_600",
+}
+
 HERE = Path(__file__).resolve().parent
 KEEP_SECONDS = 3600  # how long an upload is kept after its last use, if its session goes on
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]  # present on most systems
@@ -92,7 +100,7 @@ def launch(page: gr.Blocks, gui: Gui) -> None:
         root_path=gui.root_path,
         auth=(gui.user, gui.password) if gui.user else None,
         max_file_size=f"{gui.max_upload_mb}mb",
-        theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=["ui-monospace", "monospace"]).set(**COLOURS),
         css=(HERE / "style.css").read_text(encoding="utf-8"),
         i18n=translations(),
         app_kwargs={"middleware": [Middleware(FirstScript, (HERE / "browser.js").read_bytes())]},

@@ -13,7 +13,7 @@ from page.asking import Shared, decoded, sent, sentence_of, waiting
 from page.chat import History, answered, photos_of, typed
 from page.chat_tab import ChatTab
 from page.settings import as_settings
-from page.texts import label, language_of, say
+from page.texts import TEXTS, label, language_of, say
 from page.uploads import NotUploadedError, uploaded_photo
 from visual.transform import load_image
 
@@ -94,7 +94,7 @@ class PartPanel:
             gr.Markdown(label("part_info"))
             self.photo = gr.Image(
                 show_label=False, label=label("part"), interactive=False, buttons=[], height=280, elem_id="part",
-                placeholder="",
+                placeholder="", alt_text=TEXTS["part_of_photo"][0],
             )  # fmt: skip
             self.box = gr.Textbox("", label=label("box"), placeholder="0.25,0.0,0.5,1.0", max_lines=1, elem_id="box")
             remove = gr.Button(label("no_box"), size="sm", elem_id="no-box")
@@ -115,10 +115,10 @@ class PartPanel:
             shared.files.hold(request.session_hash or "", *new)
             last = [*(photo.path for photo in earlier), *new][-1:]
             before = shown.get("path") if isinstance(shown, dict) else None
-            same = last == [before]
-            return gr.update() if same else gr.update(value=_shown(last)), gr.update(
-                visible=bool(new and earlier) and not editing
-            )
+            language = language_of(request)
+            photo = gr.update(value=_shown(last), alt_text=say(language, "part_of_photo"))
+            ask_where = bool(new and earlier) and not editing
+            return gr.update() if last == [before] else photo, gr.update(visible=ask_where)
 
         # the browser compares, so that typing asks the server nothing
         attached = gr.Textbox(visible="hidden")

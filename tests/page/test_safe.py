@@ -50,7 +50,7 @@ def ask(client, photo, text, where="add"):
 
 
 def said(outputs):
-    return outputs[2][-1]["content"][-1]["text"]
+    return outputs[0][-1]["content"][-1]["text"]
 
 
 def wait_for(condition, seconds=60):
