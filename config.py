@@ -257,14 +257,7 @@ class Gui(Section):
     max_upload_mb: int = Field(20, ge=1, le=10_000)
     root_path: str = Field("", pattern=r"^(/[^\s/]+)*$|^https?://\S+$")
     user: str | None = Field(None, min_length=1)
-    # never written: neither into a checkpoint nor into a message
-    password: str | None = Field(None, min_length=1, exclude=True, repr=False)
-
-    @model_validator(mode="after")
-    def _both_or_none(self) -> "Gui":
-        if self.password is not None and self.user is None:
-            raise ValueError("'password' needs a 'user': set both, or none")
-        return self
+    password: str | None = Field(None, exclude=True, repr=False)  # neither in a checkpoint nor in a message
 
 
 class Config(Section):
@@ -316,10 +309,7 @@ def load_config(path: str | Path, overrides: list[str] | dict[str, Any] | None =
 
 
 def load_data(path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> Data:
-    """Load the `data` section of a config; sections `visual` and `llm` may be missing.
-
-    Present sections are checked. Arguments and errors as `load_config`.
-    """
+    """Load the `data` section of a config in which `visual` and `llm` may be missing; else as `load_config`."""
     return validated(DataConfig, _raw(path, overrides), where=shortened(path)).data
 
 

@@ -46,11 +46,15 @@ def sample_photos() -> dict[str, bytes]:
 
 
 def with_password(gui: Gui) -> Gui:
-    """Take the password of the environment, if there is one; check that it is complete."""
+    """Take the password of the environment, unless one is set; check that name and password are set, or neither."""
+    if gui.user is None:
+        if gui.password is not None:
+            raise UserError("gui.password needs gui.user: set both, or none")
+        return gui
     password = gui.password or os.environ.get(PASSWORD_VARIABLE)
-    if gui.user is not None and not password:
+    if not password:
         raise UserError(f"gui.user needs a password: set the environment variable {PASSWORD_VARIABLE}")
-    return changed(gui, {"password": password}, PASSWORD_VARIABLE) if gui.user is not None else gui
+    return changed(gui, {"password": password}, PASSWORD_VARIABLE)
 
 
 def end_on_signals() -> None:

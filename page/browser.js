@@ -20,7 +20,10 @@ const vqa = {
     "Click to Access Webcam": "点击启用摄像头", "Upload a file": "上传文件", "Clear": "清除",
   },
 
-  translate(element) {
+  mend(element) {
+    if (element.matches("button img"))  // opens the photo; a screen reader needs a name
+      element.closest("button").setAttribute("aria-label", vqa.language === "zh" ? "照片" : "Photo")
+    if (vqa.language === "en") return
     for (const name of ["aria-label", "title"]) {
       const text = vqa.chinese[element.getAttribute(name)]
       if (text) element.setAttribute(name, text)
@@ -153,10 +156,8 @@ addEventListener("pointerdown", vqa.begin_box, {passive: false})
 addEventListener("dragstart", event => event.target.closest?.("#part") && event.preventDefault())
 addEventListener("input", event => event.target.closest?.("#box") && vqa.show_box())
 addEventListener("resize", vqa.show_box)
-if (vqa.language === "zh") {
-  new MutationObserver(changes => {
-    for (const {addedNodes} of changes)
-      for (const node of addedNodes)
-        if (node.nodeType === 1) [node, ...node.querySelectorAll("*")].forEach(vqa.translate)
-  }).observe(document, {childList: true, subtree: true})
-}
+new MutationObserver(changes => {
+  for (const {addedNodes} of changes)
+    for (const node of addedNodes)
+      if (node.nodeType === 1) [node, ...node.querySelectorAll("*")].forEach(vqa.mend)
+}).observe(document, {childList: true, subtree: true})

@@ -169,7 +169,7 @@ def test_photos_stand_beside_their_messages(page, photos):
     first, second = (page.locator("#chat .user-row img").nth(number).bounding_box() for number in (0, 1))
     assert first["y"] < second["y"] + second["height"]
     assert second["y"] < first["y"] + first["height"]  # side by side
-    assert page.locator("#chat .user-row img").first.get_attribute("alt") == "red.png"
+    assert page.locator("#chat .user-row button:has(img)").first.get_attribute("aria-label") == "Photo"
     expect(page, "#chat button[aria-label='Share']:visible").to_have_count(0)  # it would send them to a website
 
 

@@ -295,8 +295,8 @@ def test_the_password_comes_from_the_environment_and_goes_nowhere(monkeypatch):
     config: Config = load_config("config.yaml", {"gui.user": "me", "gui.password": "secret"})
     assert config.gui.password == "secret"
     assert "secret" not in json.dumps(portable_config(config))
-    with pytest.raises(UserError, match="'password' needs a 'user'"):
-        load_config("config.yaml", {"gui.password": "secret"})
+    with pytest.raises(UserError, match="gui.password needs gui.user"):
+        test_gui.with_password(Gui(password="secret"))
 
 
 @pytest.mark.parametrize("path", ["vqa", "/vqa/", "/v qa", "javascript:x"])
