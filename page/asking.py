@@ -144,16 +144,15 @@ def _answered(shared: Shared, caller: Caller, work: Work, history: History, sett
             yield Step(history, sentence)
         if not work.stopped and shared.engines.loaded(caller.checkpoint) is None:
             yield Step(history, say(language, "loading", name=caller.checkpoint))
-        if work.stopped:  # before its turn
-            reply: Reply | None = Reply("", "cancelled", 0, 0)
-        else:
+        reply = Reply("", "cancelled", 0, 0)  # before its turn
+        if not work.stopped:
             (engine,) = shared.engines.get(caller.checkpoint)
             stream = engine.stream(None, sent(history, engine, shared.folder, caller.settings["system"]), settings)
             work.begin(stream)
             for text in growing(stream):
                 yield Step([*history, {"role": "assistant", "content": text}], say(language, "working"))
+            assert stream.reply is not None, "the stream has ended"
             reply = stream.reply
-            assert reply is not None, "the stream has ended"
             figures = line_of_figures(reply, engine, language)
     if reply.finish_reason != "cancelled":
         yield Step([*history, {"role": "assistant", "content": text}], figures, busy=False)
