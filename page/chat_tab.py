@@ -139,10 +139,10 @@ class ChatTab:
         else:
             emptied = self.closed() | {self.question: in_box("")}
             if where == "new" and uploads and before and not editing:
-                before, emptied = [], emptied | {self.chat_id: ""}
+                history, before, emptied = [], [], emptied | {self.chat_id: ""}
             yield emptied
             box_text = box_text.strip() if isinstance(box_text, str) else ""
-            yield from self._run(request, before, text, uploads, name, as_settings(values), box_text)
+            yield from self._run(request, history, before, text, uploads, name, as_settings(values), box_text)
 
     def on_again(self, request: gr.Request, history, name, *values) -> Iterator[Updates]:
         history, settings = answered(history), as_settings(values)
@@ -155,7 +155,7 @@ class ChatTab:
         question = history[-2]
         uploads = [as_upload(photo) for photo in question["photos"]]
         text, box = question["content"], _box_text(question)
-        yield from self._run(request, history[:-2], text, uploads, name, settings, box)
+        yield from self._run(request, history, history[:-2], text, uploads, name, settings, box)
 
     def on_edit(self, request: gr.Request, history: Any) -> Updates:
         """Offer the questions of the chat, the last one first of all."""
@@ -186,13 +186,17 @@ class ChatTab:
         return self.show(Step([], "", busy=False), language_of(request)) | self.closed() | {self.chat_id: ""}
 
     def _run(
-        self, request: gr.Request, before: History, text: str, uploads: list[Any], name: Any,
+        self, request: gr.Request, whole: History, before: History, text: str, uploads: list[Any], name: Any,
         settings: dict[str, Any], box: str,
     ) -> Iterator[Updates]:  # fmt: skip
+        """Ask a question after the messages `before`; if it gets no answer, the chat is the `whole` one again."""
         language = language_of(request)
         caller = Caller(request.session_hash or "", language, str(name), settings, box)
         for step in answer(self._shared, caller, [*before, {"role": "user", "content": text}], uploads):
-            yield self.show(step, language)
+            if step.question is None:
+                yield self.show(step, language)
+            else:
+                yield self.show(step._replace(history=whole), language) | {self.box: box}
 
 
 def _is_question(place: Any, history: History) -> bool:

@@ -315,6 +315,21 @@ def test_errors_stand_in_the_chat_and_the_question_comes_back(page, photos):
     ask(page, "defect")
     expect_text(page, "#chat", "KeyError: 'something of ours'")
     expect(page, "#ask").to_be_enabled()
+    ask(page, "first")
+    expect_text(page, "#chat", "(64, 48) first")
+    ask(page, "second")
+    expect_text(page, "#chat", "(64, 48) first + second")
+    expect(page, "#ask").to_be_enabled()
+    page.click("#edit")
+    page.click("#editing input")
+    page.get_by_role("option", name="1: first").click()
+    expect(page, "#question textarea").to_have_value("first")
+    ask(page, "long")
+    expect_text(page, "#chat", "⚠ the dialogue")
+    expect_text(page, "#chat", "(64, 48) first + second")  # the chat is as before
+    expect(page, "#ask").to_be_enabled()
+    page.click("#clear")
+    expect(page, "#chat .message").to_have_count(0)
     ask(page, "short")  # failed questions are not part of what the model is sent
     expect_text(page, "#chat", "(64, 48) short")
 

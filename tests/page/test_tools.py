@@ -112,6 +112,8 @@ def test_a_box_that_is_none_is_said(page, photo):
     ask(page, "What is this?")
     expect_text(page, "#chat", "⚠ the box 0.9,0.1,0.2,0.3 is empty")
     expect(page, "#question textarea").to_have_value("What is this?")
+    expect(page, "#box :is(input, textarea)").to_have_value("0.9,0.1,0.2,0.3")
+    page.click("#no-box")
 
 
 def test_another_checkpoint_answers_without_a_restart(page, photo, engines):
