@@ -108,7 +108,7 @@ def test_the_language_is_switched_in_the_page_and_kept(browser, address, photo):
         expect_text(page, "#ask", "Ask")
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("language", ["en", pytest.param("zh", marks=pytest.mark.nightly)])
 def test_phone_width_has_no_sideways_scrolling(browser, address, photo, language):
     with opened(browser, address, language, width=390, has_touch=True) as page:
         upload(page, *[photo] * 12)
@@ -156,8 +156,15 @@ def test_the_keyboard_alone_is_enough(browser, address):
         assert {"again", "clear", "download"} <= reached
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        pytest.param(1280, False, id="wide-light"),
+        pytest.param(390, True, id="phone-dark"),
+        pytest.param(1280, True, id="wide-dark", marks=pytest.mark.nightly),
+        pytest.param(390, False, id="phone-light", marks=pytest.mark.nightly),
+    ],
+)
 def test_axe_finds_nothing_serious(browser, address, photo, width, dark):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     with opened(browser, address, width=width, color_scheme="dark" if dark else "light") as page:
@@ -177,6 +184,7 @@ def test_axe_finds_nothing_serious(browser, address, photo, width, dark):
         assert told == []
 
 
+@pytest.mark.nightly  # `test_safe.py` has the same without a browser
 def test_it_works_at_a_path_of_a_reverse_proxy(browser, tmp_path, photo):
     engines = Engines(SpokenEngine(), "c7")
     with (
