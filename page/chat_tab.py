@@ -117,7 +117,7 @@ class ChatTab:
     def complain(self, request: gr.Request, key: str) -> Updates:
         """Return the update that shows a sentence."""
         sentence = say(language_of(request), key)
-        gr.Warning(sentence)
+        gr.Warning(sentence, title=say(language_of(request), "notice"))
         return {self.status: sentence}
 
     def is_busy(self, request: gr.Request) -> bool:
@@ -150,7 +150,7 @@ class ChatTab:
             yield self.complain(request, "busy" if history else "nothing_to_repeat")
             return
         if settings["temperature"] == 0:
-            gr.Info(say(language_of(request), "same_answer"))
+            gr.Info(say(language_of(request), "same_answer"), title=say(language_of(request), "notice"))
         settings["seed"] = time.time_ns() % 2**31
         question = history[-2]
         uploads = [as_upload(photo) for photo in question["photos"]]

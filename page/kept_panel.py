@@ -70,7 +70,7 @@ class KeptPanel:
         history = answered(history)
         if not history:
             sentence = say(language_of(request), "nothing_to_save")
-            gr.Warning(sentence)
+            gr.Warning(sentence, title=say(language_of(request), "notice"))
             return None, sentence
         path = store(self._shared.folder, zipped(history, str(name)), "chat.zip")
         self._shared.files.hold(request.session_hash or "", path)

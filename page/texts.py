@@ -129,6 +129,7 @@ TEXTS = {
     "batch_state": ("{done} of {all} answered", "已回答 {done} / {all}"),
     "batch_failed": ("{failed} with an error", "{failed} 个出错"),
     # complaints
+    "notice": ("Notice", "提示"),
     "no_photo": ("No photo yet: add one to the question.", "还没有照片，请先添加一张。"),
     "no_question": ("The question is empty: type one first.", "问题是空的，请先输入问题。"),
     "nothing_to_repeat": ("There is no answer to repeat yet.", "还没有可以重新回答的内容。"),
