@@ -18,6 +18,19 @@ const vqa = {
     "Copy message": "复制", "Copy conversation": "复制对话", "Copied conversation": "已复制", "Fullscreen": "全屏",
     "chatbot conversation": "对话", "Exit fullscreen mode": "退出全屏", "Remove file": "移除文件",
     "Click to Access Webcam": "点击启用摄像头", "Upload a file": "上传文件", "Clear": "清除",
+    "grant webcam access": "允许使用摄像头", "Multimedia input field": "问题和照片", "Close": "关闭",
+    "Info": "提示", "Warning": "提示", "Error": "出错", "Reset to default value": "恢复默认值",
+    "a component of type image": "照片",
+    // these are followed by more, often by one of the others
+    "user's message: ": "问题：", "bot's message: ": "回答：", "number input for ": "输入数值：",
+    "range slider for ": "滑块：",
+  },
+
+  translated(text) {
+    const start = Object.keys(vqa.chinese).find(start => start.endsWith(" ") && text?.startsWith(start))
+    if (!start) return vqa.chinese[text]
+    const rest = text.slice(start.length)
+    return vqa.chinese[start] + (vqa.chinese[rest] || rest)
   },
 
   mend(element) {
@@ -25,9 +38,10 @@ const vqa = {
       element.closest("button").setAttribute("aria-label", vqa.language === "zh" ? "照片" : "Photo")
     if (vqa.language === "en") return
     for (const name of ["aria-label", "title"]) {
-      const text = vqa.chinese[element.getAttribute(name)]
+      const text = vqa.translated(element.getAttribute(name))
       if (text) element.setAttribute(name, text)
     }
+    if (element.closest(".message, #words, table, ul")) return  // texts of the user and the model
     for (const node of element.childNodes) {
       const text = node.nodeType === Node.TEXT_NODE && vqa.chinese[node.data.trim()]
       if (text) node.data = text
@@ -157,7 +171,9 @@ addEventListener("dragstart", event => event.target.closest?.("#part") && event.
 addEventListener("input", event => event.target.closest?.("#box") && vqa.show_box())
 addEventListener("resize", vqa.show_box)
 new MutationObserver(changes => {
-  for (const {addedNodes} of changes)
+  for (const {type, target, addedNodes} of changes) {
+    if (type === "attributes") vqa.mend(target)
     for (const node of addedNodes)
       if (node.nodeType === 1) [node, ...node.querySelectorAll("*")].forEach(vqa.mend)
-}).observe(document, {childList: true, subtree: true})
+  }
+}).observe(document, {childList: true, subtree: true, attributeFilter: ["aria-label", "title"]})
