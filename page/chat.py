@@ -33,6 +33,12 @@ def typed(payload: Any) -> tuple[str, list[Any]]:
     return text.strip() if isinstance(text, str) else "", uploads if isinstance(uploads, list) else []
 
 
+def typed_files(payload: Any) -> list[str]:
+    """Return the paths of the uploads in the question box, unchecked."""
+    paths = [upload.get("path") for upload in typed(payload)[1] if isinstance(upload, dict)]
+    return [path for path in paths if isinstance(path, str)]
+
+
 def checked(upload: Any, folder: Path) -> UploadedPhoto:
     """Return an upload without other fields from the client, such as an address that the server would fetch.
 

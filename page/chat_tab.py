@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from page.asking import Caller, Shared, Step, answer
-from page.chat import History, answered, as_shown, as_upload, in_box, photos_of, typed
+from page.chat import History, answered, as_shown, as_upload, in_box, photos_of, typed, typed_files
 from page.settings import as_settings
 from page.texts import label, language_of, say
 
@@ -96,7 +96,7 @@ class ChatTab:
         self.edit.click(self.on_edit, self.messages, self.outputs, **options)
         self.editing.input(self.on_choose, [self.messages, self.editing], self.outputs, **options)
         self.stop.click(self.on_stop, None, None, **options)
-        cleared = gr.on([self.clear.click, self.shown.clear], self.on_clear, None, self.outputs, **options)
+        cleared = gr.on([self.clear.click, self.shown.clear], self.on_clear, self.question, self.outputs, **options)
         cleared.then(None, js="() => sessionStorage.removeItem('vqa-chat')")
         self.answering = [asking, again]
         self.changes = [*self.answering, cleared]
@@ -179,10 +179,11 @@ class ChatTab:
         if work := self._shared.running.get(request.session_hash or ""):
             work.stop()
 
-    def on_clear(self, request: gr.Request) -> Updates:
+    def on_clear(self, request: gr.Request, payload: Any) -> Updates:
+        """Begin a new chat; photos that wait in the question box stay."""
         if self.is_busy(request):
             return self.complain(request, "busy")
-        self._shared.files.release(request.session_hash or "")
+        self._shared.files.release(request.session_hash or "", keep=typed_files(payload))
         return self.show(Step([], "", busy=False), language_of(request)) | self.closed() | {self.chat_id: ""}
 
     def _run(

@@ -7,7 +7,7 @@ import gradio as gr
 
 from errors import UserError
 from page.asking import Shared, Step
-from page.chat import answered, files_of
+from page.chat import answered, files_of, typed_files
 from page.chat_tab import ChatTab, Updates
 from page.kept import opened, to_keep, zipped
 from page.texts import label, language_of, say
@@ -41,7 +41,10 @@ class KeptPanel:
         # the browser sends the stored chat in place of its id
         loaded = page.load(None, None, self.list, js="() => vqa.choices(vqa.kept())")
         for listener in (self.list.input, loaded.then):
-            opening = listener(self.on_open, self.list, chat.outputs, js="id => [vqa.open(id)]", **PRIVATE)
+            opening = listener(
+                self.on_open, [self.list, chat.chat_id, chat.question], chat.outputs,
+                js="(id, ...others) => [vqa.open(id), ...others]", **PRIVATE,
+            )  # fmt: skip
             chat.changes.append(opening)
         chat.download.click(self.on_download, [chat.messages, checkpoint], [self._file, chat.status], **PRIVATE).then(
             None, self._file, None, js="file => vqa.download(file)"
@@ -51,8 +54,11 @@ class KeptPanel:
         chat_id = chat_id or secrets.token_hex(8)
         return to_keep(answered(history), chat_id), chat_id
 
-    def on_open(self, request: gr.Request, stored: Any) -> Updates:
-        if not stored:  # nothing to open at the first load
+    def on_open(self, request: gr.Request, stored: Any, open_id: Any, payload: Any) -> Updates:
+        """Show a stored chat; photos that wait in the question box stay."""
+        # Nothing to open at the first load. Gradio sends a choice twice; the second, when it comes after the next
+        # question, would take that back.
+        if not stored or (isinstance(stored, dict) and stored.get("id") == open_id):
             return {self._chat.status: gr.update()}
         if self._chat.is_busy(request):
             return self._chat.complain(request, "busy")
@@ -62,7 +68,7 @@ class KeptPanel:
             return self._chat.complain(request, "bad_kept")
         session = request.session_hash or ""
         self._shared.files.hold(session, *files_of(history))
-        self._shared.files.release(session, keep=files_of(history))
+        self._shared.files.release(session, keep=[*files_of(history), *typed_files(payload)])
         step = Step(history, "", busy=False)
         return self._chat.show(step, language_of(request)) | self._chat.closed() | {self._chat.chat_id: chat_id}
 
