@@ -11,6 +11,7 @@ import uvicorn
 
 from answering.request import CancelledError, Reply, ReplyStream
 from config import Generate, Gui, Prompt
+from errors import UserError
 from evaluation import screenshots
 from page.address import in_url
 from page.checkpoints import Engines
@@ -18,7 +19,7 @@ from qwen.chat import MessageFormat
 from visual_plan import VisualPlan
 
 THUMBNAILS = "#question .thumbnail-wrapper"
-PATIENCE = 60_000  # ms: other tests may have the machine
+PATIENCE = 120_000  # ms: other tests may have the machine, and the first page of a browser loads slowly
 
 
 class SpokenEngine:
@@ -49,7 +50,7 @@ class SpokenEngine:
         if question == "memory":
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
         if question == "long":
-            raise ValueError("the dialogue is <b>too long</b>: start a new one")
+            raise UserError("the dialogue is <b>too long</b>: start a new one")
         if question == "defect":
             raise KeyError("something of ours")
         self.at_work += 1
@@ -76,7 +77,7 @@ class SpokenEngine:
             self.at_work -= 1
         return Reply("".join(told), reason, 30, len(told), 11, 0.25, 8.5)
 
-    def answer_many(self, requests, settings):
+    def answer_many(self, requests, settings=None):
         self.settings = settings
         for request in requests:
             text = "".join(part for part in request.messages[-1].parts if isinstance(part, str)).strip()

@@ -98,7 +98,8 @@ def test_a_box_is_dragged_and_rides_with_one_question(page, photo):
     ask(page, "What is this?")
     expect_text(page, "#status", "GiB in use")
     expect(page, "#chat .user-row img").to_have_count(2)  # the photo and its part
-    expect(page, "#chat .user-row img >> nth=1").to_have_js_property("naturalWidth", pytest.approx(100, abs=4))
+    page.wait_for_function("document.querySelectorAll('#chat .user-row img')[1].naturalWidth > 0")
+    assert page.locator("#chat .user-row img").nth(1).evaluate("part => part.naturalWidth") == pytest.approx(100, abs=4)
     expect(page, "#box :is(input, textarea)").to_have_value("")
     expect(page, ".drawn-box").to_have_count(0)
     ask(page, "And the whole?")
