@@ -15,6 +15,7 @@ const vqa = {
 
   // Gradio writes some labels in English only, and gives some elements none
   chinese: {
+    __proto__: null,  // so that it has no "constructor" or "toString"
     "Copy message": "复制", "Copy conversation": "复制对话", "Copied conversation": "已复制", "Fullscreen": "全屏",
     "chatbot conversation": "对话", "Exit fullscreen mode": "退出全屏", "Remove file": "移除文件",
     "Click to Access Webcam": "点击启用摄像头", "Upload a file": "上传文件", "Clear": "清除",
