@@ -403,6 +403,7 @@ def test_a_chat_comes_back_from_the_browsers_storage(page, photos):
     expect(page, "#chat .user-row img").to_have_count(1)
     ask(page, "more")
     expect_text(page, "#chat", "(64, 48) kept <b>one</b> + more")
+    page.wait_for_function("localStorage.getItem('vqa-chats').includes('+ more')")  # stored soon after it is shown
 
     page.reload()  # the same tab shows its chat again
     page.wait_for_selector("#ask")
