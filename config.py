@@ -133,12 +133,18 @@ class Projector(Section):
     kind: str = Field("mlp", min_length=1)  # a key of `model.projector.PROJECTORS`; new kinds are added there
     init_std: float = Field(0.01, ge=1e-6, le=10)
     factor: Literal[2, 3] = 3
+    mean_share: float | None = Field(None, ge=0, le=1)
     queries: int = Field(64, ge=1, le=4096)
     heads: int = Field(16, ge=1, le=256)
 
     @model_validator(mode="after")
     def _no_setting_of_another_kind(self) -> "Projector":
-        owners = {"factor": "pixel_shuffle", "queries": "resampler", "heads": "resampler"}
+        owners = {
+            "factor": "pixel_shuffle",
+            "mean_share": "pixel_shuffle",
+            "queries": "resampler",
+            "heads": "resampler",
+        }
         for key, kind in owners.items():
             # a checkpoint's config has all keys, so a default value was not chosen; new kinds may use any key
             chosen = getattr(self, key) != type(self).model_fields[key].default

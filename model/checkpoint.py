@@ -177,7 +177,12 @@ def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config
     if report_layout.is_report_checkpoint(folder):
         return report_layout.read_report_config(folder, overrides or {})
     read_provenance(folder)  # first: a newer version may have other keys in its config
-    return load_config(folder / CONFIG_FILE, overrides)
+    config = load_config(folder / CONFIG_FILE, overrides)
+    projector = config.projector
+    if projector.kind == "pixel_shuffle" and "mean_share" not in projector.model_fields_set:
+        # written before the key, so it was trained with none of the mean
+        config = load_config(folder / CONFIG_FILE, {**(overrides or {}), "projector.mean_share": 0.0})
+    return config
 
 
 def restore_weights(model: MMultiModal, folder: Path, other_prompt: bool = False, new_run: bool = False) -> list[str]:
