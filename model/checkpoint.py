@@ -63,6 +63,7 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     overrides: dict[str, Any] | None = None,
+    merge_lora: bool = True,
 ) -> MMultiModal:
     """Load a checkpoint folder for answering.
 
@@ -72,6 +73,8 @@ def load_checkpoint(
         dtype: of all weights that are not quantised; default bf16 on a GPU that has it, else float32.
         overrides: config values by dotted key, for example `{"llm.path": "/models/Qwen2.5-0.5B"}`; the values are
             used unchanged.
+        merge_lora: add LoRA to the weights where that loses nothing (`qwen.lora.merge_lora`), so that answers take no
+            time for it. False: leave it apart, as in training.
 
     Raises:
         UserError: not a complete checkpoint, or its backbones are missing or differ from those in training.
@@ -87,6 +90,8 @@ def load_checkpoint(
     for part in model.parts:
         for parameter in part.parameters.values():
             parameter.data = parameter.data.to(dtype)
+    if merge_lora:
+        model.merge_lora()
     return model.eval()
 
 
