@@ -20,6 +20,7 @@ from answering.remote import RemoteAnswerer
 from answering.request import AnyAnswerer, PhotoSource
 from dataset.records import Entry, Photo
 from errors import UserError
+from evaluation.baselines import BASELINES, TRAINED
 from evaluation.intervals import Interval
 from evaluation.losses import answer_losses
 from evaluation.metrics import normalise
@@ -33,14 +34,6 @@ from model.projector import build_projector
 from visual.augment import STRENGTHS, distort
 from visual.photo import load_image
 
-TRAINED = "trained"  # the pass of the model as it is, with the own photo
-BASELINES = {
-    "blind": "with another photo",
-    "text": "without any photo",
-    "untrained": "with an untrained projector",
-    "majority": "the type's most frequent answer",
-}
-NEEDS_WEIGHTS = "untrained"  # the baseline that a server cannot give
 UNTRAINED_SEED = 0
 DISTORTION_SEED = 0
 
