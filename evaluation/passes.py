@@ -31,6 +31,7 @@ from model.checkpoint_folder import PROVENANCE_FILE, checksum
 from model.model import MMultiModal
 from model.portable import portable_config
 from model.projector import build_projector
+from qwen.half import HalfLinear
 from visual.augment import STRENGTHS, distort
 from visual.photo import load_image
 
@@ -280,10 +281,11 @@ def describe(
     files = [provenance] if provenance.is_file() else sorted(checkpoint.glob("*.bin"))
     sections = portable_config(model.config)
     parameter = next(model.feature_proj.parameters())
+    half = ", fp16 weights" if any(isinstance(layer, HalfLinear) for layer in model.LLM.modules()) else ""
     return {
         "checkpoint": checkpoint.name,
         "weights": [checksum(file)[:16] for file in files],
         **asked,
         **{name: sections[name] for name in ("prompt", "visual", "llm", "projector", "generate")},
-        "computed": f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}",
+        "computed": f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}{half}",
     }

@@ -145,7 +145,7 @@ class MMultiModal(nn.Module):
     @property
     def suppressed_ids(self) -> list[int]:
         """Ids excluded from answers: the placeholder, and the unused spare rows of the embedding."""
-        rows = self.LLM.get_output_embeddings().weight.shape[0]
+        rows = self.LLM.get_output_embeddings().out_features
         return [self.processor.chat.image_token_id, *range(len(self.processor.tokenizer), rows)]
 
     @property
