@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_folder(output, "--output")
     whole = {"llm.quantization": "none", "llm.device_map": None}  # export needs unquantised weights on the CPU
     overrides = parse_overrides(args.overrides) | whole
-    model = load_checkpoint(args.checkpoint.absolute(), device="cpu", dtype=torch.float32, overrides=overrides)
+    model = load_checkpoint(args.checkpoint.absolute(), "cpu", torch.float32, overrides, merge_lora=False)
     try:
         difference = export_checkpoint(model, output)
     except (OSError, SafetensorError) as error:  # no permission, or the disk is full

@@ -30,6 +30,7 @@ from typing import Any
 import orjson
 import torch
 import yaml
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -55,7 +56,8 @@ from model.checkpoint_folder import (
 from model.model import MMultiModal
 from model.parts import ADAPTER_FILE, PROJECTOR_FILE, Part
 from model.portable import portable_config
-from model.precision import DTYPES, pick_device, pick_precision
+from model.precision import answering_weights, pick_device
+from qwen.half import halve
 
 
 def load_checkpoint(
@@ -63,30 +65,39 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     overrides: dict[str, Any] | None = None,
+    merge_lora: bool = True,
 ) -> MMultiModal:
     """Load a checkpoint folder for answering.
 
     Args:
         folder: as `save_checkpoint` wrote it, or the course report's published checkpoint.
         device: default as `model.precision.pick_device`.
-        dtype: of all weights that are not quantised; default bf16 on a GPU that has it, else float32.
+        dtype: of all weights that are not quantised; default as `answering_weights`.
         overrides: config values by dotted key, for example `{"llm.path": "/models/Qwen2.5-0.5B"}`; the values are
-            used unchanged.
+            used unchanged. Only here, `train.precision` is that of the answers.
+        merge_lora: add LoRA to the weights where that loses nothing (`qwen.lora.merge_lora`), so that answers take no
+            time for it. False: leave it apart, as in training.
 
     Raises:
         UserError: not a complete checkpoint, or its backbones are missing or differ from those in training.
     """
     folder = check_complete(Path(folder))
     device = pick_device(device)
-    if dtype is None:
-        dtype = DTYPES[pick_precision("auto", device)] if device.type == "cuda" else torch.float32
     config = read_config(folder, overrides)
+    halves = False
+    if dtype is None:
+        asked = config.train.precision if "train.precision" in (overrides or {}) else None
+        dtype, halves = answering_weights(asked, device)
     model = MMultiModal.from_config(config, device, dtype, run_folder=folder.parent)
     restore_weights(model, folder)
     # only the parts: `.to(dtype)` on the model would also round the frequencies of the rotary embedding
     for part in model.parts:
         for parameter in part.parameters.values():
             parameter.data = parameter.data.to(dtype)
+    if merge_lora:
+        model.merge_lora()
+    if halves and not isinstance(model.LLM, PeftModel):
+        halve(model.LLM)
     return model.eval()
 
 

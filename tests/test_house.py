@@ -33,7 +33,7 @@ ALLOWED = {
     "dataset": {"visual", "qwen"},
     "backbones": set(),
     "model": {"visual", "qwen", "backbones"},
-    "answering": {"model", "visual", "qwen"},
+    "answering": {"model", "dataset", "visual", "qwen"},
     "exporting": {"model", "visual", "qwen"},
     "page": set(),
     "serving": {"answering", "visual"},

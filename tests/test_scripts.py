@@ -190,3 +190,18 @@ def test_help_and_a_wrong_key(name, tiny_checkpoint, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"unknown key 'llm\.pth', did you mean 'llm\.path'\?") as caught:
         main([*options, "llm.pth=x"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["process_image", "train", "predict", "eval_vqa", "serve"])
+def test_help_does_not_wait_for_torch(name):
+    code = f"""
+import runpy, sys
+sys.argv = ["{name}.py", "--help"]
+try:
+    runpy.run_path("{name}.py", run_name="__main__")
+except SystemExit as end:
+    sys.exit(f"{{end.code}} {{sorted({{'torch', 'transformers'}} & sys.modules.keys())}}")
+"""
+    done = script("-c", code)
+    assert done.stderr == "0 []\n"
+    assert done.stdout.startswith("usage: ")
