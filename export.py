@@ -5,6 +5,7 @@ with transformers alone, in a process of its own, and must give the same feature
 export_report.json has the figures; docs/carrying.md says what can be exported and who reads it.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         reason = error if isinstance(error, OSError) else OSError(None, str(error))
         raise file_error(reason, output) from error
     questions = report["questions"]
-    same = sum(question["margin"] is None for question in questions)
+    same = sum(question["same"] for question in questions)
     print(
         f"{output}: {same} of {len(questions)} greedy answers are the same, logits differ by at most "
         f"{max(question['logits'] for question in questions):.1e} ({report['dtype']})"
@@ -76,6 +77,7 @@ def _export(checkpoint: Path, overrides: dict[str, Any], dtype: torch.dtype, out
     model = load_checkpoint(checkpoint, device="cpu", dtype=dtype, overrides=overrides)
     written = write_export(model, output, target, card_facts(model, checkpoint))
     del model  # the comparison loads the folder in another process
+    gc.collect()
     return check_export(written)
 
 

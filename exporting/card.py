@@ -106,7 +106,7 @@ def write_card(folder: Path, facts: dict[str, Any], report: dict[str, Any]) -> N
     if bases:
         head["base_model"] = bases
     questions = report.get("questions", [])
-    same = sum(question["margin"] is None for question in questions)
+    same = sum(question["same"] for question in questions)
     comparison = "not the same as the trained model: " + "; ".join(report["problems"][:3])
     if report["passed"]:
         worst = {key: max(question.get(key) or 0.0 for question in questions) for key in ("features", "logits")}

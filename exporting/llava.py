@@ -8,7 +8,7 @@ one more encoder layer (`fold`), which every program computes with the layers th
 import torch
 
 from errors import UserError
-from exporting.stock import Stock, Target, check_parts, plain_config, projector_tensors, strategy, vision_tensors
+from exporting.stock import ExportTarget, Stock, check_parts, plain_config, projector_tensors, strategy, vision_tensors
 from model.model import MMultiModal
 from visual.SigLIP_VIT import SigLIPViT
 
@@ -107,4 +107,4 @@ def _fold(tensors: dict[str, torch.Tensor], vision: dict, exponent: int) -> None
     vision |= {"num_hidden_layers": count + 1, "layer_norm_eps": vision["layer_norm_eps"] / scale**2}
 
 
-TARGET = Target(check, convert)
+TARGET = ExportTarget(check, convert)

@@ -137,7 +137,8 @@ def compare(reference: Reference, folder: Path, feature_error: float) -> dict[st
         problems += [f"question {len(cases) + 1}: {problem}" for problem in wrong]
         asked = question["messages"][-1]["content"]
         asked = asked if isinstance(asked, str) else asked[-1]["text"]
-        cases.append({"question": asked, "ours": text, "theirs": case.pop("text"), **case})
+        answers = {"ours": text, "theirs": case.pop("text"), "same": case.pop("margin") is None}
+        cases.append({"question": asked, **answers, **case})
     return report | {"versions": theirs["versions"], "problems": problems, "questions": cases}
 
 

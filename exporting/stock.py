@@ -32,7 +32,7 @@ class Stock:
     feature_error: float = 0.0
 
 
-class Target(NamedTuple):
+class ExportTarget(NamedTuple):
     """A format of `export.py`.
 
     Attributes:

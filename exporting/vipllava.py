@@ -7,7 +7,7 @@ patch, as we do. Fewer programs read it than `llava`.
 import torch
 
 from errors import UserError
-from exporting.stock import Stock, Target, check_parts, plain_config, projector_tensors, strategy, vision_tensors
+from exporting.stock import ExportTarget, Stock, check_parts, plain_config, projector_tensors, strategy, vision_tensors
 from model.model import MMultiModal
 from visual.SigLIP_VIT import SigLIPViT
 
@@ -45,4 +45,4 @@ def convert(model: MMultiModal, pixels: torch.Tensor) -> Stock:
     return Stock(config, tensors)
 
 
-TARGET = Target(check, convert)
+TARGET = ExportTarget(check, convert)

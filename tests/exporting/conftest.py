@@ -12,23 +12,8 @@ from model.model import MMultiModal
 from tests.tiny import fill_trained, tiny_config
 
 # of a model card
-FACTS: dict = dict.fromkeys(
-    [
-        "name",
-        "visual",
-        "visual_licence",
-        "vision_mode",
-        "projector_mode",
-        "llm",
-        "llm_licence",
-        "llm_mode",
-        "data",
-        "settings",
-        "scores",
-        "dtype",
-    ],
-    "?",
-) | {"tokens": 15}
+NAMES = "name visual visual_licence vision_mode projector_mode llm llm_licence llm_mode data settings scores dtype"
+FACTS: dict = dict.fromkeys(NAMES.split(" "), "?") | {"tokens": 15}
 
 
 @pytest.fixture
