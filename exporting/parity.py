@@ -102,15 +102,16 @@ def store_reference(model: MMultiModal, folder: Path) -> Reference:
     return reference
 
 
-def compare(reference: Reference, folder: Path, feature_error: float) -> dict[str, Any]:
+def compare(reference: Reference, folder: Path, feature_error: float, python: str = sys.executable) -> dict[str, Any]:
     """Load `folder` with transformers in a fresh process and return the report; `problems` is empty if all agrees.
 
     Args:
         feature_error: that the conversion itself makes, 0 for an exact format.
+        python: interpreter whose transformers is used.
     """
     script = Path(__file__).with_name("stock_check.py")
     done = subprocess.run(
-        [sys.executable, "-P", str(script), str(folder), str(reference.folder)],
+        [python, "-P", str(script), str(folder), str(reference.folder)],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
         capture_output=True,
         text=True,

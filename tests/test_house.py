@@ -44,6 +44,7 @@ ALLOWED = {
     "benchmarks": {
         "process_image",
         "export",
+        "exporting",
         "demo",
         "training",
         "evaluation",

@@ -133,7 +133,7 @@ def test_outputs_that_cannot_be_written_are_said_before_the_model_is_loaded(tiny
         screenshots.main(["--checkpoint", "c", "--photo", "x" * 300, "--output", str(tmp_path)])
 
 
-def test_a_full_disk_while_exporting_is_said_and_the_part_removed(tiny_checkpoint, workshop, tmp_path, monkeypatch):
+def test_a_full_disk_while_exporting_is_said(tiny_checkpoint, workshop, tmp_path, monkeypatch):
     export = importlib.import_module("export")
 
     def full(tensors, folder, **_):
