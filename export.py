@@ -8,7 +8,6 @@ export_report.json has the figures; docs/carrying.md says what can be exported a
 import gc
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 
 from backbones.backbone import locate_backbone
-from config import parse_overrides
+from config import Config, parse_overrides
 from errors import UserError, file_error, shortened
 from exporting.card import card_facts
 from exporting.targets import TARGETS
-from exporting.write import check_export, temporary_folders, write_export
+from exporting.write import check_export, write_export
 from model.checkpoint import load_checkpoint, read_config
 from paths import check_folder
 
@@ -56,13 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
     if os.path.lexists(output):  # checked before the model is loaded, which may take minutes
         raise UserError(f"--output: {shortened(output)} exists already, name a new folder")
     check_folder(output, "--output")
-    checkpoint, overrides = args.checkpoint.absolute(), parse_overrides(args.overrides) | OVERRIDES
-    dtype = _own_dtype(checkpoint, overrides) if args.dtype == "auto" else DTYPES[args.dtype]
+    checkpoint, overrides = args.checkpoint.absolute(), parse_overrides(args.overrides)
+    config = read_config(checkpoint, overrides)
+    dtype = _own_dtype(config, checkpoint) if args.dtype == "auto" else DTYPES[args.dtype]
     try:
-        report = _export(checkpoint, overrides, dtype, output, args.format)
+        report = _export(checkpoint, config, overrides | OVERRIDES, dtype, output, args.format)
     except (OSError, SafetensorError) as error:  # no permission, or the disk is full
-        for folder in temporary_folders(output):
-            shutil.rmtree(folder, ignore_errors=True)  # a partial folder would keep the disk full
         reason = error if isinstance(error, OSError) else OSError(None, str(error))
         raise file_error(reason, output) from error
     questions = report["questions"]
@@ -73,17 +71,18 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
-def _export(checkpoint: Path, overrides: dict[str, Any], dtype: torch.dtype, output: Path, target: str) -> dict:
+def _export(
+    checkpoint: Path, config: Config, overrides: dict[str, Any], dtype: torch.dtype, output: Path, target: str
+) -> dict[str, Any]:
     model = load_checkpoint(checkpoint, device="cpu", dtype=dtype, overrides=overrides)
-    written = write_export(model, output, target, card_facts(model, checkpoint))
+    written = write_export(model, output, target, card_facts(model, checkpoint, config))
     del model  # the comparison loads the folder in another process
     gc.collect()
     return check_export(written)
 
 
-def _own_dtype(checkpoint: Path, overrides: dict[str, Any]) -> torch.dtype:
+def _own_dtype(config: Config, checkpoint: Path) -> torch.dtype:
     """The dtype in the language model's config.json; float32 without one."""
-    config = read_config(checkpoint, overrides)
     folder = locate_backbone(config.llm.path, config.model_root, "llm.path", config.hub, checkpoint.parent)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return DTYPES.get(settings.get("dtype", settings.get("torch_dtype")), torch.float32)

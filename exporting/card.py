@@ -34,7 +34,7 @@ them from untrusted text.
 | part | from | licence | training |
 |---|---|---|---|
 | image encoder | {visual} | {visual_licence} | {vision_mode} |
-| projector | this training | | {projector_mode} |
+| projector | this project | | {projector_mode} |
 | language model | {llm} | {llm_licence} | {llm_mode} |
 
 The licences are those of the parts. That of this model follows from them and from the licences of the data.
@@ -57,15 +57,14 @@ The licences are those of the parts. That of this model follows from them and fr
 """
 
 
-def card_facts(model: MMultiModal, checkpoint: Path) -> dict[str, Any]:
-    """Return what the card says about a loaded checkpoint."""
-    config = portable_config(model.config)
-    parts, tied = model.config.train.parts, model.config.llm.lora
-    modes = {"lora": f"LoRA, rank {tied.r}, merged", "full": "all weights", "frozen": "frozen"}
+def card_facts(model: MMultiModal, checkpoint: Path, trained: Config) -> dict[str, Any]:
+    """Return what the card says about a loaded checkpoint; `trained` is the config of its training."""
+    config, parts = portable_config(trained), trained.train.parts
+    modes = {"lora": f"LoRA, rank {trained.llm.lora.r}, merged", "full": "all weights", "frozen": "frozen"}
     llm_mode = modes[parts.llm.mode]
     if parts.llm.layers is not None:
         llm_mode += f"; all weights of the layers {', '.join(map(str, parts.llm.layers))}"
-    modes |= {"lora": f"LoRA, rank {model.config.visual.lora.r}, merged"}
+    modes |= {"lora": f"LoRA, rank {trained.visual.lora.r}, merged"}
     return {
         "name": f"{checkpoint.parent.name}, {checkpoint.name}",
         "tokens": model.processor.chat.plan.crop_tokens,
@@ -73,11 +72,11 @@ def card_facts(model: MMultiModal, checkpoint: Path) -> dict[str, Any]:
         "visual": config["visual"]["path"],
         "visual_licence": licence(model.visual_folder),
         "vision_mode": modes[parts.vision.mode],
-        "projector_mode": "all weights",
+        "projector_mode": modes["full" if parts.projector.lr else "frozen"],
         "llm": config["llm"]["path"],
         "llm_licence": licence(model.llm_folder),
         "llm_mode": llm_mode,
-        "data": _data(model.config),
+        "data": _data(trained),
         "settings": _settings(config, checkpoint),
         "scores": _scores(checkpoint),
     }

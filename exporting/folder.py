@@ -126,6 +126,8 @@ def write_processor(model: MMultiModal, folder: Path) -> None:
     settings["extra_special_tokens"] = {"image_token": IMAGE_TAG}
     if settings["tokenizer_class"] == "TokenizersBackend":  # its name before transformers 5
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("is_local", "local_files_only"):  # how it was loaded here
+        settings.pop(key, None)
     settings |= {"processor_class": "LlavaProcessor", "chat_template": template}
     _write(folder, file.name, settings)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -51,14 +51,19 @@ def write_export(model: MMultiModal, output: Path, target: str, card: dict[str, 
         UserError: the stock class cannot hold this model.
     """
     TARGETS[target].check(model)
-    folder, outputs = temporary_folders(output)
+    folder, outputs = (output.with_name(f"{output.name}.{kind}") for kind in ("tmp", "outputs.tmp"))
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(outputs, ignore_errors=True)
     folder.mkdir(parents=True)
     outputs.mkdir()
-    reference = store_reference(model, outputs)
-    stock = TARGETS[target].convert(model, reference.pixels)
-    write_folder(model, stock, folder)
+    try:
+        reference = store_reference(model, outputs)
+        stock = TARGETS[target].convert(model, reference.pixels)
+        write_folder(model, stock, folder)
+    except BaseException:  # a partial folder is of no use and may have filled the disk
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(outputs, ignore_errors=True)
+        raise
     return Written(folder, output, target, reference, stock.feature_error, card)
 
 
@@ -88,8 +93,3 @@ def check_export(written: Written) -> dict[str, Any]:
         f"the exported model is not the same ({'; '.join(report['problems'][:3])}): do not use {failed}, its "
         f"{REPORT_FILE} has all figures"
     )
-
-
-def temporary_folders(output: Path) -> tuple[Path, Path]:
-    """Return the names of the unfinished folder and of our outputs beside it."""
-    return output.with_name(f"{output.name}.tmp"), output.with_name(f"{output.name}.outputs.tmp")

@@ -267,7 +267,7 @@ def _read_weights(folder: Path) -> dict[str, _Weights]:
             PROJECTOR_FILE: _Weights(report_layout.PROJECTOR_FILE, projector, None),
         }
     if stock_folder.is_stock_folder(folder):
-        return {PROJECTOR_FILE: _Weights(PROJECTOR_FILE, stock_folder.read_stock_projector(folder), None)}
+        return {PROJECTOR_FILE: _Weights("projector", stock_folder.read_stock_projector(folder), None)}
     weights = {}
     for name in required_files(folder):
         if name.endswith(".safetensors"):

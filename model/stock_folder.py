@@ -26,7 +26,6 @@ FEATURES = {-1: "last", -2: "penultimate"}
 STRATEGIES = {"default": "first", "full": "none"}  # → `visual.drop`
 PROJECTOR = re.compile(r"^(?:model\.)?multi_modal_projector\.")
 LAYERS = {"linear_1": "0", "linear_2": "2"}  # of LLaVA's projector → of `model.projector.Mlp`
-KNOWN = re.compile(r"^((model\.)?(vision_tower|multi_modal_projector|language_model)\.|lm_head\.)")
 # a dialogue of one photo, as every template of the form in `qwen/chat.py` renders it
 DIALOGUE = re.compile(
     r"(?:<\|im_start\|>system\n(?P<system>.*?)<\|im_end\|>\n)?"
@@ -87,8 +86,10 @@ def read_stock_config(folder: Path, overrides: dict[str, Any]) -> Config:
 def read_stock_projector(folder: Path) -> dict[str, torch.Tensor]:
     """Return the projector's tensors under the names of `model.projector.Mlp`.
 
+    Tensors of no known part are found when the encoder is loaded.
+
     Raises:
-        UserError: a tensor that belongs to no part, or weights that are not *.safetensors.
+        UserError: weights that are not *.safetensors, or are damaged.
     """
     projector = {}
     for file in weight_files(folder):
@@ -97,8 +98,6 @@ def read_stock_projector(folder: Path) -> dict[str, torch.Tensor]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    if not KNOWN.search(name):
-                        raise UserError(f"{folder}: the tensor '{name}' belongs to no part that is read here")
                     if PROJECTOR.search(name):
                         layer, _, kind = PROJECTOR.sub("", name).partition(".")
                         projector[f"{LAYERS.get(layer, layer)}.{kind}"] = tensors.get_tensor(name)

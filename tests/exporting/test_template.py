@@ -139,7 +139,7 @@ def test_the_card_says_what_is_in_the_folder(tiny_checkpoint, workshop, tmp_path
     folder.mkdir(exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(scores))
     model = load_checkpoint(tiny_checkpoint, overrides={"model_root": str(workshop)})
-    check_export(write_export(model, tmp_path / "out", "llava", card_facts(model, tiny_checkpoint)))
+    check_export(write_export(model, tmp_path / "out", "llava", card_facts(model, tiny_checkpoint, model.config)))
     card = (tmp_path / "out" / "README.md").read_text()
     facts = ["LlavaForConditionalGeneration", "float32", "siglip", "LoRA, rank 4, merged", "not stated in its folder"]
     facts += ["| training | step | 2 |", "| eval_val | accuracy | 0.6666 |", "max_steps: 2", "control tokens"]

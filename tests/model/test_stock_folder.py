@@ -80,10 +80,7 @@ def test_it_answers_as_the_trained_model(backbones, stock, photo, name, capsys):
 def test_every_kind_of_features(stock, photo, tmp_path, visual):
     visual = {"path": str(write_clip(tmp_path / "clip"))} if visual == "clip" else visual
     folder = stock(visual=visual)
-    report = json.loads((folder / "export_report.json").read_text())
     model = load_checkpoint(folder)
-    drawn = next(question for question in report["questions"] if question["question"] == "Hello!")
-    assert Answerer(model).answer(None, "Hello!").startswith(drawn["ours"][:20])
     other = LlavaForConditionalGeneration.from_pretrained(folder)
     pixels = model.processor.transform(Image.open(photo).convert("RGB"))[None]
     ids = torch.tensor([model.processor.chat.render([model.processor.chat.typed_question(QUESTION, 1)])[0]])
@@ -183,7 +180,7 @@ def test_unknown_parts_are_named(stock, values, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("image_newline", "the tensor 'image_newline' belongs to no part"),
+        ("image_newline", "left over: image_newline"),
         ("multi_modal_projector.norm.weight", "left over: norm.weight"),
         ("language_model.model.layers.0.mlp.experts.weight", "left over: .*experts"),
         ("vision_tower.vision_model.adapter.weight", "left over: .*adapter"),
