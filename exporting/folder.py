@@ -4,10 +4,13 @@ The names are the hub's own, as transformers 4 wrote them: programs other than t
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from compat import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
@@ -36,12 +39,7 @@ def write_folder(model: MMultiModal, stock: Stock, folder: Path) -> None:
     tied = language_model.config.tie_word_embeddings
     if tied:
         tensors.pop("language_model.lm_head.weight", None)
-    # Qwen v1's query, key and value are views of one fused matrix, and a file cannot store views
-    whole = {
-        name: tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
-        for name, tensor in tensors.items()
-    }
-    save_torch_state_dict(whole, folder, max_shard_size=SHARD_SIZE)
+    _write_weights(tensors, folder)
     chat, dtype = model.processor.chat, str(model.encoder.dtype).removeprefix("torch.")
     content = {
         "image_token_index": chat.image_token_id,
@@ -53,6 +51,8 @@ def write_folder(model: MMultiModal, stock: Stock, folder: Path) -> None:
         "text_config": text_config(language_model),
     }
     _write(folder, "config.json", stock.config | content)
+    for file in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
+        shutil.copymode(folder / "config.json", file)
     _write(folder, "generation_config.json", generation_settings(model))
     _write(folder, PREPROCESSOR_FILE, image_settings(model))
     write_processor(model, folder)
@@ -140,6 +140,26 @@ def write_processor(model: MMultiModal, folder: Path) -> None:
         "image_token": IMAGE_TAG,
     }
     _write(folder, "processor_config.json", processor)
+
+
+def _write_weights(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the shards and their index, without a copy of the weights.
+
+    huggingface_hub's `save_torch_state_dict` would keep in one shard whatever shares memory: query, key and value of
+    Qwen v1 are views of one matrix, and a library may map a whole file into memory and give views of it.
+    """
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_SIZE,
+    )
+    for file, names in shards.filename_to_tensors.items():
+        shard = {name: tensors[name].contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        _write(folder, "model.safetensors.index.json", index)
 
 
 def _write(folder: Path, name: str, content: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from answering.answer import Answerer
 from dataset.image_caption_dataset import ImageCaptionDataset, entry_messages
@@ -136,12 +137,12 @@ def test_outputs_that_cannot_be_written_are_said_before_the_model_is_loaded(tiny
 def test_a_full_disk_while_exporting_is_said(tiny_checkpoint, workshop, tmp_path, monkeypatch):
     export = importlib.import_module("export")
 
-    def full(tensors, folder, **_):
-        (folder / "model.safetensors").write_bytes(b"part")
-        raise OSError(28, "No space left on device")
+    def full(tensors, file, **_):
+        file.write_bytes(b"part")
+        raise SafetensorError("Error while serializing: IoError: No space left on device (os error 28)")
 
-    monkeypatch.setattr("exporting.folder.save_torch_state_dict", full)
-    with pytest.raises(UserError, match=r"out: No space left on device"):
+    monkeypatch.setattr("exporting.folder.save_file", full)
+    with pytest.raises(UserError, match=r"out: .*No space left on device"):
         export.main(["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "out"), f"model_root={workshop}"])
     assert list(tmp_path.iterdir()) == []
 
