@@ -128,7 +128,8 @@ def write_processor(model: MMultiModal, folder: Path) -> None:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for key in ("is_local", "local_files_only"):  # how it was loaded here
         settings.pop(key, None)
-    settings |= {"processor_class": "LlavaProcessor", "chat_template": template}
+    # answers of a batch grow on the right, so its questions are padded on the left
+    settings |= {"processor_class": "LlavaProcessor", "chat_template": template, "padding_side": "left"}
     _write(folder, file.name, settings)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write(folder, "chat_template.json", {"chat_template": template})

@@ -119,7 +119,6 @@ def test_the_library_s_pipeline_gives_our_answers(make, export, tmp_path):
     ]
     single = [ask(text=dialogue, return_full_text=False)[0]["generated_text"] for dialogue in dialogues]
     assert single == expected
-    ask.tokenizer.padding_side = ask.processor.tokenizer.padding_side = "left"
     batch = ask(text=dialogues, return_full_text=False, batch_size=2)
     assert [answer[0]["generated_text"] for answer in batch] == expected
 
