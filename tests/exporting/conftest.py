@@ -1,12 +1,7 @@
-"""Exports for tests: tiny models, compared in the process of the test, because starting another takes seconds."""
-
-import subprocess
-import sys
-import traceback
+"""Exports for tests, of tiny models."""
 
 import pytest
 
-from exporting import stock_check
 from exporting.write import check_export, write_export
 from model.model import MMultiModal
 from tests.tiny import fill_trained, tiny_config
@@ -14,21 +9,6 @@ from tests.tiny import fill_trained, tiny_config
 # of a model card
 NAMES = "name visual visual_licence vision_mode projector_mode llm llm_licence llm_mode data settings scores dtype"
 FACTS: dict = dict.fromkeys(NAMES.split(" "), "?") | {"tokens": 15}
-
-
-@pytest.fixture
-def same_process(monkeypatch):
-    """Run `stock_check.py` here."""
-
-    def run(command, **_):
-        monkeypatch.setattr(sys, "argv", command[2:])
-        try:
-            stock_check.main()
-        except Exception:
-            return subprocess.CompletedProcess(command, 1, "", traceback.format_exc())
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
 
 
 @pytest.fixture

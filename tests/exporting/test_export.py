@@ -170,12 +170,18 @@ def change_json(file, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+def change_template(folder):
+    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("<|im_start|>user", "<|im_start|>human"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda folder: without("language_model.model.layers.0.mlp.up_proj.weight", folder), "missing_keys"),
         (lambda folder: change_json(folder / "preprocessor_config.json", resample=0), "its pixels differ"),
-        (lambda folder: (folder / "chat_template.jinja").write_text("{{ 'x' }}"), "other token ids"),
+        (change_template, "other token ids"),
         (lambda folder: change_json(folder / "processor_config.json", patch_size=7), "other token ids"),
     ],
 )
