@@ -18,11 +18,13 @@ from safetensors import SafetensorError, safe_open
 from backbones.backbone import weight_files
 from config import Config, Prompt, overridden, parse_config
 from errors import UserError
+from qwen.loading import LANGUAGE_MODELS
 from qwen.tokenizer import load_tokenizer
 
 CONFIG = "config.json"
 # number of a layer in LLaVA's config → `visual.feature`
 FEATURES = {-1: "last", -2: "penultimate"}
+ENCODERS = ("siglip_vision_model", "clip_vision_model")
 STRATEGIES = {"default": "first", "full": "none"}  # → `visual.drop`
 PROJECTOR = re.compile(r"^(?:model\.)?multi_modal_projector\.")
 LAYERS = {"linear_1": "0", "linear_2": "2"}  # of LLaVA's projector → of `model.projector.Mlp`
@@ -58,6 +60,11 @@ def read_stock_settings(folder: Path) -> dict[str, Any]:
     raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if raw.get("model_type") != "llava":
         raise UserError(f"{folder} is a model of type '{raw.get('model_type')}': of stock models, only llava is read")
+    parts = {"image encoder": ("vision_config", ENCODERS), "language model": ("text_config", LANGUAGE_MODELS)}
+    for part, (section, known) in parts.items():
+        kind = raw[section].get("model_type")
+        if kind not in known:
+            raise UserError(f"{folder}: its {part} is of type '{kind}', and only {', '.join(known)} are read")
     layer, strategy = raw.get("vision_feature_layer", -2), raw.get("vision_feature_select_strategy", "default")
     act = raw.get("projector_hidden_act", "gelu")
     if not isinstance(layer, int) or layer not in FEATURES or strategy not in STRATEGIES:
@@ -78,9 +85,10 @@ def read_stock_settings(folder: Path) -> dict[str, Any]:
 
 def read_stock_config(folder: Path, overrides: dict[str, Any]) -> Config:
     """Return a config for answering with the folder's own parts, prompt and decoding settings, and `overrides`."""
+    needed = read_stock_settings(folder)  # first, because an unknown part may have no tokenizer that loads
     settings = {"visual": {"path": str(folder)}, "llm": {"path": str(folder)}, "prompt": read_prompt(folder)}
     settings |= {"generate": _decoding(folder), "train": {"parts": {"llm": {"mode": "frozen"}}}}
-    return overridden(parse_config(settings, str(folder)), read_stock_settings(folder) | overrides, str(folder))
+    return overridden(parse_config(settings, str(folder)), needed | overrides, str(folder))
 
 
 def read_stock_projector(folder: Path) -> dict[str, torch.Tensor]:

@@ -153,7 +153,7 @@ def test_what_cannot_be_exported_is_said(tiny_checkpoint, workshop, tmp_path):
     (cut / "feature_proj.safetensors").unlink()
     for folder, override, message in (
         (cut, f"model_root={workshop}", "not a complete checkpoint"),
-        (tiny_checkpoint, "model_root=nowhere", "'llm.path': no folder"),
+        (tiny_checkpoint, f"llm.path={tmp_path}/nowhere", "'llm.path': no folder"),
         (tiny_checkpoint, f"llm.path={write_qwen(tmp_path / 'qwen', 'qwen3')}", "trained on another 'llm.path'"),
     ):
         with pytest.raises(UserError, match=message):

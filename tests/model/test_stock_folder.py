@@ -166,8 +166,8 @@ def edit(folder, **values):
         ({"vision_feature_layer": 3}, "layer 3"),
         ({"projector_hidden_act": "relu"}, "activation 'relu'"),
         ({"multimodal_projector_bias": False}, "no bias"),
-        ({"vision_config__model_type": "sam"}, "'visual.path': .* is of type 'sam'"),
-        ({"text_config__model_type": "mamba"}, "'llm.path': .* is of type 'mamba'"),
+        ({"vision_config__model_type": "sam"}, "its image encoder is of type 'sam', and only siglip"),
+        ({"text_config__model_type": "mamba"}, "its language model is of type 'mamba', and only qwen"),
     ],
 )
 def test_unknown_parts_are_named(stock, values, message):
@@ -212,7 +212,12 @@ def test_the_names_that_transformers_5_writes_are_read_too(stock, photo, tmp_pat
     """Its own save_pretrained names the tensors otherwise and keeps the image processor elsewhere."""
     folder = stock()
     expected = Answerer(load_checkpoint(folder)).answer(photo, QUESTION)
-    LlavaForConditionalGeneration.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    loaded = LlavaForConditionalGeneration.from_pretrained(folder)
+    new = LlavaForConditionalGeneration(
+        loaded.config
+    )  # one that was loaded is saved under the names that it was loaded by
+    new.load_state_dict(loaded.state_dict())
+    new.save_pretrained(tmp_path / "again")
     names = set(load_file(tmp_path / "again" / WEIGHTS))
     assert not any(name.startswith("vision_tower.vision_model.") for name in names)
     for file in folder.iterdir():
