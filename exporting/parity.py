@@ -77,7 +77,9 @@ def store_reference(model: MMultiModal, folder: Path) -> Reference:
     cases += _drawn_cases(model)
     tensors, rows, pixels_of = {}, [], []
     reference = Reference(folder, model.encoder.dtype, torch.empty(0), source)
-    penalty = {} if settings.repetition_penalty == 1 else {"repetition_penalty": settings.repetition_penalty}
+    penalty: dict[str, Any] = (
+        {} if settings.repetition_penalty == 1 else {"repetition_penalty": settings.repetition_penalty}
+    )
     longest = min(settings.max_new_tokens, LONGEST_ANSWER)
     for number, case in enumerate(cases):
         ids = torch.tensor([chat.render(case.messages)[0]])

@@ -77,7 +77,7 @@ def check_export(written: Written) -> dict[str, Any]:
         UserError: it differs by more than allowed. It is kept under the name `<output>.failed-<number>`.
     """
     start = time.monotonic()
-    report = {"format": written.target, "passed": False}
+    report: dict[str, Any] = {"format": written.target, "passed": False}
     report |= compare(written.reference, written.folder, written.feature_error)
     report |= {"passed": not report["problems"], "seconds": round(time.monotonic() - start, 1)}
     (written.folder / REPORT_FILE).write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from backbones.backbone import weight_files
-from config import Config, Prompt, overridden, parse_config
+from config import Config, overridden, parse_config
 from errors import UserError
 from qwen.loading import LANGUAGE_MODELS
 from qwen.tokenizer import load_tokenizer
@@ -118,10 +118,9 @@ def check_run(model: "MMultiModal", folder: Path) -> None:
     """Raise UserError unless a run takes encoder, language model and rows from `folder`, as its projector does."""
     needed = read_stock_settings(folder)
     config, encoder = model.config, model.encoder
-    own = [model.visual_folder, model.llm_folder, config.visual.feature, encoder.dropped > 0, config.projector.kind]
-    rows = needed["visual.drop"] == "first"
-    wanted = [folder, folder, needed["visual.feature"], rows, needed["projector.kind"]]
-    if own[2:] != wanted[2:] or not all(path.samefile(folder) for path in own[:2]):
+    own = (config.visual.feature, encoder.dropped > 0, config.projector.kind)
+    wanted = (needed["visual.feature"], needed["visual.drop"] == "first", needed["projector.kind"])
+    if own != wanted or not all(path.samefile(folder) for path in (model.visual_folder, model.llm_folder)):
         values = " ".join(f"{key}={value}" for key, value in needed.items())
         raise UserError(
             f"{folder} is a stock model, and its projector belongs to its own encoder and language model: set {values}"
@@ -166,7 +165,7 @@ def read_prompt(folder: Path) -> dict[str, Any]:
         )
     first = found["first"] != f"{prefix}{tag}\n" or (prefix == "" and 0 <= string.find(tag) < string.find("BEFORE"))
     values = {"system": found["system"] or "", "question_prefix": prefix, "image_first": first}
-    return Prompt(**values, end_token=found["end"]).model_dump()
+    return values | {"end_token": found["end"]}
 
 
 def _decoding(folder: Path) -> dict[str, Any]:
