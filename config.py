@@ -112,6 +112,7 @@ VISUAL_LORA = {"r": 16, "alpha": 32, "target_modules": None}
 class Visual(Section):
     path: str
     drop: Literal["first", "leading", "none"] = "first"
+    feature: Literal["output", "last", "penultimate"] = "output"
     tiles: int = Field(0, ge=0, le=64)
     image_tokens: int | None = Field(None, ge=1, le=2**20)
     lora: Lora = Field(default_factory=lambda: Lora.model_validate(VISUAL_LORA))

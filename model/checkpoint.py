@@ -15,8 +15,8 @@
     trainer_state/               optimizer, scheduler, random generators, position in the data
 
 `model/parts.py` determines which weight files exist; frozen weights are not saved. The course report's published
-checkpoint can be loaded too (`model/report_layout.py`). A folder is written under a temporary name, flushed to disk and
-renamed, so a folder with its final name is complete.
+checkpoint (`model/report_layout.py`) and stock LLaVA folders (`model/stock_folder.py`) can be loaded too. A folder is
+written under a temporary name, flushed to disk and renamed, so a folder with its final name is complete.
 """
 
 import io
@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save
 from backbones.backbone import backbone_fingerprint, same_backbone
 from config import Config, load_config
 from errors import UserError, file_error
-from model import report_layout
+from model import report_layout, stock_folder
 from model.checkpoint_folder import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
@@ -187,6 +187,8 @@ def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config
     folder = check_complete(folder)
     if report_layout.is_report_checkpoint(folder):
         return report_layout.read_report_config(folder, overrides or {})
+    if stock_folder.is_stock_folder(folder):
+        return stock_folder.read_stock_config(folder, overrides or {})
     read_provenance(folder)  # first: a newer version may have other keys in its config
     config = load_config(folder / CONFIG_FILE, overrides)
     projector = config.projector
@@ -214,7 +216,9 @@ def restore_weights(model: MMultiModal, folder: Path, other_prompt: bool = False
     notes = []
     folder = check_complete(folder)
     checksums: dict[str, str] = {}
-    if not report_layout.is_report_checkpoint(folder):
+    if stock_folder.is_stock_folder(folder):
+        stock_folder.check_run(model, folder)
+    elif not report_layout.is_report_checkpoint(folder):
         checksums = read_provenance(folder).get("checksums", {})
         _check_fingerprints(model, folder)
         notes += _check_prompt(model, folder, other_prompt)
@@ -278,6 +282,8 @@ def _read_weights(folder: Path) -> dict[str, _Weights]:
             ADAPTER_FILE: _Weights(report_layout.ADAPTER_FILE, adapter, report_layout.lora_settings(folder)),
             PROJECTOR_FILE: _Weights(report_layout.PROJECTOR_FILE, projector, None),
         }
+    if stock_folder.is_stock_folder(folder):
+        return {PROJECTOR_FILE: _Weights("projector", stock_folder.read_stock_projector(folder), None)}
     weights = {}
     for name in required_files(folder):
         if name.endswith(".safetensors"):
@@ -327,6 +333,9 @@ def _check_fingerprints(model: MMultiModal, folder: Path) -> None:
                 f"{folder} was trained on another '{key}': its backbone has the fingerprint {expected[part]}, "
                 f"{backbone} has {backbone_fingerprint(backbone)}. Set {key}=FOLDER to the model it was trained with"
             )
+    feature = read_config(folder).visual.feature
+    if model.config.visual.feature != feature:
+        raise UserError(f"{folder} was trained with visual.feature={feature}: set it so")
     if model.processor.transform.fingerprint() != expected["transform"]:
         raise UserError(f"{folder} was trained with other preprocessor settings than {model.visual_folder} has now")
 

@@ -13,7 +13,7 @@ import orjson
 import yaml
 
 from errors import UserError, file_error, shortened
-from model import report_layout
+from model import report_layout, stock_folder
 from model.parts import ADAPTER_FILE, PROJECTOR_FILE
 from paths import REPO_ROOT, nearest_name_hint
 
@@ -139,7 +139,7 @@ def changed(folder: Path, name: str, checksums: dict[str, str]) -> str | None:
 
 
 def check_complete(folder: Path) -> Path:
-    """Return `folder` if it is a complete checkpoint.
+    """Return `folder` if it is a complete checkpoint, or a stock model.
 
     Raises:
         UserError: it does not exist or lacks files; names them.
@@ -147,6 +147,8 @@ def check_complete(folder: Path) -> Path:
     folder = REPO_ROOT / folder
     if not os.path.isdir(folder):  # unlike Path.is_dir, it accepts names that are too long
         raise UserError(f"checkpoint folder not found: {shortened(folder)}. {nearest_name_hint(folder)}".rstrip())
+    if stock_folder.is_stock_folder(folder):
+        return folder
     in_report = report_layout.is_report_checkpoint(folder)
     required = report_layout.REQUIRED_FILES if in_report else required_files(folder)
     missing = [name for name in required if not (folder / name).is_file()]

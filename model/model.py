@@ -107,7 +107,7 @@ class MMultiModal(nn.Module):
         dtype = DTYPES[pick_precision(config.train.precision, device)] if dtype is None else dtype
         visual_folder = locate_backbone(config.visual.path, config.model_root, "visual.path", config.hub, run_folder)
         llm_folder = locate_backbone(config.llm.path, config.model_root, "llm.path", config.hub, run_folder)
-        encoder = load_encoder(visual_folder, dtype, config.visual.drop).to(device)
+        encoder = load_encoder(visual_folder, dtype, config.visual.drop, config.visual.feature).to(device)
         tokenizer = load_tokenizer(llm_folder)
         LLM = load_language_model(
             llm_folder,

@@ -34,15 +34,17 @@ ALLOWED = {
     "backbones": set(),
     "model": {"visual", "qwen", "backbones"},
     "answering": {"model", "dataset", "visual", "qwen"},
-    "exporting": {"model", "visual", "qwen"},
+    "exporting": {"model", "dataset", "visual", "qwen"},
     "page": set(),
     "serving": {"answering", "visual"},
     "evaluation": {"answering", "model", "dataset", "visual", "qwen"},
     "training": {"evaluation", "answering", "model", "dataset", "visual", "qwen", "backbones"},
     "demo": {"evaluation", "answering", "model", "dataset", "visual", "qwen"},
-    # a script, since what is fuzzed is the script itself
+    # scripts, since what is fuzzed or measured is the script itself
     "benchmarks": {
         "process_image",
+        "export",
+        "exporting",
         "demo",
         "training",
         "evaluation",
