@@ -7,7 +7,7 @@ It learns to answer questions about a scene in the prompt. A scene has one of tw
     positions.
   * text scenes: sentences that list the objects, in English or Chinese.
 Prompts, packing, attention and loss are those of training: a row is a `batch.Batch` of concatenated scenes, each with
-all of its questions.
+all of its questions. A branch is a question with its answer, or a dialogue with all of its answers.
 
 Shapes: B scenes, K patches shown of each, T tokens of the row, D width.
 """
@@ -25,6 +25,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from batch import Batch, sample_positions
 from config import IMAGE_TAG, Prompt
 from dataset.image_caption_dataset import Sample, collate, pack
+from demo.asking import Row, dialogue, paraphrases, questions
 from demo.optimizers import make_optimizers, set_rate, take_step
 from demo.world import (
     CAPTION_QUESTIONS,
@@ -37,11 +38,10 @@ from demo.world import (
     Scene,
     Thing,
     captions,
-    questions,
     random_scene,
 )
 from qwen.attention import ATTENTION, register_attention
-from qwen.chat import IGNORE_INDEX, ChatFormat, Message
+from qwen.chat import IGNORE_INDEX, ChatFormat
 from qwen.Mqwen import MQwen2ForCausalLM
 from qwen.tokenizer import image_token_id
 from visual_plan import VisualPlan
@@ -51,8 +51,10 @@ NOISE = 0.15  # of the soft scenes, as a share of the vectors
 SPARE_ROWS = 85  # embedding rows above the vocabulary, for `<|extra_0|>` and for users' own tokens
 SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant.", "", "Answer the question.")
 VALUES = (*COLOURS, *SHAPES, *SIZES, *CELLS)
-OTHER_KINDS = {"sentences": 0.6, "caption first": 0.2, "text": 0.2}  # probability of the second kind in a step
-QUESTION_STEPS = 500  # steps on questions only at the start
+# probability of the second kind in a step
+OTHER_KINDS = {"dialogues": 0.55, "sentences": 0.3, "caption first": 0.1, "text": 0.05}
+QUESTION_STEPS = 700  # steps on questions only at the start
+DIALOGUES = 4  # branches of a scene
 
 
 class SceneReader(nn.Module):
@@ -116,10 +118,11 @@ class SceneWriter:
         self.rng = rng
         self.formats = [ChatFormat(tokenizer, Prompt(system=system), IMAGE_TOKENS) for system in SYSTEMS]
 
-    def batch(self, kind: str, size: int, patches: int) -> tuple[Batch, list[list[str]]]:
-        """Make a batch of `size` scenes with `patches` patches each; also return the question types of the branches.
+    def batch(self, kind: str, size: int, patches: int) -> tuple[Batch, list[list[list[str]]]]:
+        """Make a batch of `size` scenes with `patches` patches each; also return the types of the answers.
 
-        `image_features` are the values of these patches, (B, K, 4), as in `SceneReader.soft_patches`.
+        `image_features` are the values of these patches, (B, K, 4), as in `SceneReader.soft_patches`. The types are
+        those of each answer of each branch of each scene.
         """
         scenes = [self._scene(number, kind, patches) for number in range(size)]
         samples, positions, types = zip(*scenes, strict=True)
@@ -128,19 +131,14 @@ class SceneWriter:
         batch.position_ids = torch.cat(positions)[None]
         return batch, list(types)
 
-    def _scene(self, number: int, kind: str, patches: int) -> tuple[Sample, Tensor, list[str]]:
-        """Make one scene with its questions, the positions of its tokens, and the question types."""
+    def _scene(self, number: int, kind: str, patches: int) -> tuple[Sample, Tensor, list[list[str]]]:
+        """Make one scene with its branches, the positions of its tokens, and the types of the answers."""
         scene = random_scene(self.rng)
-        asked = self._questions(scene, kind)
+        branches = self._branches(scene, kind)
         chat = self.formats[int(self.rng.integers(len(SYSTEMS)))]
-        if kind == "text":
-            shown = text_scene(scene, self.rng)
-            users = [Message("user", (f"{shown}\n{question}",)) for _, question, _ in asked]
-        else:
-            users = [chat.question(question, [VisualPlan(patches)]) for _, question, _ in asked]
-        answers = [chat.answer(answer) for _, _, answer in asked]
-        rendered = [chat.render([user, answer]) for user, answer in zip(users, answers, strict=True)]
-        if kind == "text":
+        shown = f"{text_scene(scene, self.rng)}\n" if kind == "text" else ""
+        rendered = [self._render(branch, chat, shown, patches) for branch in branches]
+        if shown:
             columns = zip(*(ids for ids, _ in rendered), strict=False)
             prefix = next(index for index, column in enumerate(columns) if len(set(column)) > 1)
         else:
@@ -148,27 +146,45 @@ class SceneWriter:
         input_ids, labels, lengths = pack(rendered, prefix)
         sample = Sample(torch.tensor(input_ids), torch.tensor(labels), lengths, (), {})
         positions = sample_positions(lengths)
-        if kind != "text":
+        if not shown:
             places, values = self._show(scene, patches)
             # the values take the place of a photo's cached features; `SceneReader` projects them
             sample.photo_ids, sample.photos = (number,), {number: torch.from_numpy(values)[None]}
             # positions count all patches, also the omitted ones
             positions[prefix - patches : prefix] = prefix - patches + torch.from_numpy(places)
             positions[prefix:] += IMAGE_TOKENS - patches
-        return sample, positions, [name for name, _, _ in asked]
+        return sample, positions, [[name for name, _, _ in branch] for branch in branches]
 
-    def _questions(self, scene: Scene, kind: str) -> list[tuple[str, str, str]]:
-        """Return (type, question, answer) of the branches; a scene has only short or only long answers."""
+    def _render(self, branch: list[Row], chat: ChatFormat, shown: str, patches: int) -> tuple[list[int], list[int]]:
+        """Render a dialogue as the product does; its first question has the photo, or the words `shown`."""
+        messages = []
+        for question, answer in ((question, answer) for _, question, answer in branch):
+            photos = [VisualPlan(patches)] if IMAGE_TAG in question else 0
+            messages += [chat.question(question if messages else shown + question, photos), chat.answer(answer)]
+        return chat.render(messages)
+
+    def _branches(self, scene: Scene, kind: str) -> list[list[Row]]:
+        """Return the rows (type, question, answer) of each branch.
+
+        Branches of one question have only short or only long answers in a scene, because a loss is a mean over tokens.
+        """
         caption = captions(scene)[int(self.rng.integers(5))]
         chinese = CAPTION_QUESTIONS[int(self.rng.integers(2))]
         if kind == "caption first":  # the photo comes after the question
-            return [("caption", chinese + IMAGE_TAG, caption)]
+            return [[("caption", chinese + IMAGE_TAG, caption)]]
+        if kind == "dialogues":
+            branches = [dialogue(scene, self.rng) for _ in range(DIALOGUES)]
+        elif kind == "paraphrases":  # held out: only scored
+            branches = [[row] for row in paraphrases(scene, self.rng, int(self.rng.integers(10)))]
+        else:
+            long = ("description", "unknown")
+            asked = questions(scene, self.rng, 2)
+            branches = [[row] for row in asked if row[0].startswith(long) == (kind == "sentences")]
         tag = "" if kind == "text" else f"{IMAGE_TAG}\n"
-        asked = [(name, tag + question, answer) for name, question, answer in questions(scene, self.rng, 4)]
+        branches = [[(name, tag + question, answer), *others] for (name, question, answer), *others in branches]
         if kind == "sentences":
-            long = [row for row in asked if row[0] == "description"]
-            return [*long, ("caption", (IMAGE_TAG if self.rng.random() < 0.5 else tag) + chinese, caption)]
-        return [row for row in asked if row[0] != "description"]
+            branches.append([("caption", (IMAGE_TAG if self.rng.random() < 0.5 else tag) + chinese, caption)])
+        return branches
 
     def _show(self, scene: Scene, patches: int) -> tuple[np.ndarray, np.ndarray]:
         """Choose patches: sorted places (patches,) in 0..727 and values (patches, 4), -1 without object."""
@@ -188,12 +204,8 @@ def text_scene(scene: Scene, rng: np.random.Generator) -> str:
     """Describe the scene in sentences, in random order, in English or Chinese."""
     order = [scene[index] for index in rng.permutation(len(scene))]
     if rng.random() < 0.5:
-        return "".join(f"{CHINESE[thing.place]}有{_chinese_size(thing)}{_chinese_name(thing)}。" for thing in order)
+        return "".join(f"{CHINESE[thing.place]}有{CHINESE[thing.size]}{_chinese_name(thing)}。" for thing in order)
     return " ".join(f"There is a {thing.size} {thing.name} in the {thing.place}." for thing in order)
-
-
-def _chinese_size(thing: Thing) -> str:
-    return "大的" if thing.size == "large" else "小的"
 
 
 def _chinese_name(thing: Thing) -> str:
@@ -206,21 +218,30 @@ def score(reader: SceneReader, tokenizer, seed: int, scenes: int, patches: int, 
 
     An answer is correct if each of its tokens is the most likely one after the correct tokens before it; greedy
     decoding then produces exactly this answer. The first token of a caption, which selects one of five correct
-    templates, does not count.
+    templates, does not count. Later answers of a dialogue count apart, as "follow-up"; its questions see the correct
+    earlier answers, as in `eval_vqa.py`.
     """
     writer = SceneWriter(tokenizer, np.random.default_rng(seed))
     right, total = defaultdict(int), defaultdict(int)
     for _ in range(scenes // 16):
         batch, types = writer.batch(kind, 16, patches)
         parts = [length for lengths in batch.lengths for length in lengths]
-        names = [name for row_types in types for name in (None, *row_types)]  # None: the prefix
+        branches = [names for row_types in types for names in ([], *row_types)]  # []: the prefix
         hits, asked = reader.hits(batch, NOISE).split(parts), (batch.labels[0] != IGNORE_INDEX).split(parts)
-        for name, part_hits, part_asked in zip(names, hits, asked, strict=True):
-            if name is not None:
-                right[name] += bool(part_hits[part_asked][1 if name == "caption" else 0 :].all())
+        for names, part_hits, part_asked in zip(branches, hits, asked, strict=True):
+            for turn, (name, own) in enumerate(zip(names, _runs(part_asked), strict=True)):
+                name = "follow-up" if turn else name
+                right[name] += bool(part_hits[own][1 if name == "caption" else 0 :].all())
                 total[name] += 1
-    scores = {name: round(right[name] / total[name], 4) for name in total}
+    scores = {name: round(right[name] / total[name], 4) for name in sorted(total)}
     return scores | {"all": round(sum(right.values()) / sum(total.values()), 4)}
+
+
+def _runs(mask: Tensor) -> list[Tensor]:
+    """Return the indices of each run of True in `mask` (T,): the supervised tokens of each answer."""
+    places = mask.nonzero()[:, 0]
+    ends = (places.diff() > 1).nonzero()[:, 0] + 1
+    return list(places.tensor_split(ends.cpu())) if len(places) else []
 
 
 def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, dict[str, float]]:
@@ -255,14 +276,16 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
             shown = ", ".join(f"{name} {value:.3f}" for name, value in running.items())
             log(f"language step {step}, processor time {time.process_time():.0f} s, loss {shown}")
         if step % 500 == 0:
-            log(str({name: score(reader, tokenizer, seed + 1, 48, 32, name) for name in ("questions", "sentences")}))
+            kinds = ("questions", "dialogues", "sentences", "paraphrases")
+            log(str({name: score(reader, tokenizer, seed + 1, 48, 32, name) for name in kinds}))
             _store(reader.language, tokenizer, folder)
     reader.to(torch.bfloat16).float()  # the weights as they are stored
     _store(reader.language, tokenizer, folder)
-    return {
-        f"{name}, {patches} patches": score(reader, tokenizer, seed + 1, 160, patches, name)
-        for name, patches in (("questions", IMAGE_TOKENS), ("sentences", IMAGE_TOKENS), ("caption first", IMAGE_TOKENS))
-    } | {"text": score(reader, tokenizer, seed + 1, 160, 32, "text")}
+    kinds = ("questions", "dialogues", "sentences", "caption first", "paraphrases")
+    scores = {
+        f"{name}, {IMAGE_TOKENS} patches": score(reader, tokenizer, seed + 1, 160, IMAGE_TOKENS, name) for name in kinds
+    }
+    return scores | {"text": score(reader, tokenizer, seed + 1, 160, 32, "text")}
 
 
 def _store(model: MQwen2ForCausalLM, tokenizer, folder: Path) -> None:

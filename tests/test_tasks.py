@@ -1,5 +1,6 @@
 """The project's commands: what they keep of earlier runs, and what they say about the machine."""
 
+import json
 import shutil
 
 import pytest
@@ -59,3 +60,20 @@ def test_a_gpu_without_cuda_is_told(tmp_path, monkeypatch, capsys, smi, cuda, to
     output = capsys.readouterr().out
     assert ("pytorch.org" in output) == told
     assert ("torch==9.9.9 with CUDA" in output) == told
+
+
+@pytest.mark.parametrize(("low", "complaint"), [(None, None), ("count_zh", "count_zh"), ("unknown", "unknown")])
+def test_every_type_of_the_demo_must_reach_its_score(tmp_path, low, complaint):
+    kinds = ["count", "count_zh", "dialogue", "unknown", "unknown_zh"]
+    by_type = {kind: {"accuracy": 0.75 if kind in (low, "dialogue") else 0.98} for kind in kinds}
+    report = {
+        "trained": {"by_type": by_type, "overall": {"accuracy": 0.95}},
+        "blind": {"overall": {"accuracy": 0.3}},
+    }
+    file = tmp_path / "eval_val.json"
+    file.write_text(json.dumps(report))
+    if complaint is None:
+        tasks.check_scores(file)
+    else:
+        with pytest.raises(SystemExit, match=complaint):
+            tasks.check_scores(file)
