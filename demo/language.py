@@ -158,7 +158,7 @@ class SceneWriter:
     def _render(self, branch: list[Row], chat: ChatFormat, shown: str, patches: int) -> tuple[list[int], list[int]]:
         """Render a dialogue as the product does; its first question has the photo, or the words `shown`."""
         messages = []
-        for question, answer in ((question, answer) for _, question, answer in branch):
+        for _, question, answer in branch:
             photos = [VisualPlan(patches)] if IMAGE_TAG in question else 0
             messages += [chat.question(question if messages else shown + question, photos), chat.answer(answer)]
         return chat.render(messages)
