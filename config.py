@@ -230,7 +230,9 @@ class Train(Section):
         return self
 
 
-class Generate(Section):
+class Generate(Section, frozen=True):
+    """Decoding settings; cannot be changed, because they travel with each question to an engine that many share."""
+
     max_new_tokens: int = Field(256, ge=1, le=2**20)
     temperature: float = Field(0.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)

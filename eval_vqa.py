@@ -3,8 +3,8 @@
     python eval_vqa.py --checkpoint checkpoints/demo/checkpoint-240
     python eval_vqa.py --checkpoint DIR --split all --limit 100 --gallery gallery.png data.captions=data/captions.json
 
-The data are those of the checkpoint's config unless `data.image_map=` and `data.captions=` name others. Prints a table,
-and writes the scores as JSON with every question and answer.
+The data are those of the checkpoint's config unless `data.image_map=` and `data.captions=` name others. Says first
+whether the answers depend on the photo, prints a table, and writes all scores as JSON with every question and answer.
 """
 
 import functools
@@ -19,8 +19,8 @@ from answering.answer import Answerer
 from config import Data, parse_overrides
 from dataset.records import Entry, Photo, read_records, split_entries
 from errors import UserError, file_error
-from evaluation.report import draw_gallery, table, write_json
-from evaluation.runner import evaluate, sample_photos
+from evaluation.report import draw_gallery, looks_line, table, write_json
+from evaluation.runner import evaluate, sample_photos, visual_gain
 from model.checkpoint import load_checkpoint, read_config
 from paths import check_writable, existing_path, resolve_path
 
@@ -63,9 +63,13 @@ def main(arguments: list[str] | None = None) -> None:
         other = functools.partial(progress, desc="other photo")
         blind = evaluate(answerer, entries, photos, blind=True, progress=other)
 
+    gain = None if blind is None else visual_gain(trained, blind)
+    if gain is not None:
+        print(looks_line(gain))
     print(table(trained, blind))
     try:
-        write_json(output, trained, blind, checkpoint=checkpoint.name, split=args.split)
+        facts = {"checkpoint": checkpoint.name, "split": args.split, "visual_gain": gain and gain._asdict()}
+        write_json(output, trained, blind, **facts)
         print(f"{trained.overall.questions} questions on {trained.photos} photos in {trained.seconds:.1f} s; {output}")
         if args.gallery is not None:
             draw_gallery(args.gallery, trained, photos)

@@ -15,13 +15,14 @@ The last question is answered, after the dialogue before it; an answer that the 
 come before the question of their turn, or at its tags <image>. LLaVA's "conversations" may stand in place of "turns".
 
 The output has the same rows with "answer" added, or "error" where there is no answer. The exit status is 1 if any row
-failed. It is fastest if questions on the same photo follow one another. Out of memory and Ctrl-C end the work at once;
-the rows answered so far are in the output.
+failed. Rows are answered in batches, which is fastest if questions on the same photo follow one another. Out of memory
+and Ctrl-C end the work at once; the rows of the batches before are in the output.
 """
 
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,12 +31,15 @@ from cli import run_script, script_arguments
 from tqdm import tqdm
 
 from answering.answer import Answerer
+from answering.request import Reply, Request
 from config import IMAGE_TAG, parse_overrides
 from dataset.rows import DropRowError
 from dataset.turns import IMAGE_WORD, Turns, place_photos
 from errors import UserError, check_text, file_error, is_out_of_memory, shortened
 from model.checkpoint import load_checkpoint
 from paths import check_writable
+
+ROWS_AT_ONCE = 1024  # rows in memory; a batch is far smaller
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -89,40 +93,72 @@ def _check_files(source: Path, target: Path | None, images: list[Path]) -> None:
 
 
 def answer_file(answerer: Answerer, source: Path, target: Path) -> tuple[int, int]:
-    """Answer the rows of `source` in order, writing each line as soon as it is done.
+    """Answer the rows of `source` in order, writing the lines of a batch as soon as it is answered.
 
     Returns:
         The number of rows answered and of rows with an error.
     """
     counts = {"answer": 0, "error": 0}
     lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # Windows editors add a byte order mark
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     try:
         # half a surrogate pair is legal in JSON but not in UTF-8: it becomes "?"
-        with target.open("w", encoding="utf-8", errors="replace") as output:
-            for number, line in enumerate(tqdm(lines, desc="rows", unit="row", dynamic_ncols=True), start=1):
-                if not line.strip():
-                    continue
-                row = _answered(answerer, number, line, source.parent)
-                counts["error" if "error" in row else "answer"] += 1
-                print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
+        with (
+            target.open("w", encoding="utf-8", errors="replace") as output,
+            tqdm(total=len(numbered), desc="rows", unit="row", dynamic_ncols=True) as progress,
+        ):
+            for start in range(0, len(numbered), ROWS_AT_ONCE):
+                for row in _answered(answerer, numbered[start : start + ROWS_AT_ONCE], source.parent):
+                    counts["error" if "error" in row else "answer"] += 1
+                    print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
+                    progress.update()
     except OSError as error:  # the output file failed (disk full); `_answered` handles the errors of a row
         raise file_error(error, target) from error
     return counts["answer"], counts["error"]
 
 
-def _answered(answerer: Answerer, number: int, line: bytes, folder: Path) -> dict[str, Any]:
-    """Return the row with its answer or its error; a failed row does not end the file."""
-    row: dict[str, Any] = {"line": number}
+def _answered(answerer: Answerer, lines: list[tuple[int, bytes]], folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield each row with its answer or its error; a failed row does not end the file."""
+    rows: list[tuple[dict[str, Any], Request | Exception]] = []
+    for number, line in lines:
+        row: dict[str, Any] = {"line": number}
+        try:
+            row = _parse(line)
+            rows.append((row, _request(answerer, row, folder)))
+        except Exception as error:
+            _raise_out_of_memory(error)
+            rows.append((row, error))
+    replies = _replies(answerer, [request for _, request in rows if isinstance(request, Request)])
+    for row, request in rows:
+        reply = next(replies) if isinstance(request, Request) else request
+        if isinstance(reply, Reply):
+            yield row | {"answer": reply.text}
+        elif isinstance(reply, UserError):
+            yield row | {"error": str(reply)}
+        else:  # a defect; a bad row has no error type
+            yield row | {"error": f"{type(reply).__name__}: {shortened(reply)}"}
+
+
+def _replies(answerer: Answerer, requests: list[Request]) -> Iterator[Reply | Exception]:
+    """Answer the requests together; after a defect, answer the rest one by one, so that only the defect's row fails."""
+    done = 0
     try:
-        row = _parse(line)
-        row["answer"] = _answer_row(answerer, row, folder)
-    except UserError as error:
-        row["error"] = str(error)
+        for reply in answerer.answer_many(requests):
+            yield reply
+            done += 1
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        row["error"] = f"{type(error).__name__}: {shortened(error)}"  # a defect; a bad row has no error type
-    return row
+        _raise_out_of_memory(error)
+        for request in requests[done:]:
+            try:
+                yield answerer.stream_messages(*request).rest()
+            except Exception as own:
+                _raise_out_of_memory(own)
+                yield own
+
+
+def _raise_out_of_memory(error: Exception) -> None:
+    if is_out_of_memory(error):
+        raise error
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -147,11 +183,11 @@ def _finite(text: str) -> float:
     return number if math.isfinite(number) else _no_number(shortened(text, 40))
 
 
-def _answer_row(answerer: Answerer, row: dict[str, Any], folder: Path) -> str:
-    """Return the answer to the last question of `row`.
+def _request(answerer: Answerer, row: dict[str, Any], folder: Path) -> Request:
+    """Return the last question of `row`, with the dialogue before it.
 
     Raises:
-        UserError: the row has a wrong form, or a photo is missing or broken.
+        UserError: the row has a wrong form, or a photo is missing.
     """
     turns = _turns(row)
     photos = [folder / name for turn in turns for name in turn.get("images", ())]
@@ -163,7 +199,7 @@ def _answer_row(answerer: Answerer, row: dict[str, Any], folder: Path) -> str:
         messages.append(chat.question(turn["q"], len(turn.get("images", ()))))
         if turn is not turns[-1]:
             messages.append(chat.answer(turn["a"]))
-    return "".join(answerer.stream_messages(photos, messages))
+    return Request(photos, messages)
 
 
 def _turns(row: dict[str, Any]) -> Turns:

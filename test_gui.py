@@ -15,13 +15,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import run_script, script_arguments
 
 from answering.answer import Answerer
+from answering.request import ReplyStream
 from config import Generate, Gui, changed, parse_overrides
 from errors import UserError, check_text, is_out_of_memory
 from model.checkpoint import load_checkpoint, read_config
@@ -79,7 +80,6 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
     """The page: chat, question box with photos, settings.
 
     Args:
-        answerer: its `settings` are set before each question.
         generate: start values of the settings.
         name: checkpoint name, shown under the title.
     """
@@ -164,7 +164,7 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
                 readable, history = photos, [*before, asked | {"photos": photos}]
                 yield show(history, WORKING, busy=True)
                 check_text(asked["content"], "the question 问题")
-                answerer.settings = changed(generate, settings, "settings 设置")
+                decoding = changed(generate, settings, "settings 设置")
                 readable, problems = _readable(photos, load)
                 if problems:
                     raise problems[0]
@@ -173,7 +173,7 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
                     | {"images": [load(photo) for photo in message.get("photos", ())]}
                     for message in history
                 ]
-                for text, line in _timed(answerer.stream(None, sent)):
+                for text, line in _timed(answerer.stream(None, sent, decoding)):
                     yield show([*history, {"role": "assistant", "content": text}], line, busy=True)
                 yield show([*history, {"role": "assistant", "content": text}], line, busy=False)
             except Exception as error:  # any error is shown in the chat, and the page stays usable
@@ -254,7 +254,7 @@ def _readable(
     return sound, problems
 
 
-def _timed(pieces: Generator[str, None, None]) -> Iterator[tuple[str, str]]:
+def _timed(pieces: ReplyStream) -> Iterator[tuple[str, str]]:
     """Yield the text so far and a line with its speed, at most every `REFRESH_SECONDS` and once at the end."""
     start = time.perf_counter()
     shown, text = start, ""

@@ -11,8 +11,9 @@ Sides, all with the same weights, photos, questions, LoRA, precision, checkpoint
 * `llava`: transformers' `LlavaForConditionalGeneration` with peft, in a plain loop in place of `transformers.Trainer`,
   which adds its own work to a step but cannot be stopped after each to let the others have their turn.
 * `liger`: the same with Liger's fused linear cross-entropy, where it can be imported (it needs Triton, so a GPU).
-* `peft_lora`, `whole_last_layer`: ours with peft's own LoRA layers, and with a last layer that computes all positions:
-  what these two parts of our code are worth. Not among the default sides.
+* `peft_lora`, `whole_last_layer`, `whole_layers`: ours with peft's own LoRA layers, with a last layer that computes all
+  positions, and with transformers' own layers in place of `qwen/lean.py` (so all positions too): what these parts of
+  our code are worth. Not among the default sides.
 * `naive`: the loop of the report's ancestor: every question with its own copy of the photo, logits of all positions in
   float32.
 
@@ -316,6 +317,12 @@ def whole_last_layer_step(
     return model, losses
 
 
+def whole_layers_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
+    model, losses = our_step(backbones, options, questions)
+    model.language_model.whole_layers = True
+    return model, losses
+
+
 SIDES = {
     "ours": our_step,
     "unpacked": unpacked_step,
@@ -324,6 +331,7 @@ SIDES = {
     "naive": naive_step,
     "peft_lora": peft_lora_step,
     "whole_last_layer": whole_last_layer_step,
+    "whole_layers": whole_layers_step,
 }
 DEFAULT_SIDES = ["ours", "unpacked", "llava", "liger", "naive"]
 
@@ -411,6 +419,7 @@ def measure(backbones: Path, options: argparse.Namespace, questions: int) -> dic
         for side, pipe in pipes.items():
             pipe.send("step")
             loss, elapsed = pipe.recv()
+            print(f"{questions} questions, step {turn}, {side}: {elapsed:.1f} s", file=sys.stderr, flush=True)
             if turn == 0:  # warm-up
                 first_loss[side] = loss
             else:

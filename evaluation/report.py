@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dataset.records import Photo, write_json_files
+from evaluation.intervals import Interval
 from evaluation.runner import Answer, Result, Score
 from visual.transform import load_image
 
@@ -43,6 +44,14 @@ def table(trained: Result, blind: Result | None) -> str:
     ]
     rule = "-" * _display_width(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def looks_line(gain: Interval) -> str:
+    """Say whether the answers depend on the photo, by the gain of `runner.visual_gain`."""
+    figures = f"{gain.score:.3f} (95 % interval {gain.low:.3f} to {gain.high:.3f})"
+    if gain.low > 0:
+        return f"it looks at the photo: accuracy is higher by {figures} than with another photo"
+    return f"no sign that it looks at the photo: accuracy differs by {figures} from that with another photo"
 
 
 def _row(name: str, trained: Score, blind: Score | None) -> list[str]:

@@ -1,25 +1,26 @@
 """Evaluation of a model on the questions of a data set; called by `eval_vqa.py`.
 
-The prompt is the one of training (`entry_messages`). All questions of one photo are asked consecutively, because the
-Answerer caches the keys and values of the last photo.
+The prompt is the one of training (`entry_messages`). The questions are answered in batches. All questions of one photo
+follow one another, because a batch computes the keys and values of its photos once.
 """
 
 import bisect
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
 from answering.answer import Answerer
+from answering.request import Reply, Request
 from config import IMAGE_TAG
 from dataset.image_caption_dataset import entry_messages
 from dataset.records import Entry, Photo
 from errors import UserError
-from evaluation import metrics
-from visual.transform import load_image
+from evaluation import captions, metrics
+from evaluation.intervals import Interval, Tally, difference, interval, mean_tally
+from evaluation.words import cuts
+from qwen.chat import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Score:
-    """Means over `questions` questions: accuracy and token F1 in 0..1, BLEU-4 and chrF in 0..100."""
+    """Scores of `questions` questions: accuracy, token F1 and ANLS in 0..1, BLEU-4 and chrF in 0..100.
+
+    Attributes:
+        accuracy_interval: ends of its 95 % interval, by resampled photos.
+        captions: how texts are cut into words → scores of `captions.caption_scores`.
+    """
 
     questions: int
     accuracy: float
+    accuracy_interval: tuple[float, float]
     token_f1: float
     bleu4: float
     chrf: float
+    anls: float
+    captions: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -90,11 +99,17 @@ def evaluate(
 
     answers = []
     start = time.perf_counter()
-    for own, group in progress(list(groups.items())):
-        IDs = _other_photos(own, all_IDs) if blind else own
-        images = [load_image(photos[ID].path) for ID in IDs]
+    shown = [(_other_photos(own, all_IDs) if blind else own, group) for own, group in groups.items()]
+    chat = answerer.model.processor.chat
+    replies = answerer.answer_many(
+        turn_request(entry, number, [photos[ID] for ID in IDs], chat)
+        for IDs, group in shown
+        for entry in group
+        for number in range(len(entry.turns))
+    )
+    for IDs, group in progress(shown):
         for entry in group:
-            answers += [_ask(answerer, entry, number, images, IDs) for number in range(len(entry.turns))]
+            answers += [_scored(entry, number, IDs, next(replies)) for number in range(len(entry.turns))]
     return Result(
         blind=blind,
         photos=len(all_IDs),
@@ -137,30 +152,72 @@ def score(answers: list[Answer]) -> Score:
     """Compute the scores of a non-empty list of answers."""
     texts = [answer.answer for answer in answers]
     references = [answer.references for answer in answers]
+    accuracy, low, high = interval(_accuracies(answers), _photos_of(answers))
     return Score(
         questions=len(answers),
-        accuracy=sum(answer.accuracy for answer in answers) / len(answers),
+        accuracy=accuracy,
+        accuracy_interval=(low, high),
         token_f1=sum(map(metrics.token_f1, texts, references)) / len(answers),
-        bleu4=metrics.corpus_bleu(texts, references),
-        chrf=metrics.corpus_chrf(texts, references),
+        bleu4=captions.corpus_bleu(texts, references),
+        chrf=captions.corpus_chrf(texts, references),
+        anls=sum(map(metrics.anls, texts, references)) / len(answers),
+        captions={
+            name: captions.caption_scores(texts, references, cut)
+            for name, cut in cuts(text for own in references for text in own).items()
+        },
     )
 
 
-def _ask(answerer: Answerer, entry: Entry, number: int, images: list[Image.Image], IDs: tuple[int, ...]) -> Answer:
-    """Ask turn `number`; `images` and `IDs` are the photos of all turns of the entry."""
+def visual_gain(trained: Result, blind: Result) -> Interval | None:
+    """Accuracy with the photo less accuracy with another one, and its 95 % interval; None: no question has a photo.
+
+    Args:
+        trained, blind: both passes over the same questions. Text-only questions do not count.
+    """
+    pairs = [pair for pair in zip(trained.answers, blind.answers, strict=True) if pair[0].images]
+    if not pairs:
+        return None
+    own, other = map(list, zip(*pairs, strict=True))
+    return difference(_accuracies(own), _accuracies(other), _photos_of(own))
+
+
+def _accuracies(answers: list[Answer]) -> Tally:
+    return mean_tally([answer.accuracy for answer in answers])
+
+
+def _photos_of(answers: list[Answer]) -> list[Hashable]:
+    """Key of each answer's (first) photo; a text-only question has a key of its own."""
+    return [answer.images[0] if answer.images else (number,) for number, answer in enumerate(answers)]
+
+
+def turn_request(entry: Entry, number: int, photos: list[Photo], chat: ChatFormat) -> Request:
+    """Turn `number` of an entry as a request, with the true earlier answers; `photos` are those of all turns."""
     earlier = [turn.answers[0] for turn in entry.turns[:number]]
-    shown = sum(len(turn.images) for turn in entry.turns[: number + 1])  # without the photos of later turns
-    messages = entry_messages(entry, answerer.model.processor.chat, earlier)
-    text = "".join(answerer.stream_messages(images[:shown], messages))
+    paths = [photo.path for photo in photos[: _photos_shown(entry, number)]]
+    return Request(paths, entry_messages(entry, chat, earlier))
+
+
+def _photos_shown(entry: Entry, number: int) -> int:
+    """Photos in the prompt of turn `number`: not those of later turns."""
+    return sum(len(turn.images) for turn in entry.turns[: number + 1])
+
+
+def _scored(entry: Entry, number: int, IDs: tuple[int, ...], reply: Reply | UserError) -> Answer:
+    """Score the answer to turn `number`; `IDs` are the photos of all turns.
+
+    Raises:
+        UserError: there is no answer, for this reason.
+    """
+    if isinstance(reply, UserError):
+        raise reply
     turn = entry.turns[number]
-    references = turn.answers
     return Answer(
-        images=IDs[:shown],
+        images=IDs[: _photos_shown(entry, number)],
         type=turn.type or entry.type,
         question=turn.question.replace(IMAGE_TAG, "", len(turn.images)).strip(),
-        references=references,
-        answer=text,
-        accuracy=metrics.accuracy(text, references),
+        references=turn.answers,
+        answer=reply.text,
+        accuracy=metrics.accuracy(reply.text, turn.answers),
     )
 
 

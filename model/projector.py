@@ -114,7 +114,7 @@ class PixelShuffle(Mlp):
     the order of y, then x: columns Dv·(f·y + x) to Dv·(f·y + x + 1) of its row.
 
     The mean of the crop's rows is subtracted from each first: otherwise a row holds factor² times what all patches have
-    in common and once what one patch shows, and the demo learned nothing in 700 steps.
+    in common and once what one patch shows, and training does not get past guessing for a long time.
 
     Zeros, the mean patch, replace a dropped first patch to complete the grid. If the factor does not divide a side,
     zeros fill the last squares at the bottom and on the right: 14 × 14 patches become 5 × 5 tokens at factor 3.

@@ -17,7 +17,9 @@ from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from batch import Lengths
 from qwen.attention import PackedMask
+from qwen.branches import BranchCache, NewTokensMask
 from qwen.chat import IGNORE_INDEX
+from qwen.lean import run_layer
 
 # rows of logits in memory at once: 156 MB in float32 at a vocabulary of 151,936
 LOSS_ROWS = 256
@@ -117,6 +119,12 @@ class ReadsImages(torch.nn.Module):
     """Methods that our classes add to transformers' causal language models."""
 
     image_token_id: int  # set by load_language_model
+    whole_layers = False  # call layers as modules, because they are compiled
+
+    @property
+    def longest_packed(self) -> int:
+        """Number of tokens of the longest sequence that `packed_states` computes as an ordinary forward pass does."""
+        return self.config.max_position_embeddings
 
     def prefix_key(self, length: int) -> Hashable:
         """Return a value that the keys of a prompt of `length` tokens depend on, besides the tokens.
@@ -161,16 +169,29 @@ class ReadsImages(torch.nn.Module):
         self,
         embeddings: torch.Tensor,
         position_ids: torch.Tensor,
-        lengths: Lengths,
+        lengths: Lengths | None,
         selected: torch.Tensor | None = None,
+        cache: BranchCache | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last norm: (1, T, Dl), or (S, Dl) where `selected` (1, T) is true.
 
         Calls the layers directly instead of transformers' loop, because the MLP of the last layer runs only at the
-        selected positions. Arguments as in `packed_loss`.
+        selected positions, and `run_layer` keeps less for the backward pass.
+
+        Args:
+            embeddings, position_ids: as in `packed_loss`.
+            lengths: segment lengths of the row; None: the row has one new token of each question that `cache` made
+                room for.
+            selected: (1, T) bool.
+            cache: keeps the keys and values of the row, for answering.
         """
         windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
-        masks = {kind: PackedMask(lengths, windows[kind]) for kind in set(self.config.layer_types)}
+        kinds = set(self.config.layer_types)
+        if lengths is not None:
+            masks = {kind: PackedMask(lengths, windows[kind], cache) for kind in kinds}
+        else:
+            assert cache is not None, "new tokens need the keys of the tokens before them"
+            masks = {kind: NewTokensMask(cache, windows[kind]) for kind in kinds}
         arguments = {
             "position_ids": position_ids,
             "position_embeddings": self.model.rotary_emb(embeddings, position_ids),
@@ -178,12 +199,15 @@ class ReadsImages(torch.nn.Module):
         hidden, last = embeddings, len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
             mask = masks[self.config.layer_types[index]]
-            if index < last or selected is None:
+            chosen = selected if index == last else None
+            if self.whole_layers:
                 hidden = layer(hidden, attention_mask=mask, **arguments)
-            else:  # the layer's own forward pass, with a selection of positions
-                attended, _ = layer.self_attn(layer.input_layernorm(hidden), attention_mask=mask, **arguments)
-                hidden = (hidden + attended)[selected]  # (S, Dl)
-                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+                hidden = hidden if chosen is None else hidden[chosen.to(hidden.device)]
+            elif layer.gradient_checkpointing and chosen is None:
+                keywords = {"keep": True, "attention_mask": mask, **arguments}
+                hidden = checkpoint(run_layer, layer, hidden, use_reentrant=False, **keywords)
+            else:
+                hidden = run_layer(layer, hidden, chosen, attention_mask=mask, **arguments)  # (S, Dl) if chosen
         return self.model.norm(hidden)
 
 

@@ -4,7 +4,8 @@
 
 A token attends to earlier tokens of its prefix and of its own branch, never to other samples. `batch.Batch.lengths`
 has the lengths, and `Mqwen.py` passes them to every layer as a `PackedMask`. The function registered here computes the
-attention. Ordinary masks (answering, generation) go to transformers' `sdpa`.
+attention. When questions are answered together, the keys of the row are kept in a `BranchCache`, and passes of new
+tokens come with a `NewTokensMask`. Ordinary masks (one answer, generation) go to transformers' `sdpa`.
 
 Shapes: B batch, H and G query and key heads, T tokens of the row, L of one sample, D head width.
 """
@@ -17,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from batch import Lengths, sample_positions
+from qwen.branches import BranchCache, NewTokensMask
 
 ATTENTION = "shared_prefix"  # its name in transformers
 
@@ -33,10 +35,12 @@ class PackedMask:
     Attributes:
         lengths: segment lengths of the row.
         window: number of positions that a token attends to, itself included; None: all.
+        cache: keeps keys and values for later tokens; None: nothing follows.
     """
 
     lengths: Lengths
     window: int | None
+    cache: BranchCache | None = None
     _dense: dict[tuple, torch.Tensor] = field(default_factory=dict)  # shared by all layers of a step
 
     def dense(self, number: int, like: torch.Tensor) -> torch.Tensor:
@@ -65,7 +69,7 @@ def shared_prefix_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | PackedMask | None,
+    attention_mask: torch.Tensor | PackedMask | NewTokensMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs,
@@ -74,13 +78,19 @@ def shared_prefix_attention(
 
     Args:
         query: (B, H, T, D); key and value (B, G, T, D), H a multiple of G.
-        attention_mask: a `PackedMask` for a packed row (B = 1), else a mask for `sdpa`.
+        attention_mask: a `PackedMask` for a packed row (B = 1), a `NewTokensMask` for new tokens of its branches
+            (B = 1), else a mask for `sdpa`.
         scaling: factor of the scores; None: D ** -0.5.
 
     Returns:
         (B, T, H, D), and None in place of attention weights.
     """
+    if isinstance(attention_mask, NewTokensMask):
+        cache, window = attention_mask.cache, attention_mask.window
+        return cache.attend(module.layer_idx, query, key, value, window, scaling), None
     if isinstance(attention_mask, PackedMask):
+        if attention_mask.cache is not None:
+            attention_mask.cache.keep(module.layer_idx, key, value)
         rows = _packed_attention(query, key, value, attention_mask, {"dropout_p": dropout, "scale": scaling})
         return rows.transpose(1, 2), None
     sdpa = AttentionInterface()["sdpa"]

@@ -13,37 +13,37 @@ from torch.nn import functional
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """`x Wᵀ + bias + s · d Aᵀ Bᵀ`, where d is x or x after dropout; W and bias are frozen."""
+    """`x Wᵀ + bias + s · (m ∘ x) Aᵀ Bᵀ`, where m is dropout's mask; W and bias are frozen.
+
+    The backward pass computes `m ∘ x` again: dropout costs it one byte an element of x.
+    """
 
     @staticmethod
-    def forward(ctx, x, dropped, weight, bias, A, B, scaling):
-        """(T, I), (T, I) or None for x itself, (O, I), (O,) or None, (r, I), (O, r), float → (T, O)."""
+    def forward(ctx, x, mask, weight, bias, A, B, scaling):
+        """(T, I), (T, I) bool or None for all, (O, I), (O,) or None, (r, I), (O, r), float → (T, O)."""
         ctx.scaling = scaling
-        source = x if dropped is None else dropped
-        low, B_here = functional.linear(source, A.to(x.dtype)), B.to(x.dtype)  # (T, r), (O, r)
-        output = functional.linear(x, weight, bias).addmm_(low, B_here.t(), alpha=scaling)
-        ctx.save_for_backward(source, low, weight, A, B)
-        ctx.has_dropout = dropped is not None
+        low = functional.linear(x if mask is None else x * mask, A.to(x.dtype))  # (T, r)
+        output = functional.linear(x, weight, bias).addmm_(low, B.to(x.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(x, mask, low, weight, A, B)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        source, low, weight, A, B = ctx.saved_tensors
+        x, mask, low, weight, A, B = ctx.saved_tensors
         low_gradient = (gradient @ B.to(gradient.dtype)).mul_(ctx.scaling)  # (T, r)
-        A_gradient = B_gradient = x_gradient = dropped_gradient = None
+        A_gradient = B_gradient = x_gradient = None
         if ctx.needs_input_grad[4]:
-            A_gradient = (low_gradient.t() @ source).to(A.dtype)
+            A_gradient = (low_gradient.t() @ (x if mask is None else x * mask)).to(A.dtype)
         if ctx.needs_input_grad[5]:
             B_gradient = (gradient.t() @ low).mul_(ctx.scaling).to(B.dtype)
-        A_here = A.to(gradient.dtype)
         if ctx.needs_input_grad[0]:
-            x_gradient = gradient @ weight
-            if not ctx.has_dropout:
+            x_gradient, A_here = gradient @ weight, A.to(gradient.dtype)
+            if mask is None:
                 x_gradient.addmm_(low_gradient, A_here)
-        if ctx.has_dropout and ctx.needs_input_grad[1]:
-            dropped_gradient = low_gradient @ A_here
-        return x_gradient, dropped_gradient, None, None, A_gradient, B_gradient, None
+            else:
+                x_gradient += (low_gradient @ A_here).mul_(mask)
+        return x_gradient, None, None, None, A_gradient, B_gradient, None
 
 
 class LoraLinear(Linear):
@@ -59,9 +59,11 @@ class LoraLinear(Linear):
             x = x.to(torch.get_autocast_dtype(kind))
         weight, bias = base.weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype)
         flat = x.reshape(-1, x.shape[-1])  # (T, I)
-        dropout = self.lora_dropout["default"]
-        dropped = dropout(flat) if self.training and not isinstance(dropout, torch.nn.Identity) else None
+        dropout, mask, scaling = self.lora_dropout["default"], None, self.scaling["default"]
+        if self.training and not isinstance(dropout, torch.nn.Identity):
+            mask = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout.p)
+            scaling /= 1 - dropout.p
         matrices = (self.lora_A["default"].weight, self.lora_B["default"].weight)
         with torch.autocast(kind, enabled=False):
-            output = _LowRankLinear.apply(flat, dropped, weight, bias, *matrices, self.scaling["default"])
+            output = _LowRankLinear.apply(flat, mask, weight, bias, *matrices, scaling)
         return output.view(*x.shape[:-1], -1)

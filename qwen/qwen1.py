@@ -18,6 +18,7 @@ from batch import Lengths
 from compat import register_weight_names
 from errors import UserError
 from qwen.attention import shared_prefix_attention
+from qwen.branches import BranchCache
 from qwen.Mqwen import ReadsImages
 
 ATTENTION = "shared_prefix_logn"  # name of its attention function in transformers
@@ -151,6 +152,11 @@ class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
         super().__init__(config)
         self.model.rotary_emb = Qwen1RotaryEmbedding(config)
 
+    @property
+    def longest_packed(self) -> int:
+        """As the parent's; beyond it, positions depend on the length of the whole prompt."""
+        return self.config.seq_length
+
     def prefix_key(self, length: int) -> float:
         """As the parent's; keys of a longer prompt are rotated with another base."""
         return ntk_alpha(length, self.config)
@@ -159,8 +165,9 @@ class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
         self,
         embeddings: torch.Tensor,
         position_ids: torch.Tensor,
-        lengths: Lengths,
+        lengths: Lengths | None,
         selected: torch.Tensor | None = None,
+        cache: BranchCache | None = None,
     ) -> torch.Tensor:
         """As the parent's.
 
@@ -175,7 +182,7 @@ class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
                 f"length of the whole prompt; lower data.max_length to {self.config.seq_length}"
             )
         self.model.rotary_emb.ntk_alpha = [1.0]
-        return super().packed_states(embeddings, position_ids, lengths, selected)
+        return super().packed_states(embeddings, position_ids, lengths, selected, cache)
 
     def forward(
         self,

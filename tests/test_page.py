@@ -28,10 +28,11 @@ class TellingAnswerer:
     """Answers with the questions it was sent; some questions make it fail or slow."""
 
     def __init__(self):
-        self.settings = Generate()
+        self.settings = None  # of the last question
         self.closed_early = False
 
-    def stream(self, image, messages):
+    def stream(self, image, messages, settings):
+        self.settings = settings
         assert image is None
         question = messages[-1]["content"]
         if question == "memory":
@@ -360,7 +361,7 @@ def test_phone_width_has_no_sideways_scrolling(page, photos):
 
 
 def test_empty_answer_is_shown_as_such(page, photos, answerer, monkeypatch):
-    monkeypatch.setattr(answerer, "stream", lambda image, messages: (piece for piece in []))
+    monkeypatch.setattr(answerer, "stream", lambda image, messages, settings: (piece for piece in []))
     upload(page, photos / "red.png")
     ask(page, "What?")
     expect_text(page, "#chat", "(no answer")

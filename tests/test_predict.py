@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import predict
+from answering.request import Reply, ReplyStream
 from errors import UserError
 from visual.transform import load_image
 
@@ -35,11 +36,23 @@ class FakeAnswerer:
 
     def stream(self, image, messages):
         assert image is None
-        yield from self.stream_messages(messages[-1]["images"], [message["content"] for message in messages])
+        return self.stream_messages(messages[-1]["images"], [message["content"] for message in messages])
 
     def stream_messages(self, photos, messages):
+        return ReplyStream(self.pieces(photos, messages))
+
+    def answer_many(self, requests):
+        for request in requests:
+            try:
+                yield self.stream_messages(*request).rest()
+            except UserError as error:
+                yield error
+
+    def pieces(self, photos, messages):
         sizes = [str(load_image(photo).size) for photo in photos]
-        yield from [" ".join(messages), " ", " ".join(sizes or ["no photo"])]
+        pieces = [" ".join(messages), " ", " ".join(sizes or ["no photo"])]
+        yield from pieces
+        return Reply("".join(pieces), "stop", 1, len(pieces))
 
 
 @pytest.fixture
@@ -165,21 +178,21 @@ def test_file_keeps_order_and_keys_and_goes_on_after_bad_rows(loaded, folder, ca
     assert "2 rows answered, 8 with an error" in capsys.readouterr().out
 
 
-def test_each_row_is_on_disk_before_the_next_is_asked(folder):
+def test_answers_are_on_disk_before_the_next_is_asked_for(folder):
     (folder / "in.jsonl").write_text('{"question": "one"}\n{"question": "two"}\n')
     lines_before = []
 
     class Watching(FakeAnswerer):
-        def stream_messages(self, photos, messages):
+        def pieces(self, photos, messages):
             lines_before.append(len((folder / "out.jsonl").read_text().splitlines()))
-            yield messages[-1]
+            return super().pieces(photos, messages)
 
     assert predict.answer_file(Watching(None), folder / "in.jsonl", folder / "out.jsonl") == (2, 0)
     assert lines_before == [0, 1]
 
 
 class ChoosyAnswerer(FakeAnswerer):
-    def stream_messages(self, photos, messages):
+    def pieces(self, photos, messages):
         question = messages[-1]
         if question == "defect":
             raise IndexError("of ours " + "x" * 1000)
@@ -187,7 +200,7 @@ class ChoosyAnswerer(FakeAnswerer):
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
         if question == "stop":
             raise KeyboardInterrupt
-        return super().stream_messages(photos, messages)
+        return super().pieces(photos, messages)
 
 
 ODD_ROWS = [

@@ -7,6 +7,7 @@ import pytest
 
 import predict
 from answering.answer import Answerer
+from answering.request import Reply
 from dataset.image_caption_dataset import entry_messages
 from dataset.raw import process_coco
 from dataset.records import read_records
@@ -29,7 +30,8 @@ def test_a_row_of_the_training_data_gets_its_prompt(tiny_checkpoint, tmp_path, m
     root = tiny_checkpoint.parent.parent
     answerer = Answerer(load_checkpoint(tiny_checkpoint, overrides={"model_root": str(root)}))
     chat, asked = answerer.model.processor.chat, []
-    monkeypatch.setattr(answerer, "_generate", lambda photos, messages: asked.append((photos, messages)) or iter(()))
+    reply = Reply("yes", "stop", 1, 1)
+    monkeypatch.setattr(answerer, "answer_many", lambda requests: asked.extend(requests) or iter([reply]))
     (tmp_path / "in.jsonl").write_text(json.dumps(row))
     shutil.copytree(root / "photos", tmp_path, dirs_exist_ok=True)
     assert predict.answer_file(answerer, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == (1, 0)

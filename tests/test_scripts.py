@@ -46,7 +46,7 @@ def test_prompt_is_identical_in_training_evaluation_page_and_command_line(model,
 
     asked = []
     prefill = Answerer._prefill
-    monkeypatch.setattr(Answerer, "_prefill", lambda self, *given: asked.append(given[-1]) or prefill(self, *given))
+    monkeypatch.setattr(Answerer, "_prefill", lambda self, *given: asked.append(given[-1].ids) or prefill(self, *given))
     answerer = Answerer(model)
 
     def prompt_of(stream):

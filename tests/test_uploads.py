@@ -25,9 +25,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals and links of POSI
 
 
 class SizeAnswerer:
-    settings = Generate()
-
-    def stream(self, image, messages):
+    def stream(self, image, messages, settings):
         yield " ".join([*(str(photo.size) for photo in messages[-1]["images"]), messages[-1]["content"]])
 
 

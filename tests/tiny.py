@@ -30,6 +30,14 @@ CHATML = (
 )
 
 
+def fill_trained(model: torch.nn.Module, seed: int = 3) -> None:
+    """Fill what is trained at random: LoRA starts at zero, and a projector at N(0, 0.01) hardly shows."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.2)
+
+
 def write_tokenizer(folder: Path, thinks: bool = False) -> int:
     """A byte-level tokenizer without merges, in Qwen2's layout, or with Qwen3's think block; returns its size."""
     template = CHATML.replace(

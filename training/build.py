@@ -268,6 +268,7 @@ def compile_layers(language_model: torch.nn.Module) -> None:
     Gradient checkpointing wraps the whole layer, and torch does not compile a wrapped layer. Its submodules are
     therefore compiled one by one.
     """
+    language_model.whole_layers = True
     for layer in language_model.model.layers:
         for part in layer.children():
             part.compile(dynamic=True)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from answering.answer import Answerer
-from config import IMAGE_TAG
+from config import IMAGE_TAG, Generate
 from dataset.image_caption_dataset import ImageCaptionDataset, entry_messages
 from dataset.records import Entry, Photo
 from errors import UserError
@@ -157,11 +157,12 @@ class SampleSheet:
         assert not model.training, "a model that answers must be in eval mode"
         settings = model.config.generate
         limit = min(MAX_NEW_TOKENS, settings.max_new_tokens)
-        answerer = Answerer(model, settings.model_copy(update={"temperature": 0.0, "max_new_tokens": limit}))
+        greedy = settings.model_copy(update={"temperature": 0.0, "max_new_tokens": limit})
+        answerer = Answerer(model)
         # with train.compile, each answer length could trigger another compilation
         with torch.compiler.set_stance("force_eager"):
             for entry, sample in zip(self._entries, self.samples, strict=True):
-                sample.attempts[step] = self._attempt(answerer, entry)
+                sample.attempts[step] = self._attempt(answerer, entry, greedy)
         try:
             self._write()
         except Exception as error:  # training must continue
@@ -171,11 +172,11 @@ class SampleSheet:
                 file = self.folder / "samples.html"
                 logger.warning("%s cannot be written (%r); training continues", file, error, exc_info=details)
 
-    def _attempt(self, answerer: Answerer, entry: Entry) -> Attempt:
+    def _attempt(self, answerer: Answerer, entry: Entry, settings: Generate) -> Attempt:
         messages = entry_messages(entry, answerer.model.processor.chat, [])[:1]
         try:
             images = [load_image(self._photos[ID].path) for ID in entry.turns[0].images]
-            text = "".join(answerer.stream_messages(images, messages))
+            text = answerer.stream_messages(images, messages, settings).rest().text
         except UserError as error:
             return Attempt(str(error), failed=True)
         except Exception as error:  # the page shows the error; training must continue

@@ -10,7 +10,7 @@ from PIL import Image
 from answering.answer import Answerer
 from config import Generate
 from model.model import MMultiModal
-from tests.tiny import tiny_config
+from tests.tiny import fill_trained, tiny_config
 
 RED, GREEN = Image.new("RGB", (64, 50), (220, 20, 20)), Image.new("RGB", (50, 64), (20, 220, 20))
 
@@ -18,10 +18,7 @@ RED, GREEN = Image.new("RGB", (64, 50), (220, 20, 20)), Image.new("RGB", (50, 64
 @pytest.fixture(scope="module", params=["qwen2-tied", "qwen3-untied", "qwen1-short"])
 def model(request, backbones):
     model = MMultiModal.from_config(tiny_config(backbones, llm={"path": str(backbones / request.param)})).eval()
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.2)
+    fill_trained(model)
     return model
 
 
@@ -36,14 +33,14 @@ def test_stream_equals_transformers_generate(model):
         pixels = None if photo is None else model.processor.transform(photo)[None]
         tokens = model.generate(pixels, ids, max_new_tokens=40, do_sample=False)[0].tolist()
         tokens = [token for token in tokens if token not in model.processor.chat.stop_ids]
-        answerer = Answerer(model, Generate(max_new_tokens=40))
-        pieces = list(answerer.stream(photo, ask("What is it?")))
+        answerer, settings = Answerer(model), Generate(max_new_tokens=40)
+        pieces = list(answerer.stream(photo, ask("What is it?"), settings))
         expected = model.processor.tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         assert "".join(pieces) == expected
         assert len(pieces) > 1
-        assert answerer.answer(photo, "What is it?") == expected
+        assert answerer.answer(photo, "What is it?", settings) == expected
 
 
 def test_batched_generate_equals_single(model):
@@ -103,13 +100,14 @@ def test_closing_the_stream_leaves_a_usable_answerer(model):
 
 
 def test_no_pass_after_the_last_allowed_token(model, monkeypatch):
-    answerer = Answerer(model, Generate(max_new_tokens=3))
+    answerer = Answerer(model)
     passes = []
     step = answerer._step
     monkeypatch.setattr(answerer, "_step", lambda rows, ids: passes.append(len(ids)) or step(rows, ids))
     monkeypatch.setattr(model.processor.chat, "stop_ids", set())
-    tokens = list(answerer._generate([RED], [model.processor.chat.typed_question("What is it?", 1)]))
-    assert len(tokens) == len(passes) == 3
+    reply = answerer.stream(RED, ask("What is it?"), Generate(max_new_tokens=3)).rest()
+    assert reply.tokens_out == len(passes) == 3
+    assert reply.finish_reason == "length"
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError, KeyboardInterrupt])
@@ -182,10 +180,11 @@ def test_typed_control_tokens_are_text(model):
 
 def test_sampling_is_seeded_and_differs_from_greedy(model):
     hot = Generate(max_new_tokens=20, temperature=3.0, top_p=0.9, seed=1)
-    first, again = (Answerer(model, hot).answer(RED, "What?") for _ in range(2))
+    answerer = Answerer(model)
+    first, again = (answerer.answer(RED, "What?", hot) for _ in range(2))
     assert first == again
-    assert first != Answerer(model, hot.model_copy(update={"seed": 2})).answer(RED, "What?")
-    assert first != Answerer(model, Generate(max_new_tokens=20)).answer(RED, "What?")
+    assert first != answerer.answer(RED, "What?", hot.model_copy(update={"seed": 2}))
+    assert first != answerer.answer(RED, "What?", Generate(max_new_tokens=20))
 
 
 def test_repetition_penalty_equals_transformers(model):
@@ -204,7 +203,7 @@ def test_repetition_penalty_equals_transformers(model):
     decode = model.processor.tokenizer.decode
     expected = decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     settings = Generate(max_new_tokens=20, repetition_penalty=1.3)
-    assert Answerer(model, settings).answer(None, "What is it?") == expected
+    assert Answerer(model).answer(None, "What is it?", settings) == expected
 
 
 def test_bad_questions(model, tmp_path):

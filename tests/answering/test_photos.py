@@ -9,13 +9,14 @@ from answering.answer import Answerer
 from config import Generate
 from errors import UserError
 from model.model import MMultiModal
-from tests.tiny import tiny_config
+from tests.tiny import fill_trained, tiny_config
 
 
 def picture(width, height, seed):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+SETTINGS = Generate(max_new_tokens=12)
 SQUARE, WIDE, TALL, SMALL = picture(112, 112, 0), picture(168, 60, 1), picture(60, 130, 2), picture(40, 30, 3)
 
 
@@ -28,10 +29,7 @@ def llm(request):
 def model(request, llm, backbones):
     config = tiny_config(backbones, llm={"path": str(backbones / llm)}, visual={"tiles": request.param})
     model = MMultiModal.from_config(config).eval()
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.2)
+    fill_trained(model)
     return model
 
 
@@ -80,20 +78,16 @@ def expected_answer(model, dialogue):
 
 
 def say(answerer, dialogue):
-    return "".join(answerer.stream(None, dialogue))
-
-
-def answerer_of(model):
-    return Answerer(model, Generate(max_new_tokens=12))
+    return answerer.stream(None, dialogue, SETTINGS).rest().text
 
 
 @pytest.mark.parametrize("name", DIALOGUES)
 def test_answers_are_those_of_generate(model, name):
-    assert say(answerer_of(model), DIALOGUES[name]) == expected_answer(model, DIALOGUES[name])
+    assert say(Answerer(model), DIALOGUES[name]) == expected_answer(model, DIALOGUES[name])
 
 
 def test_one_answerer_for_all_dialogues_gives_the_same(model):
-    shared = answerer_of(model)
+    shared = Answerer(model)
     for name in [*DIALOGUES, *reversed(DIALOGUES)]:
         assert say(shared, DIALOGUES[name]) == expected_answer(model, DIALOGUES[name]), name
 
@@ -101,7 +95,7 @@ def test_one_answerer_for_all_dialogues_gives_the_same(model):
 def test_the_photos_make_the_answer(model):
     """Otherwise the comparisons above would prove nothing about photos."""
     pairs = [(SQUARE, WIDE), (WIDE, SQUARE), (SQUARE, SQUARE), (TALL, SMALL)]
-    assert len({say(answerer_of(model), [user("?", *pair)]) for pair in pairs}) > 1
+    assert len({say(Answerer(model), [user("?", *pair)]) for pair in pairs}) > 1
 
 
 def test_tiles_follow_from_the_shape(llm, backbones):
@@ -116,7 +110,7 @@ def test_tiles_follow_from_the_shape(llm, backbones):
 @pytest.fixture
 def counted(model, monkeypatch):
     """An answerer, the tokens each of its passes read, and the crops each call of the encoder saw."""
-    answerer = answerer_of(model)
+    answerer = Answerer(model)
     read, seen = [], []
     decode, encode = model.decode, model.encode_image
     monkeypatch.setattr(model, "decode", lambda rows, cache: read.append(rows.shape[1]) or decode(rows, cache))
@@ -194,11 +188,11 @@ def test_a_photo_twice_is_encoded_once(model, counted):
 def test_the_image_argument_comes_before_the_first_messages_own(model):
     dialogue = [user("Same?", WIDE)]
     expected = expected_answer(model, [user("Same?", SQUARE, WIDE)])
-    assert "".join(answerer_of(model).stream(SQUARE, dialogue)) == expected
+    assert "".join(Answerer(model).stream(SQUARE, dialogue, SETTINGS)) == expected
 
 
 def test_more_photos_than_the_context_holds(model):
-    answerer = answerer_of(model)
+    answerer = Answerer(model)
     dialogue = [user("What?", SQUARE)]
     expected = say(answerer, dialogue)
     of_photos = 100 * model.processor.plan(*SQUARE.size).tokens

@@ -10,7 +10,17 @@ from paths import REPO_ROOT
 
 
 @pytest.mark.parametrize(
-    "name", ["backbone_tables", "fuzz", "fuzz_files", "fuzz_text", "scaling", "train_estimate", "train_step"]
+    "name",
+    [
+        "answer_batch",
+        "backbone_tables",
+        "fuzz",
+        "fuzz_files",
+        "fuzz_text",
+        "scaling",
+        "train_estimate",
+        "train_step",
+    ],
 )
 def test_import_needs_nothing_of_unix(name, monkeypatch):
     for module in ("resource", "fcntl", "termios"):  # Windows has none of them

@@ -9,7 +9,7 @@ from dataset.image_caption_dataset import ImageCaptionDataset, collate, group_en
 from dataset.records import Entry, Photo, Turn
 from model.model import MMultiModal
 from qwen.attention import PackedMask, shared_prefix_attention
-from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen, write_qwen1, write_siglip
+from tests.tiny import IMAGE_SIZE, fill_trained, tiny_config, write_qwen, write_qwen1, write_siglip
 
 # relative in norm, per tensor; the sums run in another order
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}
@@ -116,10 +116,7 @@ def build(backbones, kind, dtype=torch.float32, **train):
     """A model with LoRA and projector that do something, in training mode."""
     llm = {"path": str(backbones / kind), "lora": {"r": 4, "alpha": 8, "dropout": 0.0}}
     model = MMultiModal.from_config(tiny_config(backbones, llm=llm, train=train))
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.2)
+    fill_trained(model, seed=0)
     return model.to(dtype).train()
 
 

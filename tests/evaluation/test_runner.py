@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 
 import eval_vqa
+from answering.request import Reply
 from config import parse_config
 from dataset.records import Entry, Photo, Turn
 from errors import UserError
-from evaluation.report import draw_gallery, table, write_json
-from evaluation.runner import _other_photos, evaluate, sample_photos
+from evaluation.report import draw_gallery, looks_line, table, write_json
+from evaluation.runner import _other_photos, evaluate, sample_photos, visual_gain
+from visual.transform import load_image
 from visual_plan import VisualPlan
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "黑色": (0, 0, 0)}
@@ -32,14 +34,17 @@ class ColourAnswerer:
         )
         self.model = SimpleNamespace(processor=SimpleNamespace(chat=chat))
 
-    def stream_messages(self, photos, messages):
-        colours = [photo.getpixel((0, 0)) for photo in photos]
-        self.calls.append((messages[-1][0], colours, len(messages) - 1))
-        self.places.append([count for _, count in messages[::2]])
-        if not photos:
-            yield "hello"
-        else:
-            yield next(name for name, colour in COLOURS.items() if colour == colours[0])
+    def answer_many(self, requests):
+        for photos, messages in requests:
+            try:
+                colours = [load_image(photo).getpixel((0, 0)) for photo in photos]
+            except UserError as error:
+                yield error
+                continue
+            self.calls.append((messages[-1][0], colours, len(messages) - 1))
+            self.places.append([count for _, count in messages[::2]])
+            names = [name for name, colour in COLOURS.items() if colour in colours[:1]]
+            yield Reply(names[0] if names else "hello", "stop", 1, 1)
 
 
 @pytest.fixture
@@ -157,6 +162,29 @@ def test_table_is_aligned_and_json_holds_all(photos, entries, tmp_path):
     assert report["trained"]["by_type"]["颜色"]["accuracy"] == 1
     assert ["黑色"] in [answer["references"] for answer in report["blind"]["answers"]]
     assert "blind" not in table(trained, None)
+
+
+def test_first_line_says_whether_it_looks(photos, entries):
+    passes = [evaluate(ColourAnswerer(), entries, photos, blind=blind) for blind in (False, True)]
+    gain = visual_gain(*passes)
+    assert gain.score == pytest.approx(5 / 6)  # six questions with a photo; "Sure?" is wrong both times
+    assert 2 / 3 - 1e-9 <= gain.low < gain.score <= gain.high <= 1  # 2 / 3: only the photo of "Sure?" is drawn
+    assert looks_line(gain).startswith("it looks at the photo: accuracy is higher by 0.833 (95 % interval ")
+    assert "no sign that it looks at the photo: accuracy differs by 0.000" in looks_line(
+        visual_gain(passes[1], passes[1])
+    )
+    assert visual_gain(*[evaluate(ColourAnswerer(), entries[4:5], photos)] * 2) is None
+
+
+def test_scores_hold_interval_and_caption_scores(photos, entries):
+    score = evaluate(ColourAnswerer(), entries, photos).by_type["dialogue"]
+    assert score.accuracy_interval == (0.5, 0.5)  # both questions are on one photo
+    assert score.anls == 0.5
+    assert score.captions["words"]["bleu_1"] == pytest.approx(0.5)
+    chinese = Entry("demo", "颜色", (Turn("<|extra_0|>什么颜色？", ("黑色",), images=(3,)),))
+    scores = evaluate(ColourAnswerer(), [chinese], photos).overall.captions
+    assert scores["characters"]["rouge_l"] == 1
+    assert scores["characters"]["bleu_2"] == pytest.approx(1)
 
 
 def test_gallery_marks_right_green_and_wrong_red(photos, entries, tmp_path):

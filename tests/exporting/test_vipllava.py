@@ -10,15 +10,12 @@ from transformers import AutoTokenizer, VipLlavaForConditionalGeneration
 from answering.answer import Answerer
 from exporting.vipllava import export_checkpoint
 from model.model import MMultiModal
-from tests.tiny import tiny_config
+from tests.tiny import fill_trained, tiny_config
 
 
 def scattered(backbones, name, **prompt):
     model = MMultiModal.from_config(tiny_config(backbones, llm={"path": str(backbones / name)}, prompt=prompt)).eval()
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.2)
+    fill_trained(model)
     return model
 
 

@@ -14,16 +14,13 @@ from model.checkpoint import load_checkpoint, save_checkpoint
 from model.checkpoint_folder import list_checkpoints, recover
 from model.model import MMultiModal
 from model.portable import portable_config
-from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen
+from tests.tiny import IMAGE_SIZE, fill_trained, tiny_config, write_qwen
 
 
 @pytest.fixture(scope="module")
 def model(backbones):
     model = MMultiModal.from_config(tiny_config(backbones)).eval()
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.2)
+    fill_trained(model)
     return model
 
 

@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from answering.answer import Answerer
 from exporting.vipllava import export_checkpoint
 from model.model import MMultiModal
-from tests.tiny import IMAGE_SIZE, tiny_config, write_clip
+from tests.tiny import IMAGE_SIZE, fill_trained, tiny_config, write_clip
 from visual.transform import load_image
 
 
@@ -19,9 +19,7 @@ def clip_folder(backbones):
 def build(backbones, clip_folder, **visual):
     torch.manual_seed(3)
     model = MMultiModal.from_config(tiny_config(backbones, visual={"path": str(clip_folder)} | visual)).eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.2)
+    fill_trained(model)
     return model
 
 

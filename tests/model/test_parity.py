@@ -15,7 +15,7 @@ from transformers import (
 from exporting.vipllava import text_config
 from model.model import MMultiModal
 from tests.batches import as_packed
-from tests.tiny import IMAGE_SIZE, tiny_config
+from tests.tiny import IMAGE_SIZE, fill_trained, tiny_config
 
 # float32 sums in another order: 1e-5 is about 100 ulp of logits of size 1 to 10
 TOLERANCE = 1e-5
@@ -24,10 +24,7 @@ TOLERANCE = 1e-5
 @pytest.fixture(params=["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "qwen1"])
 def model(request, backbones):
     model = MMultiModal.from_config(tiny_config(backbones, llm={"path": str(backbones / request.param)})).eval()
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # LoRA starts at zero; a projector at N(0, 0.01) hardly shows
-            parameter.data.normal_(std=0.2)
+    fill_trained(model)
     return model
 
 

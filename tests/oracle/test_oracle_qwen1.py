@@ -227,7 +227,7 @@ def test_answers_end_to_end(real_vocabulary):
             settings = model.config.generate.model_copy(
                 update={"repetition_penalty": penalty, "max_new_tokens": len(answer[kind]["ids"])}
             )
-            text = "".join(Answerer(model, settings).stream_messages([image], [question]))
+            text = Answerer(model).stream_messages([image], [question], settings).rest().text
             assert text == answer[kind]["text"]
 
 

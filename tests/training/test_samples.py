@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from answering.request import Reply, ReplyStream
 from dataset.image_caption_dataset import ImageCaptionDataset, collate
 from dataset.records import Entry, Photo, Turn, read_records
 from evaluation import screenshots
@@ -54,13 +55,18 @@ class FakeAnswerer:
 
     settings = None
 
-    def __init__(self, model, settings):
+    def __init__(self, model):
         self.model = model
-        type(self).settings = settings
 
-    def stream_messages(self, images, messages):
+    def stream_messages(self, images, messages, settings):
+        type(self).settings = settings
+        return ReplyStream(self.pieces(messages))
+
+    def pieces(self, messages):
         assert [message.role for message in messages] == ["user"]
-        yield from self.reply("".join(part for part in messages[0].parts if isinstance(part, str)).strip())
+        pieces = list(self.reply("".join(part for part in messages[0].parts if isinstance(part, str)).strip()))
+        yield from pieces
+        return Reply("".join(pieces), "stop", 1, len(pieces))
 
 
 @pytest.fixture

@@ -1,0 +1,172 @@
+"""Answers to many prompts at once: prompts on the same photos share its keys, all prompts share each pass.
+
+`Answerer.answer_many` fills a `PromptBatch` and calls `answer_batch`. The questions on one photo are branches behind
+one prefix, as in training (`qwen/attention.py`), so nothing is padded but the attention of a pass
+(`qwen/branches.py`).
+
+Shapes: T tokens of the packed row, N questions that have not ended, Dl width, V vocabulary.
+"""
+
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
+
+import torch
+
+from answering.choice import TokenChoice
+from answering.request import FinishReason, OpenPrompt, Picture, common_length
+from batch import sample_positions
+from config import Generate
+from model.model import MMultiModal
+from qwen.branches import BranchCache
+
+# Tokens whose keys and values are held at once, and their bytes: 22 photos of 728 tokens with one question each, or 100
+# questions on 6 photos. Qwen-7B (v1) has no grouped heads: half a MiB a token in bf16, so 4096 tokens at once.
+BATCH_TOKENS = 16384
+BATCH_BYTES = 2 * 2**30
+# Questions behind one prefix. A question's pass reads the keys of all of them, so more would cost more than reading
+# the prefix again.
+MOST_BRANCHES = 16
+
+
+class PromptBatch:
+    """Prompts that are answered together, grouped by all that comes before the end of their last photo.
+
+    Attributes:
+        prompts: in the order in which they came.
+        pixels: hash of a photo → (crops, 3, H, W).
+    """
+
+    def __init__(self, most_tokens: int) -> None:
+        self.prompts: list[OpenPrompt] = []
+        self.pixels: dict[str, torch.Tensor] = {}
+        self._most_tokens = most_tokens
+        self._groups: dict[Hashable, list[int]] = {}  # numbers in `prompts`
+        self._tokens: dict[Hashable, int] = {}  # of a group, if all answers are as long as they may be
+
+    def add(self, model: MMultiModal, prompt: OpenPrompt, pictures: list[Picture]) -> bool:
+        """Add a prompt; return False if there is no room for it. There always is for the first."""
+        shared = prompt.photos_end
+        key: Hashable = (prompt.photos, tuple(prompt.ids[:shared]))
+        tokens = self._tokens.get(key, shared) + len(prompt.ids) - shared + prompt.limit
+        # each group gets as many slots as the largest
+        slots = len(self._tokens | {key: tokens}) * max(tokens, *self._tokens.values(), 0)
+        if self.prompts and slots > self._most_tokens:
+            return False
+        self._groups.setdefault(key, []).append(len(self.prompts))
+        self._tokens[key] = tokens
+        self.prompts.append(prompt)
+        if len(self._groups[key]) == MOST_BRANCHES:  # close the group: its key is free for another
+            closed = object()
+            self._groups[closed], self._tokens[closed] = self._groups.pop(key), self._tokens.pop(key)
+        for picture in pictures:
+            if picture.hash not in self.pixels:
+                self.pixels[picture.hash] = model.processor.pixels(picture.image, picture.plan)
+        return True
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Numbers of the prompts of each group."""
+        return list(self._groups.values())
+
+
+def batch_tokens(model: MMultiModal) -> int:
+    """Return the number of tokens of a batch: `BATCH_TOKENS`, or as many as `BATCH_BYTES` hold."""
+    config, attention = model.LLM.config, model.language_model.model.layers[0].self_attn
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * attention.head_dim  # of a token
+    return min(BATCH_TOKENS, BATCH_BYTES // (numbers * model.LLM.dtype.itemsize))
+
+
+@torch.no_grad()
+def answer_batch(
+    model: MMultiModal, batch: PromptBatch, settings: Generate, lock: AbstractContextManager
+) -> list[tuple[list[int], FinishReason]]:
+    """Return the new tokens of each prompt, without the end token, and why they end.
+
+    Args:
+        model: in eval mode.
+        lock: held during each pass, because the model may run no other meanwhile.
+    """
+    order = [number for group in batch.groups for number in group]  # the cache counts questions in this order
+    prompts = [batch.prompts[number] for number in order]
+    choices = [TokenChoice(settings, model.device) for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    reasons: list[FinishReason] = ["length"] * len(prompts)
+    waiting = list(range(len(prompts)))
+    cache = None
+    while waiting:
+        with lock:
+            if cache is None:
+                states, cache = _read_prompts(model, batch)
+            else:
+                states = _read_tokens(model, cache, waiting, [answers[question][-1] for question in waiting])
+            logits = model.language_model.lm_head(states).float()  # (N, V)
+        logits[:, model.suppressed_ids] = -torch.inf
+        tokens = _choose(logits, waiting, choices, prompts, answers)
+        going_on = []
+        for question, token in zip(waiting, tokens, strict=True):
+            if token in model.processor.chat.stop_ids:
+                reasons[question] = "stop"
+                continue
+            answers[question].append(token)
+            if len(answers[question]) < prompts[question].limit:
+                going_on.append(question)
+        waiting = going_on
+    found = dict(zip(order, zip(answers, reasons, strict=True), strict=True))
+    return [found[number] for number in range(len(order))]
+
+
+def _images(model: MMultiModal, pixels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Encode and project all photos: hash → pixels (crops, 3, H, W) to hash → image tokens (crops, M, Dl)."""
+    if not pixels:
+        return {}
+    images = model.project(model.encode_image(torch.cat(list(pixels.values())).to(model.device)))
+    return dict(zip(pixels, images.split([len(crops) for crops in pixels.values()]), strict=True))
+
+
+def _read_tokens(model: MMultiModal, cache: BranchCache, questions: list[int], tokens: list[int]) -> torch.Tensor:
+    """Process the newest token of each question; return their last states (N, Dl)."""
+    positions = cache.begin_pass(questions)
+    embeddings = model.language_model.get_input_embeddings()(torch.tensor([tokens], device=model.device))
+    return model.language_model.packed_states(embeddings, positions, None, cache=cache)[0]
+
+
+def _read_prompts(model: MMultiModal, batch: PromptBatch) -> tuple[torch.Tensor, BranchCache]:
+    """Process all prompts; return the last states (N, Dl), and the keys and values."""
+    images = _images(model, batch.pixels)
+    ids: list[int] = []
+    lengths, last, shown = [], [], []
+    for group in batch.groups:
+        prompts = [batch.prompts[number] for number in group]
+        shared = prompts[0].photos_end
+        texts = [prompt.ids[shared:-1] for prompt in prompts]  # the last token of a prompt is in its branch
+        prefix = shared + min(common_length(texts[0], text) for text in texts)
+        lengths.append((prefix, *(len(prompt.ids) - prefix for prompt in prompts)))
+        shown += [images[photo] for photo in prompts[0].photos]
+        ids += prompts[0].ids[:prefix]
+        for prompt in prompts:
+            ids += prompt.ids[prefix:]
+            last.append(len(ids) - 1)
+    row = torch.tensor([ids], device=model.device)  # (1, T)
+    selected = torch.zeros_like(row, dtype=torch.bool)
+    selected[0, last] = True
+    positions = torch.cat([sample_positions(segments) for segments in lengths]).unsqueeze(0).to(model.device)
+    limits = [batch.prompts[number].limit for group in batch.groups for number in group]
+    cache = BranchCache(tuple(lengths), limits, model.LLM.config.num_hidden_layers, model.device)
+    embeddings = model.language_model.embed(row, torch.cat(shown) if shown else None)
+    return model.language_model.packed_states(embeddings, positions, tuple(lengths), selected, cache), cache
+
+
+def _choose(
+    logits: torch.Tensor,
+    questions: list[int],
+    choices: list[TokenChoice],
+    prompts: list[OpenPrompt],
+    answers: list[list[int]],
+) -> list[int]:
+    """Choose the next token of each question by its row of `logits` (N, V)."""
+    if choices[0].greedy and not choices[0].uses_history:
+        return logits.argmax(-1).tolist()
+    return [
+        choices[question].token(row, [*prompts[question].ids, *answers[question]])
+        for question, row in zip(questions, logits, strict=True)
+    ]

@@ -1,0 +1,316 @@
+"""Answers of a batch are those of asking one by one, whatever is in the batch, and from several threads."""
+
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from answering import batches
+from answering.answer import Answerer
+from answering.batches import BATCH_TOKENS
+from answering.request import Request
+from config import Generate
+from errors import UserError
+from model.model import MMultiModal
+from qwen.branches import BranchCache
+from tests.tiny import fill_trained, tiny_config, write_qwen
+from visual.photo import load_image
+
+SETTINGS = Generate(max_new_tokens=10)
+KINDS = ["qwen2-tied", "qwen3-untied", "qwen1", "qwen1-short", "sliding", "tiles"]
+
+
+def build(backbones, folder, **sections):
+    config = tiny_config(backbones, llm={"path": str(folder)}, **sections)
+    model = MMultiModal.from_config(config).eval()
+    fill_trained(model)
+    return model
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, backbones, tmp_path_factory):
+    if request.param == "tiles":
+        return build(backbones, backbones / "qwen2-tied", visual={"tiles": 4})
+    if request.param == "sliding":
+        window = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+        return build(backbones, write_qwen(tmp_path_factory.mktemp("sliding"), "qwen2", **window))
+    return build(backbones, backbones / request.param)
+
+
+@pytest.fixture(scope="module")
+def qwen2(backbones):
+    return build(backbones, backbones / "qwen2-tied")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Four photo files of three shapes."""
+    folder, sizes = tmp_path_factory.mktemp("photos"), [(112, 112), (168, 60), (60, 130), (112, 112)]
+    for number, (width, height) in enumerate(sizes):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return [folder / f"{number}.png" for number in range(len(sizes))]
+
+
+def requests_of(model, photos):
+    """Several questions on several photos in mixed order, dialogues, texts, two photos in one turn and in two."""
+    chat = model.processor.chat
+    one, two, three, four = photos
+
+    def dialogue(own, *texts, counts=None):
+        counts = counts or [len(own), *[0] * len(texts)]
+        return Request(own, [
+            chat.answer(text) if number % 2 else chat.typed_question(text, counts[number])
+            for number, text in enumerate(texts)
+        ])  # fmt: skip
+
+    return [
+        dialogue([one], "What is it?"),
+        dialogue([two], "What is it?"),
+        dialogue([], "Hello"),
+        dialogue([one], "Which colour has the thing in the middle of this photo?"),
+        dialogue([one], "Which?", "Red.", "Sure?"),
+        dialogue([three], "它是什么？"),
+        dialogue([one], "What is it?"),  # again
+        dialogue([one, two], "Same?"),
+        dialogue([load_image(four)], "What?"),
+        dialogue([one, two], "This?", "Yes", "And this?", counts=[1, 0, 1]),
+        dialogue([], "What did you say, and why, and to whom?"),
+        dialogue([two], "?"),
+        dialogue([one, two], "Other?"),
+        dialogue([], "Hi", "Hello", "And now?"),
+        dialogue([one], "Which?", "Red.", "Sure?", "Yes.", "Why?"),
+        dialogue([three, three], "Twice?"),
+    ]
+
+
+def alone(model, requests, settings=SETTINGS):
+    return [Answerer(model).stream_messages(*request, settings).rest() for request in requests]
+
+
+def tokens_of(monkeypatch, model, requests):
+    """The tokens of each answer; their text may not tell, because random bytes are no characters."""
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr("answering.answer.text_pieces", lambda _, tokens: said.append([*tokens]) or [""])
+        alone(model, requests)
+    return said
+
+
+def end_early(monkeypatch, model, requests):
+    """Make tokens that the answers have end them: some at once, some on the way, at least a third not."""
+    said = tokens_of(monkeypatch, model, requests)
+    stops = {min((tokens[0] for tokens in said), key=lambda token: sum(token in tokens for tokens in said))}
+    for token in [tokens[4] for tokens in said if len(tokens) > 4]:
+        if sum(not {*stops, token} & {*tokens} for tokens in said) >= len(said) // 3:
+            stops.add(token)
+    monkeypatch.setattr(model.processor.chat, "stop_ids", stops)
+
+
+@pytest.mark.parametrize("most_tokens", [1, 300, BATCH_TOKENS])
+def test_answers_are_those_of_asking_one_by_one(model, photos, monkeypatch, most_tokens):
+    requests = requests_of(model, photos)
+    end_early(monkeypatch, model, requests)
+    expected = alone(model, requests)
+    assert {reply.finish_reason for reply in expected} == {"stop", "length"}
+    assert {0, SETTINGS.max_new_tokens} < {reply.tokens_out for reply in expected}
+    assert len({reply.text for reply in expected}) > 5
+    assert list(Answerer(model).answer_many(requests, SETTINGS, most_tokens)) == expected
+
+
+def test_questions_of_a_photo_are_cut_into_groups(qwen2, photos, monkeypatch):
+    monkeypatch.setattr(batches, "MOST_BRANCHES", 2)
+    requests = requests_of(qwen2, photos)
+    assert list(Answerer(qwen2).answer_many(requests, SETTINGS)) == alone(qwen2, requests)
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 1.5, "top_p": 0.8}, {"repetition_penalty": 1.4}])
+def test_sampling_and_penalty_do_not_depend_on_the_batch(qwen2, photos, changes):
+    settings = SETTINGS.model_copy(update=changes)
+    requests = requests_of(qwen2, photos)
+    expected = alone(qwen2, requests, settings)
+    assert expected != alone(qwen2, requests)
+    assert list(Answerer(qwen2).answer_many(requests, settings)) == expected
+    assert list(Answerer(qwen2).answer_many(requests[::-2], settings)) == expected[::-2]
+
+
+@pytest.fixture
+def watched(qwen2, monkeypatch):
+    """The crops of each call of the encoder, the tokens of each pass, and the caches of all batches."""
+    crops, tokens, caches = [], [], []
+    encode, states, create = qwen2.encode_image, qwen2.language_model.packed_states, BranchCache.__init__
+
+    def noting(self, *given):
+        create(self, *given)
+        caches.append(self)
+
+    monkeypatch.setattr(qwen2, "encode_image", lambda pixels: crops.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(
+        qwen2.language_model, "packed_states", lambda *a, **k: tokens.append(a[0].shape[1]) or states(*a, **k)
+    )
+    monkeypatch.setattr(BranchCache, "__init__", noting)
+    return crops, tokens, caches
+
+
+def test_a_photo_is_read_once_for_all_its_questions(qwen2, photos, watched, monkeypatch):
+    crops, tokens, caches = watched
+    monkeypatch.setattr(qwen2.processor.chat, "stop_ids", set())
+    chat = qwen2.processor.chat
+    requests = [
+        Request([photo], [chat.typed_question(f"Question {number}?", 1)]) for number in range(5) for photo in photos[:2]
+    ]
+    replies = list(Answerer(qwen2).answer_many(requests, SETTINGS))
+    assert crops == [2]
+    [cache] = caches
+    assert [len(lengths) for lengths in cache.lengths] == [1 + 5, 1 + 5]
+    longest = max(reply.tokens_in for reply in replies)
+    assert all(lengths[0] > chat.plan.crop_tokens for lengths in cache.lengths)
+    assert all(sum(lengths) < longest + 4 * 30 for lengths in cache.lengths)  # a question has fewer than 30 tokens
+    # one pass for the prompts and one after each token but the last
+    assert tokens[1:] == [len(requests)] * (SETTINGS.max_new_tokens - 1)
+
+
+def test_the_batch_is_bounded_in_bytes(qwen2, monkeypatch):
+    assert batches.batch_tokens(qwen2) == BATCH_TOKENS
+    cache = Answerer(qwen2)
+    cache.answer(None, "Hello")
+    layer = cache._cache.layers[0]
+    a_token = 2 * len(cache._cache.layers) * layer.keys[0, :, 0].nbytes  # measured: keys and values of all layers
+    monkeypatch.setattr(batches, "BATCH_BYTES", 1000 * a_token + 1)
+    assert batches.batch_tokens(qwen2) == 1000
+
+
+@pytest.mark.parametrize("most_tokens", [150, 400])
+def test_memory_is_bounded(qwen2, photos, watched, monkeypatch, most_tokens):
+    monkeypatch.setattr(qwen2.processor.chat, "stop_ids", set())
+    requests = requests_of(qwen2, photos) * 2
+    list(Answerer(qwen2).answer_many(requests, SETTINGS, most_tokens))
+    _, tokens, caches = watched
+    assert len(caches) > 2
+    for cache in caches:
+        single = [len(lengths) for lengths in cache.lengths] == [2]  # the first question has room in any case
+        assert cache.slots <= most_tokens or single
+    assert max(tokens) <= max(most_tokens, max(reply.tokens_in for reply in alone(qwen2, requests)))
+
+
+def test_requests_are_taken_as_they_are_needed(qwen2, photos):
+    taken = []
+    requests = requests_of(qwen2, photos)
+    replies = Answerer(qwen2).answer_many((taken.append(request) or request for request in requests), SETTINGS, 300)
+    first = next(replies)
+    assert first == alone(qwen2, requests[:1])[0]
+    assert 1 < len(taken) < len(requests)
+
+
+def test_an_error_stands_in_its_place(model, photos, tmp_path):
+    requests = requests_of(model, photos)
+    expected = alone(model, requests)
+    chat = model.processor.chat
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    requests.insert(2, Request([tmp_path / "broken.jpg"], [chat.typed_question("What?", 1)]))
+    requests.insert(7, Request([], [chat.typed_question("long " * 400, 0)]))
+    replies = list(Answerer(model).answer_many(requests, SETTINGS))
+    errors = [replies.pop(7), replies.pop(2)]
+    assert replies == expected
+    assert all(isinstance(error, UserError) for error in errors)
+    assert "the language model reads 1024" in str(errors[0])
+    assert "broken.jpg" in str(errors[1])
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_failed_batch_leaves_a_usable_answerer(qwen2, photos, monkeypatch, error):
+    answerer, requests = Answerer(qwen2), requests_of(qwen2, photos)
+    expected = list(answerer.answer_many(requests, SETTINGS))
+    with monkeypatch.context() as patch:
+        patch.setattr(BranchCache, "begin_pass", lambda *_: (_ for _ in ()).throw(error))
+        with pytest.raises(error):
+            list(answerer.answer_many(requests, SETTINGS))
+    assert answerer._lock.acquire(timeout=0)
+    answerer._lock.release()
+    assert list(answerer.answer_many(requests, SETTINGS)) == expected
+
+
+def test_threads_of_streams_and_batches_get_the_answers_they_get_alone(model, photos):
+    requests = requests_of(model, photos)
+    expected = alone(model, requests)
+    shared, found, problems = Answerer(model), {}, []
+    start = threading.Barrier(5)
+
+    def run(name, work):
+        start.wait()
+        try:
+            found[name] = work()
+        except BaseException as problem:
+            problems.append(problem)
+
+    def streams():
+        return [shared.stream_messages(*request, SETTINGS).rest() for request in requests]
+
+    def abandoned():
+        for request in requests:
+            stream = shared.stream_messages(*request, SETTINGS)
+            next(stream, None)
+            if request.photos:
+                stream.close()
+            else:
+                del stream
+
+    works = {
+        "streams": streams,
+        "backwards": lambda: [shared.stream_messages(*request, SETTINGS).rest() for request in requests[::-1]][::-1],
+        "batch": lambda: list(shared.answer_many(requests, SETTINGS)),
+        "batches": lambda: list(shared.answer_many(requests, SETTINGS, 300)),
+        "abandoned": abandoned,
+    }
+    threads = [threading.Thread(target=run, args=item, daemon=True) for item in works.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert problems == []
+    assert not any(thread.is_alive() for thread in threads)
+    assert {name: replies for name, replies in found.items() if replies is not None} == dict.fromkeys(
+        ["streams", "backwards", "batch", "batches"], expected
+    )
+
+
+@pytest.mark.parametrize("leave", ["open", "close", "forget"])
+def test_a_stream_that_nobody_finishes_blocks_nobody(qwen2, photos, leave):
+    answerer, requests = Answerer(qwen2), requests_of(qwen2, photos)
+    expected = alone(qwen2, requests)
+    stream = answerer.stream_messages(*requests[0], SETTINGS)
+    next(stream)
+    if leave == "close":
+        stream.close()
+    elif leave == "forget":
+        del stream
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(answerer.answer_many(requests, SETTINGS)), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert found == expected
+
+
+def test_the_stream_says_how_it_ended(qwen2, photos, monkeypatch):
+    stream = Answerer(qwen2).stream(photos[0], [{"role": "user", "content": "What?"}], SETTINGS)
+    assert stream.reply is None
+    text = "".join(stream)
+    reply = stream.reply
+    assert (reply.text, reply.finish_reason, reply.tokens_out) == (text, "length", SETTINGS.max_new_tokens)
+    prompt, _ = qwen2.processor.chat.render([qwen2.processor.chat.typed_question("What?", 1)])
+    assert reply.tokens_in == len(prompt)
+    assert next(stream, "end") == "end"
+    assert stream.reply == reply
+    request = Request(photos[:1], [qwen2.processor.chat.typed_question("What?", 1)])
+    monkeypatch.setattr(qwen2.processor.chat, "stop_ids", set(tokens_of(monkeypatch, qwen2, [request])[0][:1]))
+    empty = Answerer(qwen2).stream(photos[0], [{"role": "user", "content": "What?"}], SETTINGS).rest()
+    assert (empty.text, empty.finish_reason, empty.tokens_out) == ("", "stop", 0)
+    closed = Answerer(qwen2).stream(photos[0], [{"role": "user", "content": "What?"}], SETTINGS)
+    closed.close()
+    assert closed.reply is None
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        SETTINGS.max_new_tokens = 5
