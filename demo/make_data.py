@@ -6,7 +6,7 @@ gives two sources for training, each with its own photos, and one that only the 
 
     llava/annotations.json          llava/photos/*.jpg          LLaVA style, questions in both languages on each photo
     ai_challenger/annotations.json  ai_challenger/photos/*.jpg  AI Challenger style, five Chinese captions of each
-    paraphrases/annotations.json    paraphrases/photos/*.jpg    LLaVA style, the held-out wordings of `demo/paraphrases.py`
+    paraphrases/annotations.json    paraphrases/photos/*.jpg    LLaVA style, held-out wordings (`demo/paraphrases.py`)
 
 `process_image.py` reads them next. Every row also carries `"type"`, the kind of question, for the scores by type; those
 of Chinese questions end in `_zh`.

@@ -72,7 +72,7 @@ def plain_loss(reader, batch):
     return cross_entropy(logits[:-1], batch.labels[0, 1:])  # leaves out labels of -100
 
 
-@pytest@pytest.mark.parametrize("kind", ["questions", "dialogues", "sentences", "caption first", "text"])
+@pytest.mark.parametrize("kind", ["questions", "dialogues", "sentences", "caption first", "text"])
 def test_loss_and_gradients_equal_the_definition(tokenizer, kind):
     reader = make_reader(tokenizer)
     batch, types = SceneWriter(tokenizer, np.random.default_rng(1)).batch(kind, 2, PATCHES)
@@ -194,12 +194,11 @@ def test_dialogues_are_rendered_as_in_training(tokenizer):
     chat = writer.formats[int(writer.rng.integers(len(writer.formats)))]
     assert types == [[[name for name, _, _ in branch] for branch in branches]]
     assert {len(branch) for branch in branches} <= {2, 3, 4}
-    entries = [
-        Entry("drawn", "dialogue", tuple(
-            Turn(question, (answer,), images=() if number else (0,)) for number, (_, question, answer) in enumerate(branch)
-        ))
-        for branch in branches
-    ]  # fmt: skip
+    entries = []
+    for branch in branches:
+        texts = [(question, (answer,)) for _, question, answer in branch]
+        turns = (Turn(*text, images=() if number else (0,)) for number, text in enumerate(texts))
+        entries.append(Entry("drawn", "dialogue", tuple(turns)))
     photo = Photo(0, "photo", "photo.jpg", Path("photo.jpg"))
     dataset = ImageCaptionDataset({0: photo}, entries, chat, lambda photo, epoch: torch.zeros(1), max_questions=16)
     (sample,) = [dataset.tokens(index) for index in range(len(dataset))]

@@ -5,7 +5,6 @@ import pytest
 
 from demo.asking import questions
 from demo.world import (
-    CELLS,
     CHINESE,
     COLOURS,
     GRID,
