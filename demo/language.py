@@ -40,6 +40,7 @@ from demo.world import (
     captions,
     random_scene,
 )
+from model.precision import cpu_has_bf16
 from qwen.attention import ATTENTION, register_attention
 from qwen.chat import IGNORE_INDEX, ChatFormat
 from qwen.Mqwen import MQwen2ForCausalLM
@@ -267,7 +268,7 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
         for kind, size in sizes.items():
             patches = IMAGE_TOKENS if whole else int(rng.integers(8, 25))
             batch, _ = writer.batch(kind, 2 if whole else size, patches)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
                 losses.append(reader.loss(batch, NOISE))
             running[kind] = 0.95 * running[kind] + 0.05 * losses[-1].item()
         torch.stack(losses).sum().backward()
