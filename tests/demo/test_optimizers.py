@@ -26,5 +26,5 @@ def test_steps_are_those_of_torch(monkeypatch):
             optimizer.step()
     for before, mine, other in zip(start, ours, theirs, strict=True):
         moved = (other - before).norm()
-        assert moved > 0.01
+        assert moved > 0.005
         assert (mine - other).norm() < 1e-10 * moved  # float64, and products of another size
