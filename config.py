@@ -59,6 +59,7 @@ class Data(Section):
     cache_features: bool = False
     feature_cache: str = "data/features"
     max_length: int = Field(2048, ge=16, le=2**20)
+    answers: Literal["one", "all"] = "one"
     # the kinds of visual/augment.py
     augment: list[Literal["blur", "noise", "occlusion", "jpeg", "light", "rotation"]] = Field(default_factory=list)
 

@@ -28,7 +28,7 @@ from dataset.json_files import read_json
 from dataset.photo_check import photo_check
 from dataset.raw import READERS, merge_captions, process_ali, process_coco
 from dataset.records import Captions, ImageMap, json_pieces, write_files, write_records
-from dataset.rows import Report
+from dataset.rows import Report, report_text
 from errors import UserError, file_error
 from paths import existing_path, resolve_path
 
@@ -36,13 +36,6 @@ __all__ = ["main", "process_ali", "process_coco", "process_sources", "read_json"
 
 REPORT_FILE = "process_report.json"
 REJECTED_FILE = "rejected.jsonl"
-COLUMNS = {
-    "rows": "rows read",
-    "kept": "rows kept",
-    "photos": "new photos",
-    "questions": "questions",
-    "tags_added": "tags added",
-}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -183,23 +176,6 @@ def too_many_rejected(reports: list[Report], most: float) -> str:
         f"{' '.join(sentences)} That is more than data.max_rejected = {most:g}: mend the rows, or allow it with "
         f"data.max_rejected={allowed:g}."
     )
-
-
-def report_text(reports: list[Report]) -> str:
-    """A table with one line per source and the total, then the dropped rows by reason with examples."""
-    counts = [[report.source, *(getattr(report, name) for name in COLUMNS)] for report in reports]
-    total = ["total", *(sum(column) for column in list(zip(*counts, strict=True))[1:])]
-    width = max(len(name) for name in [*(report.source for report in reports), "source", "total"])
-    lines = [f"{'source':{width}}" + "".join(f"  {title:>10}" for title in COLUMNS.values())]
-    lines += [f"{row[0]:{width}}" + "".join(f"  {number:>10,}" for number in row[1:]) for row in [*counts, total]]
-    for report in reports:
-        lines += [f"{report.source}: {file} is read as {encoding}" for file, encoding in report.encodings.items()]
-        if report.blank_answers:
-            lines.append(f"{report.source}: {report.blank_answers:,} blank answers left out of rows that have others")
-        for reason, entry in report.dropped.items():
-            lines.append(f"{report.source}: dropped {entry['count']:,} rows, {reason}; for example")
-            lines += [f"    {example}" for example in entry["examples"]]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def data_requests(model: MMultiModal, split: str) -> list[Request]:
     entries.sort(key=lambda entry: entry.images)
     chat = model.processor.chat
     return [
-        turn_request(entry, number, [photos[ID] for ID in entry.images], chat)
+        turn_request(entry, number, [photos[ID].path for ID in entry.images], chat)
         for entry in entries
         for number in range(len(entry.turns))
     ]

@@ -8,7 +8,15 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from transformers import CLIPVisionConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers import SiglipVisionConfig as SiglipConfig
 
 from visual.CLIP_VIT import CLIPViT
@@ -34,7 +42,7 @@ CLIP = {"openai/clip-vit-large-patch14": 224, "openai/clip-vit-large-patch14-336
 
 class Language(NamedTuple):
     name: str
-    kind: str  # qwen2 or qwen3: the model class
+    kind: str  # qwen2, qwen3 or llama: the model class
     width: int
     intermediate: int  # real width of gate and up; config.json of Qwen v1 has twice this value
     layers: int
@@ -61,6 +69,8 @@ LANGUAGE = [
     Language("Qwen/Qwen3-8B", "qwen3", 4096, 12288, 36, 32, 8, 151936, False),
     Language("Qwen/Qwen3-14B", "qwen3", 5120, 17408, 40, 40, 8, 151936, False),
     Language("Qwen/Qwen3-32B", "qwen3", 5120, 25600, 64, 64, 8, 151936, False),
+    Language("HuggingFaceTB/SmolLM2-135M-Instruct", "llama", 576, 1536, 30, 9, 3, 49152, True),
+    Language("HuggingFaceTB/SmolLM2-360M-Instruct", "llama", 960, 2560, 32, 15, 5, 49152, True),
 ]
 
 
@@ -108,6 +118,8 @@ def language_rows() -> list[str]:
         with torch.device("meta"):
             if model.kind == "qwen2":
                 language_model = Qwen2ForCausalLM(Qwen2Config(**settings))
+            elif model.kind == "llama":
+                language_model = LlamaForCausalLM(LlamaConfig(**settings))
             else:
                 language_model = Qwen3ForCausalLM(Qwen3Config(head_dim=128, **settings))
             language_model.tie_weights()

@@ -5,6 +5,9 @@
 Runs forward and backward passes of `benchmarks.train_step`'s `ours` under torch's profiler and adds up the time of each
 operator by kind. The peak is that of the fastest large square matrix product in the same precision, measured before and
 after; the share of it counts the arithmetic that a step needs (`training/costs.py`), without attention scores.
+
+`teraflops_of_llava` is the arithmetic of transformers' LLaVA for the same questions. The ratio of both is what leaving
+out work can gain; the rest of a difference in time is what LLaVA spends outside of matrix products.
 """
 
 import argparse
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.train_step import SHAPES, as_batch, build_dataset, build_model, write_backbones
+from benchmarks.train_step import SHAPES, TEXT_TOKENS, as_batch, build_dataset, build_model, write_backbones
 from model.precision import DTYPES, pick_precision
 from training.batches import supervised_tokens
 from training.costs import Arithmetic
@@ -74,11 +77,17 @@ def profile(backbones: Path, options: argparse.Namespace, questions: int) -> dic
         times[kind] = times.get(kind, 0.0) + event.self_cpu_time_total / 1e6
     total, longest_first = sum(times.values()), sorted(times, key=times.__getitem__, reverse=True)
     tokens, crops = batch.input_ids.numel(), options.photos
-    operations = Arithmetic(model).operations(tokens, supervised_tokens(batch), crops, crops)
+    arithmetic = Arithmetic(model)
+    operations = arithmetic.operations(tokens, supervised_tokens(batch), crops, crops)
+    # LLaVA's class reads every question with its own copy of the photo, and `lm_head` runs at every position
+    copies = crops * questions
+    every = copies * (model.processor.chat.plan.crop_tokens + TEXT_TOKENS)
+    of_llava = arithmetic.operations(every, every, copies, copies)
     return {
         "questions_per_photo": questions,
         "seconds": round(seconds, 3),
         "teraflops_needed": round(operations / 1e12, 3),
+        "teraflops_of_llava": round(of_llava / 1e12, 3),
         "share_of_matrix_peak": round(operations / seconds / fastest, 3),
         "peak_gigaflops_a_second": round(fastest / 1e9, 1),
         "share_of_time": {kind: round(times[kind] / total, 3) for kind in longest_first},

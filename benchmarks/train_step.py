@@ -105,7 +105,7 @@ SHAPES: dict[str, dict[str, dict]] = {
 # depth of the model card: the layers of the language model then take most of a step, as in practice
 SHAPES["half-b-24"] = SHAPES["half-b"] | {"language": SHAPES["half-b"]["language"] | {"num_hidden_layers": 24}}
 NEEDS_CUDA = {"so400m-1.5b", "qwen-7b"}
-LORA = {"r": 16, "alpha": 32, "dropout": 0.0}
+LORA = {"r": 16, "alpha": 32}
 TEXT_TOKENS = 80  # tokens of question, answer and prompt text
 ANSWER_TOKENS = 40  # supervised tokens of these, including the end token
 Losses = list[Callable[[], torch.Tensor]]  # one function per micro-batch of a step; the loss of the step is their sum
@@ -130,16 +130,16 @@ def write_backbones(folder: Path, shape: str) -> Path:
 
 def build(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[MMultiModal, ImageCaptionDataset]:
     """Build our model and a data set of `photos` × `questions` questions on random pictures."""
-    model = build_model(backbones, options)
+    model = build_model(backbones, options, options.dropout)
     return model, build_dataset(model, options.photos, questions)
 
 
-def build_model(backbones: Path, options: argparse.Namespace) -> MMultiModal:
+def build_model(backbones: Path, options: argparse.Namespace, dropout: float = 0.0) -> MMultiModal:
     """Build our model with new LoRA and projector weights."""
     config = parse_config(
         {
             "visual": {"path": str(backbones / "siglip")},
-            "llm": {"path": str(backbones / "qwen"), "lora": LORA},
+            "llm": {"path": str(backbones / "qwen"), "lora": LORA | {"dropout": dropout}},
             "train": {"precision": options.precision},
         },
         "benchmark",
@@ -282,7 +282,11 @@ def llava_step(backbones: Path, options: argparse.Namespace, questions: int) -> 
     del model, language_model, dataset
     linear = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
     lora = LoraConfig(
-        r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=rf".*language_model.*\.({linear})", bias="none"
+        r=LORA["r"],
+        lora_alpha=LORA["alpha"],
+        lora_dropout=options.dropout,
+        target_modules=rf".*language_model.*\.({linear})",
+        bias="none",
     )
     if options.checkpointing:
         set_activation_checkpointing(llava, True)
@@ -380,6 +384,39 @@ def work(side: str, backbones: Path, options: argparse.Namespace, questions: int
     pipe.send(peak_bytes(options.device) - before)
 
 
+class Side:
+    """A side in a process of its own."""
+
+    def __init__(self, name: str, *given) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(name, *given, theirs))
+        self.process.start()
+        theirs.close()  # else the pipe stays open when the process dies
+        self.receive()  # load one side after another, to limit memory
+
+    def ask(self, request: str):
+        self.pipe.send(request)
+        return self.receive()
+
+    def receive(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise SystemExit(
+                f"error: side '{self.name}' ended with exit code {self.process.exitcode} (-9: the system ran out of "
+                "memory): compare fewer sides at once, or a smaller shape"
+            ) from None
+
+    def stop(self) -> int:
+        """End the process; return its peak memory."""
+        peak = self.ask("stop")
+        self.process.join()
+        return peak
+
+
 def measure_memory(side: str, backbones: Path, options: argparse.Namespace, questions: int) -> int:
     """Measure the peak bytes of two steps of a side, in a process that returns freed memory at once.
 
@@ -388,51 +425,33 @@ def measure_memory(side: str, backbones: Path, options: argparse.Namespace, ques
     """
     glibc = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     os.environ.update(glibc)
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=work, args=(side, backbones, options, questions, theirs))
-    process.start()
+    running = Side(side, backbones, options, questions)
     for name in glibc:
         del os.environ[name]
-    pipe.recv()
     for _ in range(2):  # the second step starts with the optimizer state
-        pipe.send("step")
-        pipe.recv()
-    pipe.send("stop")
-    peak = pipe.recv()
-    process.join()
-    return peak
+        running.ask("step")
+    return running.stop()
 
 
 def measure(backbones: Path, options: argparse.Namespace, questions: int) -> dict:
     """Measure losses, seconds per step and peak memory of all sides, and the ratios to ours."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for side in options.sides:
-        pipes[side], theirs = context.Pipe()
-        processes.append(context.Process(target=work, args=(side, backbones, options, questions, theirs)))
-        processes[-1].start()
-        pipes[side].recv()  # load one side after another, to limit memory
+    sides = [Side(name, backbones, options, questions) for name in options.sides]
     seconds: dict[str, list[float]] = {side: [] for side in options.sides}
     first_loss = {}
     for turn in range(options.pairs + 1):
-        for side, pipe in pipes.items():
-            pipe.send("step")
-            loss, elapsed = pipe.recv()
-            print(f"{questions} questions, step {turn}, {side}: {elapsed:.1f} s", file=sys.stderr, flush=True)
+        for side in sides:
+            loss, elapsed = side.ask("step")
+            print(f"{questions} questions, step {turn}, {side.name}: {elapsed:.1f} s", file=sys.stderr, flush=True)
             if turn == 0:  # warm-up
-                first_loss[side] = loss
+                first_loss[side.name] = loss
             else:
-                seconds[side].append(elapsed)
+                seconds[side.name].append(elapsed)
         if turn == 0:
             tolerance = 1e-4 if options.precision == "float32" else 2e-2
             if max(first_loss.values()) - min(first_loss.values()) > tolerance * abs(first_loss["ours"]):
                 raise SystemExit(f"error: the sides do not compute the same loss: {first_loss}")
-    for pipe in pipes.values():
-        pipe.send("stop")
-        pipe.recv()
-    for process in processes:
-        process.join()
+    for side in sides:
+        side.stop()
     memory = {side: measure_memory(side, backbones, options, questions) for side in options.sides}
     others = [side for side in options.sides if side != "ours"]
     return {
@@ -466,6 +485,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto", help="default auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile for our layers")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on all sides")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of LoRA's inputs, on all sides (default 0)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default all)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
@@ -492,6 +512,7 @@ def main() -> None:
         "text_tokens_per_question": TEXT_TOKENS,
         "supervised_tokens_per_question": ANSWER_TOKENS,
         "checkpointing": options.checkpointing,
+        "lora_dropout": options.dropout,
         "compiled": options.compile,
         "threads": options.threads,
         "machine": torch.cuda.get_device_name()

@@ -5,8 +5,10 @@ Definition of a row, with kept + rejected = read:
 * `ai_challenger`, `llava`: an item of the list.
 * `jsonl`: a line that is not blank.
 * `coco_captions`: an item of `annotations`, that is, a caption. Also an item of `images` that has no caption, has no
-  id or repeats an earlier id. All captions of a photo become one entry with several answers.
+  id or repeats an earlier id. All captions of a photo become one entry with several answers. A file without
+  `annotations` is a test set: each of its photos is a row without references.
 * `vqav2`: an item of `questions`, with its annotation. Also an item of `annotations` without a question of its own.
+  Without a file of annotations, the questions are a test set.
 
 `dataset/turns.py` has examples of `llava` and `jsonl` rows with several turns and photos.
 """
@@ -72,7 +74,8 @@ def load_coco_captions(annotations: Path, questions: Path | None, images: Path, 
                 raise DropRowError("photo id is given twice", key)
         except DropRowError as problem:
             rows.append(Row(None, (part,), problem))
-    for part in _parts(data, "annotations", annotations):
+    test_set = "annotations" not in data
+    for part in () if test_set else _parts(data, "annotations", annotations):
         try:
             photo = photos.get(key := _id(part, "image_id"))
             if photo is None:
@@ -86,11 +89,13 @@ def load_coco_captions(annotations: Path, questions: Path | None, images: Path, 
             rows.append(Row(None, (part,), problem))
     for photo in photos.values():
         name = photo.part.content.get("file_name")
+        value = {"id": photo.part.content["id"], "image": name}
         if photo.captions:
-            value = {"image": name, "caption": [part.content["caption"] for part in photo.captions]}
+            value["caption"] = [part.content["caption"] for part in photo.captions]
             rows.append(Row(value, tuple(photo.captions)))
         elif not photo.named:
-            rows.append(Row(None, (photo.part,), DropRowError("photo without caption", shown(name))))
+            problem = DropRowError("photo without caption", shown(name))
+            rows.append(Row(value if test_set and not photo.ambiguous else None, (photo.part,), problem))
     return rows
 
 
@@ -104,7 +109,7 @@ class _VqaQuestion:
     annotation: RowPart | None = None
 
 
-def load_vqav2(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> list[Row]:
+def load_vqav2(annotations: Path | None, questions: Path | None, images: Path, encodings: dict[str, str]) -> list[Row]:
     assert questions is not None, "the config demands the file for this format"
     asked = _read(questions, encodings)
     rows: list[Row] = []
@@ -119,7 +124,8 @@ def load_vqav2(annotations: Path, questions: Path | None, images: Path, encoding
                 raise DropRowError("question_id is given twice", key)
         except DropRowError as problem:
             rows.append(Row(None, (part,), problem))
-    for part in _parts(_read(annotations, encodings), "annotations", annotations):
+    answered = () if annotations is None else _parts(_read(annotations, encodings), "annotations", annotations)
+    for part in answered:
         try:
             question = found.get(key := _id(part, "question_id"))
             if question is None:
@@ -130,19 +136,21 @@ def load_vqav2(annotations: Path, questions: Path | None, images: Path, encoding
         except DropRowError as problem:
             rows.append(Row(None, (part,), problem))
     name = _photo_namer(asked, [question.part.content.get("image_id") for question in found.values()], images)
-    return rows + [_vqav2_row(question, name) for question in found.values()]
+    return rows + [_vqav2_row(question, name, annotations is None) for question in found.values()]
 
 
-def _vqav2_row(question: _VqaQuestion, photo_name: Callable[[Any], Any]) -> Row:
+def _vqav2_row(question: _VqaQuestion, photo_name: Callable[[Any], Any], test_set: bool) -> Row:
     item, annotation = question.part.content, question.annotation
     content = {"question": item} | ({"annotation": annotation.content} if annotation else {})
     parts = (question.part._replace(content=content),)
+    image = item.get("image_id")
+    value = {"id": item["question_id"], "image": photo_name(image), "question": item.get("question")}
     try:
-        if annotation is None:
-            raise DropRowError("question without annotation", item.get("question_id"))
         if question.ambiguous:
             raise DropRowError("question_id of two different questions", item["question_id"])
-        image = item.get("image_id")
+        if annotation is None:
+            problem = DropRowError("question without annotation", item["question_id"])
+            return Row(value if test_set else None, parts, problem)
         if annotation.content.get("image_id", image) != image:
             raise DropRowError("question and annotation name different photos", item["question_id"])
         answers = annotation.content.get("answers")
@@ -150,9 +158,7 @@ def _vqav2_row(question: _VqaQuestion, photo_name: Callable[[Any], Any]) -> Row:
             raise DropRowError("answers is not a list of objects", shown(answers))
     except DropRowError as problem:
         return Row(None, parts, problem)
-    value = {
-        "image": photo_name(image),
-        "question": item.get("question"),
+    value |= {
         "answer": [answer.get("answer") for answer in answers],
         "type": annotation.content.get("answer_type"),
     }

@@ -147,6 +147,8 @@ def _process(
         key = register.enter(turns, entry)
         entry |= turns[0] if len(turns) == 1 else {"turns": turns}
         captions.setdefault(key, []).append(entry)
+        if report.kept_rows is not None:
+            report.kept_rows.setdefault(key, []).append(row)
         report.kept += len(row.parts) if isinstance(row, Row) else 1
         report.questions += len(turns)
         for name, count in (notes or {}).items():

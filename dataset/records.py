@@ -40,7 +40,7 @@ class Turn:
     """A question with its answers. `images` belong to its first tags, in order; later tags are text."""
 
     question: str
-    answers: tuple[str, ...]  # at least one; each is correct
+    answers: tuple[str, ...]  # each is correct; () only in a test set without references, see evaluation/standard.py
     type: str = ""  # question type, for the scores; "": the type of the entry
     images: tuple[int, ...] = ()  # photo IDs; (): a turn without a photo of its own
 
@@ -52,6 +52,7 @@ class Entry:
     source: str
     type: str
     turns: tuple[Turn, ...]
+    id: int | str | None = None  # of the question or photo in a standard file, see evaluation/standard.py
 
     @property
     def images(self) -> tuple[int, ...]:
@@ -140,9 +141,12 @@ def read_records(image_map: Path, captions: Path) -> tuple[dict[int, Photo], lis
     Raises:
         UserError: a file is missing, is not JSON or has a wrong form. The message has file, ID or key, and the remedy.
     """
-    photos = _read_photos(Path(image_map))
-    file = Path(captions)
-    content = read_json(file)
+    photos = photos_of(read_json(image_map), Path(image_map))
+    return photos, entries_of(read_json(captions), Path(captions), photos, Path(image_map))
+
+
+def entries_of(content: Any, file: Path, photos: dict[int, Photo], image_map: Path) -> list[Entry]:
+    """Check the content of `captions.json` and return its entries in order; the files are named in errors."""
     if not isinstance(content, dict):
         _fail(file, "the file", f"is a {type(content).__name__}, not an object with photo IDs as keys")
     entries = []
@@ -151,11 +155,11 @@ def read_records(image_map: Path, captions: Path) -> tuple[dict[int, Photo], lis
             _fail(file, f"ID '{key}'", f"is not in {image_map}")
         for number, item in enumerate(value if isinstance(value, list) else [value]):
             entries.append(_entry(file, key, number, item, photos))
-    return photos, entries
+    return entries
 
 
-def _read_photos(file: Path) -> dict[int, Photo]:
-    content = read_json(file)
+def photos_of(content: Any, file: Path) -> dict[int, Photo]:
+    """Check the content of `image_map.json` and return its photos by ID; `file` is named in errors."""
     if not isinstance(content, dict):
         _fail(file, "the file", f"is a {type(content).__name__}, not an object with image keys")
     root = str(REPO_ROOT)

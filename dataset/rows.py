@@ -16,6 +16,14 @@ from config import IMAGE_TAG
 from errors import shortened
 
 EXAMPLES = 3  # per reason, in the report
+_ROWS = ("rejected", "kept_rows")  # fields of `Report` that hold rows
+COLUMNS = {
+    "rows": "rows read",
+    "kept": "rows kept",
+    "photos": "new photos",
+    "questions": "questions",
+    "tags_added": "tags added",
+}
 # Characters of one question or answer. At four characters per token this exceeds 131,072 tokens, the longest context
 # window of the supported models, so no model can be trained on a longer text.
 LONGEST_TEXT = 600_000
@@ -44,7 +52,11 @@ class RowPart(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Unit of parsing: a value with the rows it was read from (several for COCO captions), or a problem."""
+    """Unit of parsing: a value with the rows it was read from (several for COCO captions), or a problem.
+
+    A row has both if only its references are missing, because the whole file is a test set without references.
+    `dataset/raw.py` rejects it; `evaluation/standard.py` asks it.
+    """
 
     value: Any
     parts: tuple[RowPart, ...]
@@ -66,6 +78,8 @@ class Report:
     encodings: dict[str, str] = field(default_factory=dict)  # encodings of files that are not UTF-8
     dropped: dict[str, dict[str, Any]] = field(default_factory=dict)  # reason -> {"count", "examples"}
     rejected: list[tuple[RowPart, str, str]] = field(default_factory=list)  # every dropped row, reason and detail
+    # If a dict is given: the kept rows under their keys in the captions, in the order of the entries there.
+    kept_rows: dict[str, list[Any]] | None = None
 
     def drop(self, parts: Iterable[RowPart], reason: str, detail: str) -> None:
         """Count and store rejected rows; the first `EXAMPLES` of a reason are its examples."""
@@ -77,14 +91,31 @@ class Report:
             self.rejected.append((part, reason, detail))
 
     def figures(self) -> dict[str, Any]:
-        """Return all fields except the rejected rows, for `process_report.json`."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "rejected"}
+        """Return all fields except the rows, for `process_report.json`."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _ROWS}
 
     def rejected_lines(self) -> Iterator[bytes]:
         """Yield the lines of `rejected.jsonl`: source, file, place, reason, detail and the whole row."""
         for part, reason, detail in self.rejected:
             where = {"source": self.source, "file": part.file or self.file, "place": part.place}
             yield _json_line(where | {"reason": reason, "detail": detail, "row": part.content})
+
+
+def report_text(reports: list[Report]) -> str:
+    """A table with one line per source and the total, then the dropped rows by reason with examples."""
+    counts = [[report.source, *(getattr(report, name) for name in COLUMNS)] for report in reports]
+    total = ["total", *(sum(column) for column in list(zip(*counts, strict=True))[1:])]
+    width = max(len(name) for name in [*(report.source for report in reports), "source", "total"])
+    lines = [f"{'source':{width}}" + "".join(f"  {title:>10}" for title in COLUMNS.values())]
+    lines += [f"{row[0]:{width}}" + "".join(f"  {number:>10,}" for number in row[1:]) for row in [*counts, total]]
+    for report in reports:
+        lines += [f"{report.source}: {file} is read as {encoding}" for file, encoding in report.encodings.items()]
+        if report.blank_answers:
+            lines.append(f"{report.source}: {report.blank_answers:,} blank answers left out of rows that have others")
+        for reason, entry in report.dropped.items():
+            lines.append(f"{report.source}: dropped {entry['count']:,} rows, {reason}; for example")
+            lines += [f"    {example}" for example in entry["examples"]]
+    return "\n".join(lines)
 
 
 def _json_line(value: dict[str, Any]) -> bytes:

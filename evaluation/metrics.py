@@ -154,3 +154,15 @@ def _edit_distance(first: str, second: str) -> int:
             replaced = above[column] + (character != other)
             distances.append(min(replaced, above[column + 1] + 1, distances[column] + 1))
     return distances[-1]
+
+
+def daquar_accuracy(answer: str, references: Sequence[str]) -> float:
+    """Accuracy of DAQUAR: 1.0 if the answer names the things of any reference and no others, in any order, else 0.0.
+
+    Source: Malinowski and Fritz 2014 (arXiv 1410.0210). Its answers are lists with commas ("book, night_stand").
+    """
+    return float(things(answer) in map(things, references))
+
+
+def things(text: str) -> set[str]:
+    return {normalise(thing) for thing in text.split(",")} - {""}

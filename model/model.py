@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn import functional
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
@@ -26,6 +27,7 @@ from model.processor import Processor
 from model.projector import build_projector
 from qwen.chat import IGNORE_INDEX, ChatFormat
 from qwen.loading import load_language_model
+from qwen.Mqwen import LOSS_ROWS
 from qwen.tokenizer import image_token_id, load_tokenizer
 from visual.encoder import load_encoder
 from visual.tower import Tower
@@ -227,6 +229,18 @@ class MMultiModal(nn.Module):
         embeddings, _ = self._embed(batch)
         states = self.language_model.packed_states(embeddings, batch.position_ids, batch.lengths)
         return self.language_model.lm_head(states)
+
+    def token_losses(self, batch: Batch) -> torch.Tensor:
+        """Next-token loss (S,) in float32 of each supervised position, in the order of the row; errors as `loss`."""
+        embeddings, _ = self._embed(batch)
+        predicts = functional.pad(batch.labels[:, 1:] != IGNORE_INDEX, (0, 1))  # (1, T)
+        hidden = self.language_model.packed_states(embeddings, batch.position_ids, batch.lengths, predicts)  # (S, Dl)
+        parts = zip(hidden.split(LOSS_ROWS), batch.labels.roll(-1)[predicts].split(LOSS_ROWS), strict=True)
+        losses = [
+            functional.cross_entropy(self.language_model.lm_head(rows).float(), target, reduction="none")
+            for rows, target in parts
+        ]
+        return torch.cat(losses)
 
     def _embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Input embeddings (1, T, Dl), and the projected crops (C, M, Dl)."""

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3 language models with image features at `<|extra_0|>` and a loss for packed rows.
+"""Qwen2, Qwen3 and Llama language models with image features at `<|extra_0|>` and a loss for packed rows.
 
 The classes add two steps to transformers' classes. `fuse_image_features` replaces the embedding of each placeholder in
 `input_ids` by the next row of image features. `packed_loss` computes the loss of a packed row at its supervised
@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from batch import Lengths
 from qwen.attention import PackedMask
@@ -126,6 +126,12 @@ class ReadsImages(torch.nn.Module):
         """Number of tokens of the longest sequence that `packed_states` computes as an ordinary forward pass does."""
         return self.config.max_position_embeddings
 
+    @property
+    def windows(self) -> list[int | None]:
+        """Sliding window of each layer in tokens; None: a layer without one."""
+        kinds, window = self.config.layer_types, self.config.sliding_window
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+
     def prefix_key(self, length: int) -> Hashable:
         """Return a value that the keys of a prompt of `length` tokens depend on, besides the tokens.
 
@@ -185,20 +191,19 @@ class ReadsImages(torch.nn.Module):
             selected: (1, T) bool.
             cache: keeps the keys and values of the row, for answering.
         """
-        windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
-        kinds = set(self.config.layer_types)
+        windows = self.windows
         if lengths is not None:
-            masks = {kind: PackedMask(lengths, windows[kind], cache) for kind in kinds}
+            masks = {window: PackedMask(lengths, window, cache) for window in set(windows)}
         else:
             assert cache is not None, "new tokens need the keys of the tokens before them"
-            masks = {kind: NewTokensMask(cache, windows[kind]) for kind in kinds}
+            masks = {window: NewTokensMask(cache, window) for window in set(windows)}
         arguments = {
             "position_ids": position_ids,
             "position_embeddings": self.model.rotary_emb(embeddings, position_ids),
         }
         hidden, last = embeddings, len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
-            mask = masks[self.config.layer_types[index]]
+            mask = masks[windows[index]]
             chosen = selected if index == last else None
             if self.whole_layers:
                 hidden = layer(hidden, attention_mask=mask, **arguments)
@@ -217,3 +222,11 @@ class MQwen2ForCausalLM(ReadsImages, Qwen2ForCausalLM):
 
 class MQwen3ForCausalLM(ReadsImages, Qwen3ForCausalLM):
     """Qwen3, dense."""
+
+
+class MLlamaForCausalLM(ReadsImages, LlamaForCausalLM):
+    """Llama, whose layers are Qwen2's without biases: for small models with Qwen's prompt format, such as SmolLM2."""
+
+    @property
+    def windows(self) -> list[int | None]:
+        return [None] * self.config.num_hidden_layers

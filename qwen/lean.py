@@ -95,7 +95,7 @@ def run_layer(
     keep: bool = False,
     **arguments,
 ) -> torch.Tensor:
-    """The forward pass of a Qwen2 or Qwen3 decoder layer.
+    """The forward pass of a Qwen2, Qwen3 or Llama decoder layer.
 
     Args:
         hidden: (1, T, D).

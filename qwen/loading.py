@@ -11,10 +11,15 @@ from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
 from errors import UserError, require_complete
 from qwen import attention, qwen1
-from qwen.Mqwen import MQwen2ForCausalLM, MQwen3ForCausalLM
+from qwen.Mqwen import MLlamaForCausalLM, MQwen2ForCausalLM, MQwen3ForCausalLM
 
 # `model_type` in config.json
-LANGUAGE_MODELS = {"qwen": qwen1.MQwen1ForCausalLM, "qwen2": MQwen2ForCausalLM, "qwen3": MQwen3ForCausalLM}
+LANGUAGE_MODELS = {
+    "qwen": qwen1.MQwen1ForCausalLM,
+    "qwen2": MQwen2ForCausalLM,
+    "qwen3": MQwen3ForCausalLM,
+    "llama": MLlamaForCausalLM,
+}
 
 
 def loading_options(

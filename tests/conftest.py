@@ -73,7 +73,7 @@ def backbones(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("backbones")
     write_siglip(folder / "siglip")
     write_qwen(folder / "qwen")
-    for kind in ("qwen2", "qwen3"):
+    for kind in ("qwen2", "qwen3", "llama"):
         for tied in (True, False):
             write_qwen(folder / f"{kind}-{'tied' if tied else 'untied'}", kind, tied)
     write_qwen1(folder / "qwen1")

@@ -90,13 +90,14 @@ def test_a_missing_kernel_of_bitsandbytes_is_not_said():
 
 def test_eval_vqa(tiny_checkpoint, workshop, tmp_path):
     done = script(
-        "eval_vqa.py", "--checkpoint", tiny_checkpoint, "--output", tmp_path / "e.json", "--gallery",
+        "eval_vqa.py", "--checkpoint", tiny_checkpoint, "--output", tmp_path / "out", "--gallery",
         tmp_path / "g.png", f"model_root={workshop}", f"data.image_map={workshop}/image_map.json",
         f"data.captions={workshop}/captions.json", "generate.max_new_tokens=5",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "e.json").read_text())
-    assert report["trained"]["overall"]["questions"] == report["blind"]["overall"]["questions"] > 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(metrics["passes"]) == {"trained", "blind", "text", "untrained", "majority"}
+    assert len({score["overall"]["questions"] for score in metrics["passes"].values()}) == 1
     assert (tmp_path / "g.png").is_file()
 
 

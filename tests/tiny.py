@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -68,7 +70,7 @@ def write_tiktoken(folder: Path, size: int) -> None:
 
 
 def write_qwen(folder: Path, kind: str = "qwen2", tied: bool = True, spare_rows: int = 8, **settings) -> Path:
-    """A Qwen2 or Qwen3 checkpoint with 2 layers of width 32."""
+    """A Qwen2, Qwen3 or Llama checkpoint with 2 layers of width 32."""
     size = write_tokenizer(folder, thinks=kind == "qwen3")
     torch.manual_seed(1)
     common = {
@@ -84,6 +86,8 @@ def write_qwen(folder: Path, kind: str = "qwen2", tied: bool = True, spare_rows:
     } | settings
     if kind == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**common))
+    elif kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**common))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(head_dim=8, **common))
     model.save_pretrained(folder)

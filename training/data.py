@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections.abc import Hashable
+from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -105,9 +106,23 @@ def read_split(config: Config) -> tuple[dict[int, Photo], list[Entry], list[Entr
         existing_path(config.data.image_map, "data.image_map"), existing_path(config.data.captions, "data.captions")
     )
     train, val = split_entries(photos, entries, config.data.val_fraction)
+    if config.data.answers == "all":
+        train, val = each_answer(train), each_answer(val)
     if not train:
         raise UserError(f"'data.captions': {config.data.captions} leaves no training sample (val: {len(val)})")
     return photos, train, val
+
+
+def each_answer(entries: list[Entry]) -> list[Entry]:
+    """Return one entry for each answer of a question; dialogues stay as they are."""
+    alone = []
+    for entry in entries:
+        if len(entry.turns) > 1:
+            alone.append(entry)
+            continue
+        (turn,) = entry.turns
+        alone += [replace(entry, turns=(replace(turn, answers=(answer,)),)) for answer in turn.answers]
+    return alone
 
 
 def data_hash(config: Config) -> str:

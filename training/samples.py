@@ -3,8 +3,6 @@
 `watch.py` prints `describe_sample` at the start and calls `SampleSheet.update` at every evaluation.
 """
 
-import base64
-import io
 import logging
 import random
 from collections import Counter
@@ -15,7 +13,6 @@ from typing import Any
 
 import orjson
 import torch
-from PIL import Image
 
 from answering.answer import Answerer
 from config import IMAGE_TAG, Generate
@@ -23,6 +20,7 @@ from dataset.image_caption_dataset import ImageCaptionDataset, entry_messages
 from dataset.records import Entry, Photo
 from errors import UserError
 from evaluation import metrics
+from evaluation.web_page import read_thumbnail
 from model.model import MMultiModal
 from qwen.chat import IGNORE_INDEX, ChatFormat
 from training.run_log import write_whole
@@ -34,7 +32,6 @@ Photos = Mapping[int, Photo] | Sequence[Photo]  # by ID
 OPEN, CLOSE = "⟦", "⟧"  # around supervised text; readable without colours, and not used as punctuation
 SHOWN_QUESTIONS = 4  # of a packed sample; sixteen questions would fill the screen
 MAX_NEW_TOKENS = 64  # of an answer, which is displayed and not part of a score
-THUMBNAIL = 480  # pixels of the longer edge
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +216,7 @@ def _from_json(attempts: dict[str, Any], last: int) -> dict[int, Attempt]:
 
 def _sample(entry: Entry, photos: Photos) -> ShownQuestion:
     turn = entry.turns[0]
-    pictures = [_picture(photos[ID]) for ID in turn.images]
+    pictures = [read_thumbnail(photos[ID]) for ID in turn.images]
     return ShownQuestion(
         key=" ".join([*(photos[ID].key for ID in entry.images), turn.question, *turn.answers]),
         source=entry.source,
@@ -228,15 +225,3 @@ def _sample(entry: Entry, photos: Photos) -> ShownQuestion:
         question=turn.question.replace(IMAGE_TAG, "", len(turn.images)).strip(),
         truths=turn.answers,
     )
-
-
-def _picture(photo: Photo) -> str:
-    """Return a photo as a small JPEG in a data URI, or the error message if it cannot be read."""
-    try:
-        image = load_image(photo.path)
-    except (UserError, OSError) as error:
-        return str(error)
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, format="JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -180,6 +180,7 @@ def run_shape(config: Config, data: str) -> dict[str, Any]:
         "data.val_fraction": config.data.val_fraction,
         "data.seed": config.data.seed,
         "data.max_length": config.data.max_length,
+        "data.answers": config.data.answers,
         "train.seed": train.seed,
         "train.max_questions": train.max_questions if train.pack_questions else 1,
         "weights of the sources": {source.name: source.weight for source in config.data.sources},

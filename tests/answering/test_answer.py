@@ -15,7 +15,7 @@ from tests.tiny import fill_trained, tiny_config
 RED, GREEN = Image.new("RGB", (64, 50), (220, 20, 20)), Image.new("RGB", (50, 64), (20, 220, 20))
 
 
-@pytest.fixture(scope="module", params=["qwen2-tied", "qwen3-untied", "qwen1-short"])
+@pytest.fixture(scope="module", params=["qwen2-tied", "qwen3-untied", "llama-tied", "qwen1-short"])
 def model(request, backbones):
     model = MMultiModal.from_config(tiny_config(backbones, llm={"path": str(backbones / request.param)})).eval()
     fill_trained(model)

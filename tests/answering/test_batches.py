@@ -18,7 +18,7 @@ from tests.tiny import fill_trained, tiny_config, write_qwen
 from visual.photo import load_image
 
 SETTINGS = Generate(max_new_tokens=10)
-KINDS = ["qwen2-tied", "qwen3-untied", "qwen1", "qwen1-short", "sliding", "tiles"]
+KINDS = ["qwen2-tied", "qwen3-untied", "llama-tied", "qwen1", "qwen1-short", "sliding", "tiles"]
 
 
 def build(backbones, folder, **sections):

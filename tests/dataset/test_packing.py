@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}
 def backbones(tmp_path_factory):
     folder = tmp_path_factory.mktemp("backbones")
     write_siglip(folder / "siglip")
-    for kind in ("qwen2", "qwen3"):
+    for kind in ("qwen2", "qwen3", "llama"):
         write_qwen(folder / kind, kind)
     write_qwen1(folder / "qwen1")
     # a window shorter than the photo, so that a mask without it would differ
@@ -142,7 +142,7 @@ def summed_loss_and_gradients(model, dataset, batch_size):
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", ["qwen1", "qwen2", "qwen3", "sliding"])
+@pytest.mark.parametrize("kind", ["qwen1", "qwen2", "qwen3", "llama", "sliding"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_and_gradients_equal_the_separate_samples(backbones, kind, dtype, checkpointing):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation.captions import caption_tallies
-from evaluation.intervals import Tally, difference, interval, mean_tally
+from evaluation.intervals import Tally, difference, interval, mcnemar, mean_tally
 
 SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=20)
 
@@ -82,3 +82,20 @@ def test_difference_agrees_with_the_interval_of_differences():
 def test_tally_takes_any_formula_of_sums():
     rows = np.array([[1.0, 2.0], [3.0, 2.0]])
     assert Tally(rows, lambda sums: sums[..., 0] / sums[..., 1]).score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p"),
+    [(0, 0, 1.0), (1, 0, 1.0), (5, 0, 2 / 32), (0, 6, 2 / 64), (2, 8, 2 * (1 + 10 + 45) / 1024), (5, 5, 1.0)],
+)
+def test_mcnemar_by_hand(only_first, only_second, p):
+    """Twice the chance of at most so many heads in as many throws as there are flipped answers, at most 1."""
+    first = [True] * only_first + [False] * only_second + [True, False] * 4
+    second = [False] * only_first + [True] * only_second + [True, False] * 4
+    assert mcnemar(first, second) == pytest.approx(p)
+    assert mcnemar(second, first) == mcnemar(first, second)
+
+
+def test_mcnemar_of_many_answers_does_not_overflow():
+    assert mcnemar([True] * 2100 + [False] * 1900, [False] * 2100 + [True] * 1900) == pytest.approx(0.00165, abs=2e-5)
+    assert mcnemar([True] * 4000, [False] * 4000) == 0.0

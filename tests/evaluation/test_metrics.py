@@ -135,3 +135,11 @@ def test_anls_is_symmetrical_and_full_for_the_same_text(first, second):
     assert metrics.anls(first, [first]) == 1.0
     assert metrics.anls(first, [second]) == metrics.anls(second, [first])
     assert metrics.anls(first, [second, first]) == metrics.anls(first, [first, second]) == 1.0
+
+
+def test_daquar_accuracy_compares_lists_in_any_order():
+    assert metrics.daquar_accuracy("night stand, the book", ["book, night_stand"]) == 1.0
+    assert metrics.daquar_accuracy("book", ["book, night_stand"]) == 0.0
+    assert metrics.daquar_accuracy("book, night_stand", ["book"]) == 0.0
+    assert metrics.daquar_accuracy("two", ["white", "2"]) == 1.0
+    assert metrics.daquar_accuracy("", ["2"]) == 0.0

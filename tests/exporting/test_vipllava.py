@@ -19,7 +19,7 @@ def scattered(backbones, name, **prompt):
     return model
 
 
-@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "qwen1"])
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "llama-untied", "qwen1"])
 def test_exported_model_answers_the_same(backbones, tmp_path, name):
     model = scattered(backbones, name, system="Sei kurz. it's", question_prefix="用中文回答：")
     photo = Image.new("RGB", (80, 60), (30, 160, 90))

@@ -21,7 +21,7 @@ from tests.tiny import IMAGE_SIZE, fill_trained, tiny_config
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "qwen1"])
+@pytest.fixture(params=["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "llama-tied", "qwen1"])
 def model(request, backbones):
     model = MMultiModal.from_config(tiny_config(backbones, llm={"path": str(backbones / request.param)})).eval()
     fill_trained(model)

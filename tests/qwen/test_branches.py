@@ -15,7 +15,7 @@ LENGTHS = ((6, 3, 1, 4), (11, 2), (1, 5, 5), (20, 2, 1))
 STEPS = 7
 
 
-@pytest.fixture(scope="module", params=["qwen1", "qwen2-tied", "qwen3-untied", "sliding"])
+@pytest.fixture(scope="module", params=["qwen1", "qwen2-tied", "qwen3-untied", "llama-untied", "sliding"])
 def model(request, backbones, tmp_path_factory):
     folder = backbones / request.param
     if request.param == "sliding":  # one layer sees four tokens, fewer than a prefix has

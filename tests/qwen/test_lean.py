@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
@@ -11,7 +12,11 @@ from qwen.lean import run_layer
 from qwen.lora import LoraLinear
 
 TOKENS, WIDTH = 50, 32
-CLASSES = {"qwen2": (Qwen2Config, Qwen2DecoderLayer), "qwen3": (Qwen3Config, Qwen3DecoderLayer)}
+CLASSES = {
+    "qwen2": (Qwen2Config, Qwen2DecoderLayer),
+    "qwen3": (Qwen3Config, Qwen3DecoderLayer),
+    "llama": (LlamaConfig, LlamaDecoderLayer),
+}
 
 
 def build(kind, lora, dropout=0.0):

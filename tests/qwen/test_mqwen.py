@@ -105,7 +105,7 @@ def test_logits_of_long_answers_are_never_in_memory_together():
     assert largest <= 2 * LOSS_ROWS * 3000 * 4  # 2,048 rows of logits would be eight chunks
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
 def test_strict_loading_names_the_tensor(tmp_path, kind):
     folder = write_qwen(tmp_path / "qwen", kind)
     tokenizer = load_tokenizer(folder)
@@ -117,8 +117,8 @@ def test_strict_loading_names_the_tensor(tmp_path, kind):
 
 
 def test_unknown_architecture_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="of type 'llama'; supported: qwen, qwen2, qwen3"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match="of type 'gpt2'; supported: qwen, qwen2, qwen3, llama"):
         load_language_model(tmp_path, torch.float32, 1, 2)
 
 

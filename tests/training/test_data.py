@@ -201,3 +201,29 @@ def test_a_photo_that_turned_bad_is_replaced_in_training(configure, workshop, tm
     assert [sentence for sample in samples for sentence in sample.replaced] == [
         f"photo not found: {tmp_path / 'gone.png'}"
     ]
+
+
+def test_each_answer_is_a_sample_of_its_own(configure, tmp_path):
+    """`data.answers: all`: five captions of a photo are five questions behind one photo; dialogues stay."""
+    captions = {
+        "0": [{"source": "captions", "q": f"{TAG}\nWhat?", "a": ["one", "two", "three"]}],
+        "1": [{"source": "talk", "turns": [{"q": f"{TAG}\nA?", "a": ["b", "c"]}, {"q": "D?", "a": ["e"]}]}],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    photos = {
+        f"photos/{ID}.jpg": {"ID": ID, "image_file": f"{ID}.jpg", "path": str(tmp_path / f"{ID}.jpg")} for ID in (0, 1)
+    }
+    (tmp_path / "image_map.json").write_text(json.dumps(photos))
+    files = {"image_map": str(tmp_path / "image_map.json"), "captions": str(tmp_path / "captions.json")}
+    found = {}
+    for answers in ("one", "all"):
+        config = configure(data=files | {"answers": answers, "val_fraction": 0.0})
+        train, _ = build_datasets(config, MMultiModal.from_config(config), *read_split(config))
+        found[answers] = [train.tokens(index) for index in range(len(train))]
+        assert len(train) == 2
+    supervised = {key: [int((sample.labels != -100).sum()) for sample in own] for key, own in found.items()}
+    words = [len(text) + 1 for text in ("one", "two", "three")]  # a byte is a token, and one ends the answer
+    assert supervised["all"][0] == sum(words)
+    assert supervised["one"][0] in words
+    assert len(found["all"][0].lengths) == 4  # the photo, and three branches
+    assert supervised["all"][1] == supervised["one"][1] == 4
