@@ -104,9 +104,8 @@ def ask_paraphrases(checkpoint: Path) -> None:
     source = f"name: paraphrases, format: llava, annotations: {folder}/annotations.json, images: {folder}/photos"
     run(PYTHON, "process_image.py", "--config", "configs/demo.yaml", f"data.sources=[{{{source}}}]", *files)
     print("\nthe same types of questions in wordings that no training has seen:", flush=True)
-    output = checkpoint / "eval_paraphrases.json"
-    command = ["eval_vqa.py", "--checkpoint", checkpoint, "--split", "all", "--no-blind", "--output", output]
-    run(PYTHON, *command, *files)
+    output = checkpoint / "eval_paraphrases"
+    run(PYTHON, "eval_vqa.py", "--checkpoint", checkpoint, "--split", "all", "--output", output, "--baselines", *files)
 
 
 def clear_demo_run(folder: Path) -> None:
