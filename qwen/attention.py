@@ -91,8 +91,7 @@ def shared_prefix_attention(
     if isinstance(attention_mask, PackedMask):
         if attention_mask.cache is not None:
             attention_mask.cache.keep(module.layer_idx, key, value)
-        rows = _packed_attention(query, key, value, attention_mask, {"dropout_p": dropout, "scale": scaling})
-        return rows.transpose(1, 2), None
+        return _packed_attention(query, key, value, attention_mask, {"dropout_p": dropout, "scale": scaling}), None
     sdpa = AttentionInterface()["sdpa"]
     return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
@@ -100,7 +99,7 @@ def shared_prefix_attention(
 def _packed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: PackedMask, settings: dict[str, Any]
 ) -> torch.Tensor:
-    """Compute (1, H, T, D) per sample: causal attention for the prefix, then all branches with one mask.
+    """Compute (1, T, H, D) per sample: causal attention for the prefix, then all branches with one mask.
 
     One call for all branches of a sample took as long as one call per branch (two CPU cores, 1 and 5 branches of 70
     tokens after 740), and it copies no keys.
@@ -117,12 +116,14 @@ def _packed_attention(
             prefix = (q[:, :, :first], k[:, :, :first], v[:, :, :first])
             rows.append(scaled_dot_product_attention(*prefix, is_causal=True, enable_gqa=True, **settings))
         if first < size:
-            # with a mask, CUDA's fast kernels do not support grouped heads; the copy costs little compared to the layer
-            k, v = k.repeat_interleave(heads_per_key, dim=1), v.repeat_interleave(heads_per_key, dim=1)
+            if q.is_cuda:
+                # with a mask, CUDA's fast kernels do not support grouped heads; the copy costs little beside the layer
+                k, v = k.repeat_interleave(heads_per_key, dim=1), v.repeat_interleave(heads_per_key, dim=1)
             scores = mask.dense(number, like=q)
-            rows.append(scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=scores, **settings))
+            grouped = {"enable_gqa": not q.is_cuda} | settings
+            rows.append(scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=scores, **grouped))
         start = end
-    return torch.cat(rows, dim=2)
+    return torch.cat([row.transpose(1, 2) for row in rows], dim=1)  # contiguous, as the output layer reads it
 
 
 def register_attention() -> None:

@@ -60,6 +60,7 @@ def test_they_learn_to_caption(language_model, tmp_path):
         "image_map": str(tmp_path / "image_map.json"),
         "captions": str(tmp_path / "captions.json"),
         "val_fraction": 0.0,
+        "answers": "all",
     }
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": data}))
     prepare(["--config", str(tmp_path / "data.yaml")])
@@ -68,10 +69,11 @@ def test_they_learn_to_caption(language_model, tmp_path):
         "prompt": {"system": "", "image_first": True},
         "visual": {"path": str(REAL / "models" / "vit-tiny-patch16-224"), "drop": "leading"},
         "llm": {"path": language_model, "lora": {"r": 16, "alpha": 32, "dropout": 0.05}},
+        "projector": {"kind": "pixel_shuffle", "factor": 2},
         "train": {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 50,
-            "micro_batch": 4,
+            "micro_batch": 8,
             "precision": "float32",
             "parts": {"projector": {"lr": 2e-3}, "llm": {"lr": 3e-4}},
             "log_steps": 1,

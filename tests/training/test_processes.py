@@ -91,7 +91,7 @@ EQUAL = {  # to one process that makes as many micro-batches itself
 }
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.nightly)])
 def together(request, make_case, workshop, tmp_path_factory):
     """All cases that end in every process, by one launch of each number of processes, and of one process."""
     processes = request.param
