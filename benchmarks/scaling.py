@@ -20,16 +20,8 @@ import numpy
 import torch
 
 from batch import Batch
-from benchmarks.train_step import (
-    NEEDS_CUDA,
-    SHAPES,
-    as_batch,
-    build_dataset,
-    build_model,
-    peak_bytes,
-    reset_peak,
-    write_backbones,
-)
+from benchmarks.train_sides import NEEDS_CUDA, SHAPES, as_batch, build_dataset, build_model, write_backbones
+from benchmarks.train_step import peak_bytes, reset_peak
 from model.model import DTYPES, pick_precision
 
 # photos, questions per photo, tokens of a question with its answer, supervised tokens of these

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.train_step import SHAPES, TEXT_TOKENS, as_batch, build_dataset, build_model, write_backbones
+from benchmarks.train_sides import SHAPES, TEXT_TOKENS, as_batch, build_dataset, build_model, write_backbones
 from model.precision import DTYPES, pick_precision
 from training.batches import supervised_tokens
 from training.costs import Arithmetic

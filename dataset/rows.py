@@ -17,7 +17,7 @@ from errors import shortened
 
 EXAMPLES = 3  # per reason, in the report
 _ROWS = ("rejected", "kept_rows")  # fields of `Report` that hold rows
-COLUMNS = {
+_COLUMNS = {
     "rows": "rows read",
     "kept": "rows kept",
     "photos": "new photos",
@@ -103,10 +103,10 @@ class Report:
 
 def report_text(reports: list[Report]) -> str:
     """A table with one line per source and the total, then the dropped rows by reason with examples."""
-    counts = [[report.source, *(getattr(report, name) for name in COLUMNS)] for report in reports]
+    counts = [[report.source, *(getattr(report, name) for name in _COLUMNS)] for report in reports]
     total = ["total", *(sum(column) for column in list(zip(*counts, strict=True))[1:])]
     width = max(len(name) for name in [*(report.source for report in reports), "source", "total"])
-    lines = [f"{'source':{width}}" + "".join(f"  {title:>10}" for title in COLUMNS.values())]
+    lines = [f"{'source':{width}}" + "".join(f"  {title:>10}" for title in _COLUMNS.values())]
     lines += [f"{row[0]:{width}}" + "".join(f"  {number:>10,}" for number in row[1:]) for row in [*counts, total]]
     for report in reports:
         lines += [f"{report.source}: {file} is read as {encoding}" for file, encoding in report.encodings.items()]

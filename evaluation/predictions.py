@@ -48,29 +48,27 @@ class Predictions:
         self.file = folder / FILE
         self.note = ""
         self.replies: dict[str, Replies] = {}
-        settings = orjson.loads(orjson.dumps(settings))
+        self._settings = orjson.loads(orjson.dumps(settings))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             found, replies, end = _read(self.file)
-            if found == settings:
+            if found == self._settings:
                 self.replies = replies
                 os.truncate(self.file, end)  # the last line may be half written
             elif end:
-                self.note = self._set_aside(found, settings)
-            self._stream = open(self.file, "ab" if found == settings else "wb")  # noqa: SIM115
-            if found != settings:
-                self._append({"settings": settings})
+                self.note = self._set_aside(found)
+            self._mode = "ab" if found == self._settings else "wb"
         except OSError as error:
             raise file_error(error, self.file) from error
 
-    def _set_aside(self, found: dict[str, Any] | None, settings: dict[str, Any]) -> str:
+    def _set_aside(self, found: dict[str, Any] | None) -> str:
         number = 1
         while (aside := self.file.with_name(f"{self.file.stem}.old-{number}{self.file.suffix}")).exists():
             number += 1
         self.file.rename(aside)
         if found is None:
             return f"{self.file} has no settings in its first line and is now {aside.name}"
-        changed = [name for name in settings | found if settings.get(name) != found.get(name)]
+        changed = [name for name in self._settings | found if self._settings.get(name) != found.get(name)]
         return f"{self.file} was made with other settings ({', '.join(changed)}) and is now {aside.name}"
 
     def add(self, name: str, answer: Answer, photo_keys: list[str]) -> None:
@@ -91,6 +89,12 @@ class Predictions:
         self._stream.flush()
 
     def __enter__(self) -> "Predictions":
+        try:
+            self._stream = open(self.file, self._mode)
+            if self._mode == "wb":
+                self._append({"settings": self._settings})
+        except OSError as error:
+            raise file_error(error, self.file) from error
         return self
 
     def __exit__(

@@ -27,7 +27,7 @@ from model.processor import Processor
 from model.projector import build_projector
 from qwen.chat import IGNORE_INDEX, ChatFormat
 from qwen.loading import load_language_model
-from qwen.Mqwen import LOSS_ROWS
+from qwen.Mqwen import LOSS_ROWS, supervised_positions
 from qwen.tokenizer import image_token_id, load_tokenizer
 from visual.encoder import load_encoder
 from visual.tower import Tower
@@ -233,9 +233,9 @@ class MMultiModal(nn.Module):
     def token_losses(self, batch: Batch) -> torch.Tensor:
         """Next-token loss (S,) in float32 of each supervised position, in the order of the row; errors as `loss`."""
         embeddings, _ = self._embed(batch)
-        predicts = functional.pad(batch.labels[:, 1:] != IGNORE_INDEX, (0, 1))  # (1, T)
+        predicts, targets = supervised_positions(batch.labels)
         hidden = self.language_model.packed_states(embeddings, batch.position_ids, batch.lengths, predicts)  # (S, Dl)
-        parts = zip(hidden.split(LOSS_ROWS), batch.labels.roll(-1)[predicts].split(LOSS_ROWS), strict=True)
+        parts = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
         losses = [
             functional.cross_entropy(self.language_model.lm_head(rows).float(), target, reduction="none")
             for rows, target in parts

@@ -115,6 +115,12 @@ def supervised_loss(
     return total / (num_items if num_items is not None else max(len(targets), 1))
 
 
+def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`labels` (1, T) → mask (1, T) of the positions that predict a supervised token, and these tokens (S,)."""
+    predicts = functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+    return predicts, labels.roll(-1)[predicts]
+
+
 class ReadsImages(torch.nn.Module):
     """Methods that our classes add to transformers' causal language models."""
 
@@ -167,9 +173,9 @@ class ReadsImages(torch.nn.Module):
             lengths: segment lengths of the row (`batch.Batch`).
             num_items: divisor of the summed loss; None: the number of supervised tokens in this row.
         """
-        predicts = functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))  # (1, T)
+        predicts, targets = supervised_positions(labels)
         hidden = self.packed_states(embeddings, position_ids, lengths, predicts)  # (S, Dl)
-        return supervised_loss(hidden, labels.roll(-1)[predicts], self.lm_head, num_items)
+        return supervised_loss(hidden, targets, self.lm_head, num_items)
 
     def packed_states(
         self,

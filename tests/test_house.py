@@ -148,7 +148,6 @@ def test_no_two_classes_have_one_name():
 
 LONGEST_FILE, LONGEST_FUNCTION = 350, 60  # lines
 LONG_FILES = {
-    "benchmarks/train_step.py": "five sides that are compared, each short, with one set of helpers",
     "tests/dataset/test_raw.py": "tests of five formats",
     "tests/test_page.py": "one server and one browser for all tests of the page",
     "tests/visual/test_transform.py": "tests of every kind of image file",

@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from benchmarks.train_step import DEMO, Side
+from benchmarks.train_sides import DEMO
+from benchmarks.train_step import Side
 
 
 def test_a_side_that_dies_is_named():

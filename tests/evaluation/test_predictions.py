@@ -116,13 +116,16 @@ def test_a_full_disk_is_one_sentence(run, entries, tmp_path, monkeypatch):
     def full(self, line):
         raise OSError(28, "No space left on device")
 
-    predictions = Predictions(tmp_path, {"questions": "q"})
-    monkeypatch.setattr(Predictions, "_append", full)
     answer = make_answer(list_questions(entries)[0], (), "red")
-    with pytest.raises(UserError, match=r"predictions\.jsonl: No space left on device"):
-        predictions.add("trained", answer, [])
-    with pytest.raises(UserError, match=r"predictions\.jsonl: No space left on device"):
-        Predictions(tmp_path / "new", {"questions": "q"})
+    with Predictions(tmp_path, {"questions": "q"}) as predictions:
+        monkeypatch.setattr(Predictions, "_append", full)
+        with pytest.raises(UserError, match=r"predictions\.jsonl: No space left on device"):
+            predictions.add("trained", answer, [])
+    with (
+        pytest.raises(UserError, match=r"predictions\.jsonl: No space left on device"),
+        Predictions(tmp_path / "new", {"questions": "q"}),
+    ):
+        pass
 
 
 def test_a_file_without_an_evaluation_is_said(tmp_path):
