@@ -3,6 +3,7 @@
 Shared-image packing puts several questions on one photo into one sequence,
 
     [prefix + photo][question 1 + answer 1][question 2 + answer 2] …
+    [prefix + photo + question][answer 1][answer 2] …                 several answers to one question
 
 Each branch attends to the prefix and to itself, and its positions continue after the prefix (`qwen/attention.py`). Loss
 and gradients therefore equal those of separate samples, but the photo's tokens pass the language model only once.
@@ -217,10 +218,7 @@ class ImageCaptionDataset(Dataset):
             )
         else:
             shared = self.entries[self.groups[index][0]].turns[0].images
-            placeholders = sum(self.plan(ID).tokens for ID in shared)
-            places = (place for place, token in enumerate(first.input_ids) if token == self.chat.image_token_id)
-            prefix_length = next(itertools.islice(places, placeholders - 1, None)) + 1
-            input_ids, labels, lengths = pack([(one.input_ids, one.labels) for one in rendered], prefix_length)
+            input_ids, labels, lengths = pack([(one.input_ids, one.labels) for one in rendered])
             photo_ids = shared + tuple(ID for one in rendered for ID in one.photo_ids[len(shared) :])
         return Sample(torch.tensor(input_ids), torch.tensor(labels), lengths, photo_ids, {})
 
@@ -283,24 +281,24 @@ def group_entries(
     return groups
 
 
-def pack(
-    samples: list[tuple[list[int], list[int]]], prefix_length: int
-) -> tuple[list[int], list[int], tuple[int, ...]]:
-    """Pack token sequences with a common prefix into one sequence.
+def pack(samples: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], tuple[int, ...]]:
+    """Pack token sequences into one sequence, which contains their common prefix once.
+
+    The prefix ends at the first token in which the sequences differ: behind the photo if the questions differ, behind
+    the question if these are answers to the same one. It always ends before the last token of a question, because that
+    token predicts the first one of the answer and each branch has its own answer.
 
     Args:
-        samples: (input_ids, labels) of each question; the first `prefix_length` ids are equal.
-        prefix_length: tokens up to and including the last shared photo token.
+        samples: (input_ids, labels) of each question; the labels contain an answer.
 
     Returns:
         `input_ids` and `labels` (T,), and the lengths of the prefix and of each branch.
     """
-    prefix = samples[0][0][:prefix_length]
-    input_ids, labels, lengths = list(prefix), samples[0][1][:prefix_length], [prefix_length]
+    answers = [next(place for place, label in enumerate(labels) if label != IGNORE_INDEX) for _, labels in samples]
+    columns = zip(*(ids[: min(answers) - 1] for ids, _ in samples), strict=True)
+    prefix_length = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    input_ids, labels, lengths = samples[0][0][:prefix_length], samples[0][1][:prefix_length], [prefix_length]
     for sample_ids, sample_labels in samples:
-        assert sample_ids[:prefix_length] == prefix, "packed samples must share their prefix"
-        # the token before a branch belongs to another branch, so it must not predict the first token of this one
-        assert sample_labels[prefix_length] == IGNORE_INDEX, "the first token of a branch cannot be supervised"
         input_ids += sample_ids[prefix_length:]
         labels += sample_labels[prefix_length:]
         lengths.append(len(sample_ids) - prefix_length)

@@ -139,12 +139,7 @@ class SceneWriter:
         chat = self.formats[int(self.rng.integers(len(SYSTEMS)))]
         shown = f"{text_scene(scene, self.rng)}\n" if kind == "text" else ""
         rendered = [self._render(branch, chat, shown, patches) for branch in branches]
-        if shown:
-            columns = zip(*(ids for ids, _ in rendered), strict=False)
-            prefix = next(index for index, column in enumerate(columns) if len(set(column)) > 1)
-        else:
-            prefix = rendered[0][0].index(chat.image_token_id) + patches
-        input_ids, labels, lengths = pack(rendered, prefix)
+        input_ids, labels, lengths = pack(rendered)
         sample = Sample(torch.tensor(input_ids), torch.tensor(labels), lengths, (), {})
         positions = sample_positions(lengths)
         if not shown:
@@ -152,8 +147,9 @@ class SceneWriter:
             # the values take the place of a photo's cached features; `SceneReader` projects them
             sample.photo_ids, sample.photos = (number,), {number: torch.from_numpy(values)[None]}
             # positions count all patches, also the omitted ones
-            positions[prefix - patches : prefix] = prefix - patches + torch.from_numpy(places)
-            positions[prefix:] += IMAGE_TOKENS - patches
+            start = input_ids.index(chat.image_token_id)
+            positions[start : start + patches] = start + torch.from_numpy(places)
+            positions[start + patches :] += IMAGE_TOKENS - patches
         return sample, positions, [[name for name, _, _ in branch] for branch in branches]
 
     def _render(self, branch: list[Row], chat: ChatFormat, shown: str, patches: int) -> tuple[list[int], list[int]]:

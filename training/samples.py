@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 def describe_sample(dataset: ImageCaptionDataset, index: int) -> str:
     """Return a sample as text: special tokens in full, photos as `<|extra_0|> × N`, supervised text in `⟦…⟧`.
 
-    The questions of a packed sample follow one another; a line with its number precedes each.
+    The questions of a packed sample follow one another; a line with its number precedes what is its own.
     """
     try:
         sample = dataset.tokens(index)

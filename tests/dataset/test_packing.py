@@ -45,13 +45,22 @@ def brute_force_mask(samples):
 def test_pack_lays_branches_behind_the_prefix():
     first = ([7, 8, 1, 2], [-100, -100, -100, 2])
     second = ([7, 8, 3, 4, 5], [-100, -100, -100, 4, 5])
-    input_ids, labels, lengths = pack([first, second], prefix_length=2)
+    input_ids, labels, lengths = pack([first, second])
     assert input_ids == [7, 8, 1, 2, 3, 4, 5]
     assert labels == [-100, -100, -100, 2, -100, 4, 5]
     assert lengths == (2, 2, 3)
     assert positions_of((lengths, (2,))).tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1]
-    with pytest.raises(AssertionError, match="share their prefix"):
-        pack([first, ([9, 8, 3], [-100] * 3)], prefix_length=2)
+
+
+def test_answers_to_one_question_share_all_of_it_but_its_last_token():
+    first = ([7, 8, 9, 1, 2], [-100, -100, -100, 1, 2])
+    second = ([7, 8, 9, 1, 3, 4], [-100, -100, -100, 1, 3, 4])
+    input_ids, labels, lengths = pack([first, second])
+    assert input_ids == [7, 8, 9, 1, 2, 9, 1, 3, 4]
+    assert labels == [-100, -100, -100, 1, 2, -100, 1, 3, 4]
+    assert lengths == (2, 3, 4)
+    # an answer that starts earlier ends the prefix earlier
+    assert pack([first, ([7, 8, 9], [-100, -100, 9])])[2] == (1, 4, 2)
 
 
 LAYOUTS = [((5,),), ((5, 3),), ((4, 1, 6, 2), (7,)), ((9,), (1, 2), (3, 1, 1, 1, 1, 1, 1, 1, 1), (20, 8, 8))]
@@ -153,9 +162,13 @@ def test_loss_and_gradients_equal_the_separate_samples(backbones, kind, dtype, c
     entries += [entry(1, f"{TAG}\nHow many?", "two"), entry(1, f"What? {TAG}", "that"), entry(None, "Hello", "hi")]
     entries += [entry(2, f"{TAG}\nWhere?", "here"), entry(2, f"{TAG}\nWho?", "nobody")]
     entries += [Entry("a", "a", (Turn(f"{TAG}{TAG}\nSame?", ("no",), images=(2, 0)),))]
-    pixels = random_pixels(3)
+    # several answers to one question, and a dialogue that starts with one of them
+    what = Turn(f"{TAG}\nWhat?", ("a dog",), images=(3,))
+    entries += [entry(3, what.question, "a big dog"), Entry("a", "a", (what,)), entry(3, what.question, "one")]
+    entries += [Entry("a", "a", (what, Turn("Where?", ("here",))))]
+    pixels = random_pixels(4)
     loss, gradients = summed_loss_and_gradients(model, make_dataset(model, entries, pixels, 1), 1)
-    for batch_size in (3, 9):  # two photos in a sample and one in several samples, at the last
+    for batch_size in (3, 9):  # two photos in a sample and one in several samples
         dataset = make_dataset(model, entries, pixels, 8)
         packed_loss, packed_gradients = summed_loss_and_gradients(model, dataset, batch_size)
         assert packed_loss == pytest.approx(loss, rel=2e-6 if dtype == torch.float32 else 1e-12)

@@ -1,0 +1,139 @@
+"""One try of the run on real photos: train for a limited time, score on held-out photos, and add a row to a table.
+
+    python -m benchmarks.real_run NAME --config configs/flickr8k_light.yaml --minutes 120 \\
+        --annotations data/flickr8k/val_en.json --images data/flickr8k/Flicker8k_Dataset [train.max_steps=1500 …]
+
+Calls process_image.py, train.py and eval_vqa.py as a person would. The run is in `train.output_dir`; the same command
+goes on where an interrupted one stopped, and counts the time before. The row has commands, seconds, memory and scores;
+a row with the same name is replaced. docs/real_run.md shows the table.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cli import run_script
+
+import torch
+
+from config import load_config
+from errors import UserError
+from model.precision import pick_device, pick_precision
+from paths import REPO_ROOT
+
+RESULTS = REPO_ROOT / "benchmarks" / "results" / "real_run.json"
+STANDARD = {".json": "coco_captions", ".jsonl": "jsonl"}
+
+
+def train_for(config: list[str], folder: Path, minutes: float, clock: Path) -> dict[str, Any]:
+    """Train until the end or the limit; return seconds of all calls together, memory, steps and losses.
+
+    Args:
+        folder: the run's.
+        clock: file with the seconds of earlier calls.
+    """
+    before = float(clock.read_text()) if clock.is_file() else 0.0
+    command = [sys.executable, "train.py", *config]
+    if any(folder.glob("checkpoint-*")):
+        command += ["--resume", "auto"]
+    start, ended = time.monotonic(), False
+    with subprocess.Popen(command, cwd=REPO_ROOT) as process:
+        try:
+            while process.poll() is None:
+                if not ended and before + time.monotonic() - start > 60 * minutes:
+                    process.send_signal(signal.SIGTERM)  # the run stores a checkpoint and ends
+                    ended = True
+                time.sleep(1)
+        except KeyboardInterrupt:
+            process.wait()  # it got the signal too, and stores a checkpoint
+            raise
+        finally:
+            seconds = before + time.monotonic() - start
+            clock.parent.mkdir(parents=True, exist_ok=True)
+            clock.write_text(f"{seconds:.0f}")
+    if process.returncode not in (0, 128 + signal.SIGTERM):
+        raise UserError(f"train.py ended with status {process.returncode}: its last sentence says why")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    validated = [line["val_loss"] for line in lines if "val_loss" in line]
+    return {
+        "seconds": round(seconds),
+        "peak_memory_gib": round(max(line["peak_memory_gib"] for line in lines if "peak_memory_gib" in line), 2),
+        "steps": lines[-1]["step"],
+        "epochs": round(lines[-1]["epoch"], 2),
+        "val_losses": [round(loss, 3) for loss in validated],
+    }
+
+
+def score(checkpoint: Path, annotations: Path, images: Path) -> dict[str, Any]:
+    """Score a checkpoint on a standard file, with its own photos and with others; return a few of the scores."""
+    output = checkpoint / "real_run"
+    command = [sys.executable, "eval_vqa.py", "--checkpoint", checkpoint, "--baselines", "blind", "majority"]
+    command += ["--format", STANDARD[annotations.suffix], "--annotations", annotations, "--images", images]
+    done = subprocess.run([*map(str, command), "--output", str(output)], cwd=REPO_ROOT, check=False)
+    if done.returncode:
+        raise UserError(f"eval_vqa.py ended with status {done.returncode}: its last sentence says why")
+    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    return {
+        "photos": metrics["photos"],
+        "questions": metrics["questions"],
+        "seconds": metrics["seconds"],
+        "visual_gain": metrics["visual_gain"],
+        "passes": {
+            name: scores["overall"]
+            | {"accuracy_by_type": {kind: own["accuracy"] for kind, own in scores["by_type"].items()}}
+            for name, scores in metrics["passes"].items()
+        },
+    }
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the row")
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--minutes", type=float, default=120, help="of training, interruptions left out (default 120)")
+    parser.add_argument(
+        "--annotations", required=True, type=Path, metavar="FILE", help="held out: COCO captions or jsonl"
+    )
+    parser.add_argument("--images", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--note", default="", help="a sentence for the table")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE.json", help="the table")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    args = read_arguments()
+    config = load_config(args.config, args.overrides)
+    folder = REPO_ROOT / config.train.output_dir
+    options = ["--config", str(args.config.absolute()), *args.overrides]
+    if not (REPO_ROOT / config.data.captions).is_file():
+        subprocess.run([sys.executable, "process_image.py", *options], cwd=REPO_ROOT, check=True)
+    trained = train_for(options, folder, args.minutes, folder.with_name(f"{folder.name}.seconds"))
+    checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    scored = score(checkpoint, args.annotations.absolute(), args.images.absolute())
+    row = {
+        "name": args.name,
+        "note": args.note,
+        "command": shlex.join(["python", "train.py", "--config", str(args.config), *args.overrides]),
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
+        "threads": torch.get_num_threads(),
+        "precision": pick_precision(config.train.precision, pick_device()),
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "training": trained,
+        "scores": scored,
+    }
+    rows = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else []
+    rows = [*(other for other in rows if other["name"] != args.name), row]
+    args.output.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(json.dumps(row, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run_script(main)
