@@ -32,14 +32,31 @@ LONG_SHARE = 0.1  # share of descriptions, and of questions without an answer, i
 UNKNOWN_FACT = Fact("unknown", (), ())
 
 
-def questions(scene: Scene, rng: np.random.Generator, per_type: int = 1, places: bool = True) -> list[Row]:
+class FirstChoice:
+    """A generator of numbers with which every question gets its first wording and first synonyms, without edits."""
+
+    def integers(self, *_: int) -> int:
+        return 0
+
+    def random(self) -> float:
+        return 1.0
+
+
+Words = np.random.Generator | FirstChoice  # chooses among the wordings
+
+
+def questions(
+    scene: Scene, rng: np.random.Generator, per_type: int = 1, places: bool = True, plain: bool = False
+) -> list[Row]:
     """Return `per_type` questions of each type and language, one of them a description, one without an answer.
 
     No question asks for the same as another of its language. A small scene may give fewer than `per_type`.
 
     Args:
         places: False leaves out what names a place.
+        plain: ask in the first wording of each form only.
     """
+    words = FirstChoice() if plain else rng
     rows = []
     for kind in FORMS:
         for language in LANGUAGES:
@@ -51,7 +68,7 @@ def questions(scene: Scene, rng: np.random.Generator, per_type: int = 1, places:
                     found.setdefault((one.form, one.subjects, one.more), one)
                 if len(found) == number:
                     break
-            rows += [(kind + SUFFIX[language], *_worded(one, scene, rng, language)) for one in found.values()]
+            rows += [(kind + SUFFIX[language], *_worded(one, scene, words, language)) for one in found.values()]
     return rows
 
 
@@ -87,7 +104,7 @@ def _fact(scene: Scene, rng: np.random.Generator, kind: str, turn: int) -> Fact:
     return UNKNOWN_FACT if kind == "unknown" else fact(scene, rng, _pick(FORMS[kind], rng), turn)
 
 
-def _worded(one: Fact, scene: Scene, rng: np.random.Generator, language: str) -> tuple[str, str]:
+def _worded(one: Fact, scene: Scene, rng: Words, language: str) -> tuple[str, str]:
     text = fill(_pick(WORDINGS[language][one.form], rng), one, rng, language)
     return vary(text, rng, language), answer(one, scene, language)
 
@@ -109,7 +126,7 @@ def answer(one: Fact, scene: Scene, language: str) -> str:
     return "".join(yes_no.get(name, CHINESE.get(name, name)) for name in one.answer)
 
 
-def fill(wording: str, one: Fact, rng: np.random.Generator, language: str) -> str:
+def fill(wording: str, one: Fact, rng: Words, language: str) -> str:
     """Fill the slots of a wording with words for the fact; an English question begins with a capital if it did."""
     noun = _english_noun if language == "english" else _chinese_noun
     things = FILLS[language] | {"thing": THINGS[language], "image": IMAGE_WORDS[language]}
@@ -125,7 +142,7 @@ def fill(wording: str, one: Fact, rng: np.random.Generator, language: str) -> st
     return text[0].upper() + text[1:] if wording[0] == "{" else text
 
 
-def _english_noun(names: Names, rng: np.random.Generator, plural: bool) -> str:
+def _english_noun(names: Names, rng: Words, plural: bool) -> str:
     if names == (FOREIGN,):
         noun = _pick(THINGS["english"], rng)
         many = {"person": "people", "child": "children", "fish": "fish", "bus": "buses"}.get(noun, f"{noun}s")
@@ -140,7 +157,7 @@ def _english_noun(names: Names, rng: np.random.Generator, plural: bool) -> str:
     return f"{names[0]} {_pick(ENGLISH_OBJECTS, rng)}{end}"
 
 
-def _chinese_noun(names: Names, rng: np.random.Generator, plural: bool) -> str:
+def _chinese_noun(names: Names, rng: Words, plural: bool) -> str:
     if names == (FOREIGN,):
         return _pick(THINGS["chinese"], rng)
     shape = _pick(CHINESE_SHAPES[names[-1]], rng) if names and names[-1] in SHAPES else ""
@@ -155,7 +172,7 @@ def _chinese_noun(names: Names, rng: np.random.Generator, plural: bool) -> str:
     return CHINESE[names[0]] + ("的" if noun == "那个" or rng.random() < 0.5 else "") + noun
 
 
-def vary(text: str, rng: np.random.Generator, language: str) -> str:
+def vary(text: str, rng: Words, language: str) -> str:
     """Edit half of the questions a little, as people type: politeness, small talk, case, contractions, no mark."""
     if rng.random() >= EDITED:
         return text
@@ -181,5 +198,5 @@ def vary(text: str, rng: np.random.Generator, language: str) -> str:
     return text
 
 
-def _pick(options: list | tuple, rng: np.random.Generator):
+def _pick(options: list | tuple, rng: Words):
     return options[int(rng.integers(len(options)))]

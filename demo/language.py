@@ -54,7 +54,7 @@ SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant.", "", "
 VALUES = (*COLOURS, *SHAPES, *SIZES, *CELLS)
 # probability of the second kind in a step
 OTHER_KINDS = {"dialogues": 0.55, "sentences": 0.3, "caption first": 0.1, "text": 0.05}
-QUESTION_STEPS = 700  # steps on questions only at the start
+PLAIN_STEPS = 800  # steps at the start on questions in one wording only
 DIALOGUES = 4  # branches of a scene
 
 
@@ -175,7 +175,7 @@ class SceneWriter:
             branches = [[row] for row in paraphrases(scene, self.rng, int(self.rng.integers(10)))]
         else:
             long = ("description", "unknown")
-            asked = questions(scene, self.rng, 2)
+            asked = questions(scene, self.rng, 2, plain=kind == "plain")
             branches = [[row] for row in asked if row[0].startswith(long) == (kind == "sentences")]
         tag = "" if kind == "text" else f"{IMAGE_TAG}\n"
         branches = [[(name, tag + question, answer), *others] for (name, question, answer), *others in branches]
@@ -244,8 +244,10 @@ def _runs(mask: Tensor) -> list[Tensor]:
 def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, dict[str, float]]:
     """Train for `steps` steps and write the model to `folder`; return its scores on new scenes.
 
-    Every step contains questions. A step on captions or sentences only would change the weights as much, because Muon's
-    steps all have the same size, and undo the effect of the questions: with such steps, most types stayed at chance.
+    The first steps ask in one wording of each kind. The model then learns what to look at in a third of the time, and
+    other wordings afterwards. Every step contains questions. A step on captions or sentences only would change the
+    weights as much, because Muon's steps all have the same size, and undo the effect of the questions: with such steps,
+    most types stayed at chance.
     The unfinished model is also written every 500 steps, so an interrupted run leaves a usable file.
     """
     torch.manual_seed(seed)
@@ -253,11 +255,11 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
     writer = SceneWriter(tokenizer, rng)
     reader = SceneReader(tokenizer)
     optimizers = make_optimizers(reader, reader.language.model.layers, peak=4e-3)
-    running = dict.fromkeys(("questions", *OTHER_KINDS), 5.0)  # smoothed losses, for the log
+    running = dict.fromkeys(("plain", "questions", *OTHER_KINDS), 5.0)  # smoothed losses, for the log
     for step in range(1, steps + 1):
         set_rate(optimizers, min(1.0, step / 100) * min(1.0, 2.5 * (1 - step / steps)))
-        sizes = {"questions": 8}  # scenes by kind
-        if step > QUESTION_STEPS:
+        sizes = {"plain": 8}  # scenes by kind
+        if step > PLAIN_STEPS:
             sizes = {"questions": 6, str(rng.choice(list(OTHER_KINDS), p=list(OTHER_KINDS.values()))): 6}
         whole = step > 0.8 * steps and step % 2 == 0
         losses = []
@@ -273,7 +275,7 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
             shown = ", ".join(f"{name} {value:.3f}" for name, value in running.items())
             log(f"language step {step}, processor time {time.process_time():.0f} s, loss {shown}")
         if step % 500 == 0:
-            kinds = ("questions", "dialogues", "sentences", "paraphrases")
+            kinds = ("plain", "questions", "dialogues", "sentences", "paraphrases")
             log(str({name: score(reader, tokenizer, seed + 1, 48, 32, name) for name in kinds}))
             _store(reader.language, tokenizer, folder)
     reader.to(torch.bfloat16).float()  # the weights as they are stored
