@@ -54,7 +54,7 @@ def questions(
 
     Args:
         places: False leaves out what names a place.
-        plain: ask in the first wording of each form only.
+        plain: ask in the first wording of each form only, and in one way what is larger: whether the first thing is.
     """
     words = FirstChoice() if plain else rng
     rows = []
@@ -64,7 +64,7 @@ def questions(
             found: dict[tuple, Fact] = {}
             for turn in range(number * 4):  # extra tries, because a small scene may give the same fact again
                 one = _fact(scene, rng, kind, turn)
-                if places or not _names_place(one):
+                if (places or not _names_place(one)) and not (plain and _compares_otherwise(one)):
                     found.setdefault((one.form, one.subjects, one.more), one)
                 if len(found) == number:
                     break
@@ -112,6 +112,10 @@ def _worded(one: Fact, scene: Scene, rng: Words, language: str) -> tuple[str, st
 def _names_place(one: Fact) -> bool:
     names = {name for subject in one.subjects for name in subject} | set(one.answer)
     return one.form == "description" or not names.isdisjoint(CELLS)
+
+
+def _compares_otherwise(one: Fact) -> bool:
+    return one.more == "small" or one.form == "which"
 
 
 def answer(one: Fact, scene: Scene, language: str) -> str:
