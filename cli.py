@@ -24,6 +24,7 @@ if importlib.util.find_spec("torch") is None:  # checked here, because the scrip
 
 PATHS = """Relative paths typed as options count from the working directory (--config also from the repository
 root), those in configs and key=value from the repository root."""
+KEY_VARIABLE = "VQA_API_KEY"
 OUT_OF_MEMORY = (
     "out of memory: close other programs on this device, take a smaller model or llm.quantization=nf4, or shorten the "
     "text (generate.max_new_tokens) ({})"
@@ -54,6 +55,41 @@ def script_arguments(description: str, default_config: str | None = "config.yaml
         "overrides", nargs="*", metavar="key=value", help="replace config values, for example train.max_steps=100"
     )
     return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--checkpoint`, and the options of a server that is asked instead."""
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="checkpoint folder")
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="ask an OpenAI-compatible server instead of a checkpoint: http://127.0.0.1:8000/v1",
+    )
+    parser.add_argument("--model", metavar="NAME", help="for --server: its model (default the only one it has)")
+    add_key_option(parser, "for --server: its API key")
+
+
+def add_key_option(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"{meaning}; the environment variable {KEY_VARIABLE} does the same, unseen by ps",
+    )
+
+
+def read_key(args: argparse.Namespace) -> str | None:
+    """Return the API key of the command line, or of the environment; None without one."""
+    if args.api_key == "":
+        raise UserError("--api-key is empty: give a key, or leave the option out")
+    return args.api_key or os.environ.get(KEY_VARIABLE) or None
+
+
+def check_model_options(args: argparse.Namespace) -> None:
+    """Raise UserError unless exactly one of `--checkpoint` and `--server` is given, each with its own options."""
+    if (args.checkpoint is None) == (args.server is None):
+        raise UserError("give either --checkpoint DIR, or --server URL to ask a server")
+    if args.server is None and (args.model is not None or args.api_key is not None):
+        raise UserError("--model and --api-key belong to --server: give that too, or leave them out")
 
 
 def _typed_config(text: str) -> Path:

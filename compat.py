@@ -5,12 +5,13 @@ of a library class and depend on its attributes: `qwen/Mqwen.py::packed_states` 
 (peft's LoRA layer). Their tests compare both with the library.
 """
 
+import copy
 from collections.abc import Iterable, Mapping
 
 import torch
 from peft import LoraConfig
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Cache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
@@ -25,7 +26,7 @@ __all__ = [
     "CLIPImageProcessorPil",
     "SiglipImageProcessorPil",
     "ViTImageProcessorPil",
-    "crop_cache",
+    "cache_prefix",
     "onednn_has_bf16",
     "register_weight_names",
     "send_no_gradients_of",
@@ -64,11 +65,17 @@ def register_weight_names(
     register_checkpoint_conversion_mapping(class_name, rules, overwrite=True)
 
 
-def crop_cache(cache: Cache, tokens: int) -> None:
-    """Keep the first `tokens` tokens of a cache."""
+def cache_prefix(cache: DynamicCache, tokens: int) -> DynamicCache:
+    """Return a cache with the first `tokens` tokens of `cache`, which stays as it is.
+
+    They share memory until tokens are added to either, because that makes new tensors.
+    """
+    prefix = copy.copy(cache)
+    prefix.layers = [copy.copy(layer) for layer in cache.layers]
     surplus = cache.get_seq_length() - tokens
     if surplus > 0:
-        cache.crop(-surplus)  # a negative count removes that many tokens, in 5.17 and 5.23
+        prefix.crop(-surplus)  # a negative count removes that many tokens, in 5.17 and 5.23
+    return prefix
 
 
 def use_lora_layer(settings: LoraConfig, layer: type[torch.nn.Module], base: type[torch.nn.Module]) -> None:

@@ -236,9 +236,12 @@ class Generate(Section, frozen=True):
 
     max_new_tokens: int = Field(256, ge=1, le=2**20)
     temperature: float = Field(0.0, ge=0, le=100)
+    top_k: int = Field(0, ge=0, le=2**20)
     top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     seed: Seed = 0
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), max_length=16)
 
     @field_validator("temperature")
     @classmethod
@@ -307,7 +310,7 @@ def load_data(path: str | Path, overrides: list[str] | dict[str, Any] | None = N
 
     Present sections are checked. Arguments and errors as `load_config`.
     """
-    return _validated(DataConfig, _raw(path, overrides), where=shortened(path)).data
+    return validated(DataConfig, _raw(path, overrides), where=shortened(path)).data
 
 
 def _raw(path: str | Path, overrides: list[str] | dict[str, Any] | None) -> dict[str, Any]:
@@ -316,12 +319,12 @@ def _raw(path: str | Path, overrides: list[str] | dict[str, Any] | None) -> dict
 
 def parse_config(raw: dict[str, Any], where: str) -> Config:
     """Check a mapping against the schema; `where` (a file name) starts the error message."""
-    return _validated(Config, raw, where)
+    return validated(Config, raw, where)
 
 
 def changed(section: S, values: dict[str, Any], where: str) -> S:
-    """Return a checked copy of `section` with other values; a UserError starts with `where`."""
-    return _validated(type(section), section.model_dump() | values, where)
+    """Return a checked copy of `section` in which other values are set; a UserError starts with `where`."""
+    return validated(type(section), section.model_dump(exclude_unset=True) | values, where)
 
 
 def overridden(config: Config, values: dict[str, Any], where: str) -> Config:
@@ -331,7 +334,8 @@ def overridden(config: Config, values: dict[str, Any], where: str) -> Config:
     return parse_config(raw, where)
 
 
-def _validated(schema: type[S], raw: dict[str, Any], where: str) -> S:
+def validated(schema: type[S], raw: dict[str, Any], where: str) -> S:
+    """Check a mapping against `schema`; a UserError starts with `where`."""
     try:
         return schema.model_validate(raw)
     except ValidationError as error:

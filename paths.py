@@ -72,6 +72,18 @@ def _is_a(path: Path, kind: Kind) -> bool:
     return os.path.isfile(path) if kind == "file" else os.path.isdir(path)
 
 
+def is_file_in(path: str, folder: Path) -> bool:
+    """Whether `path` is a file in `folder`, also after `..` and links are followed.
+
+    The text is compared first, so that no other path is accessed on the disk.
+    """
+    if "\0" in path or not any(
+        Path(os.path.abspath(path)).is_relative_to(top) for top in (folder.absolute(), folder.resolve())
+    ):
+        return False
+    return os.path.isfile(path) and Path(path).resolve().is_relative_to(folder.resolve())
+
+
 def check_folder(folder: Path, name: str) -> None:
     """Check without writing that `folder`, the value of key or option `name`, is a folder or can become one.
 

@@ -2,10 +2,11 @@
 
     python test_gui.py --checkpoint checkpoints/demo/checkpoint-240
     python test_gui.py --checkpoint DIR gui.port=8000 gui.max_upload_mb=50
+    python test_gui.py --server http://127.0.0.1:8000/v1
 
 Only this machine can open the page (gui.host=0.0.0.0 lets others in). It answers one question at a time and fetches
 nothing from the network. Uploaded photos stay in a temporary folder until an hour after their last use, or until the
-page ends. The page opens no other file of the disk.
+page ends. The page opens no other file of the disk. With --server, an OpenAI-compatible server gets the photos.
 """
 
 import contextlib
@@ -19,10 +20,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli import run_script, script_arguments
+from cli import add_model_options, check_model_options, run_script, script_arguments
 
 from answering.answer import Answerer
-from answering.request import ReplyStream
+from answering.remote import RemoteAnswerer, connect
+from answering.request import AnyAnswerer, ReplyStream
 from config import Generate, Gui, changed, parse_overrides
 from errors import UserError, check_text, is_out_of_memory
 from model.checkpoint import load_checkpoint, read_config
@@ -76,7 +78,7 @@ footer {display: none !important}
 """
 
 
-def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks":
+def build_page(answerer: AnyAnswerer, generate: Generate, name: str) -> "gr.Blocks":
     """The page: chat, question box with photos, settings.
 
     Args:
@@ -89,8 +91,10 @@ def build_page(answerer: Answerer, generate: Generate, name: str) -> "gr.Blocks"
     decoded = functools.lru_cache(maxsize=8)(load_image)  # each upload has its own path; follow-ups decode nothing
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
 
-    def load(photo: UploadedPhoto) -> "Image.Image":
-        return decoded(checked({"path": photo.path}, folder).path)  # checks that it still exists, keeps it another hour
+    def load(photo: UploadedPhoto) -> "Image.Image | Path":
+        path = checked({"path": photo.path}, folder).path  # checks that it still exists, keeps it another hour
+        image = decoded(path)  # or tells what is wrong with it
+        return Path(path) if isinstance(answerer, RemoteAnswerer) else image  # a file is smaller on its way
 
     with gr.Blocks(
         title="Ask about a photo 看图问答",
@@ -316,17 +320,25 @@ def end_on_signals() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = script_arguments(__doc__, default_config=None)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder")
+    add_model_options(parser)
     args = parser.parse_intermixed_args(arguments)
-    checkpoint = args.checkpoint.absolute()
+    check_model_options(args)
     overrides = parse_overrides(args.overrides)
-    gui = read_config(checkpoint, overrides).gui
-    check_port(gui)  # before the model is loaded, which may take a minute
-    model = load_checkpoint(checkpoint, overrides=overrides)
+    answerer: AnyAnswerer
+    if args.server is not None:
+        answerer, config = connect(args, overrides, "gui")
+        gui, generate, name = config.gui, config.generate, f"{answerer.name} · {answerer.url}"
+        check_port(gui)
+    else:
+        checkpoint = args.checkpoint.absolute()
+        gui = read_config(checkpoint, overrides).gui
+        check_port(gui)  # before the model is loaded, which may take a minute
+        model = load_checkpoint(checkpoint, overrides=overrides)
+        answerer, generate, name = Answerer(model), model.config.generate, checkpoint.name
     end_on_signals()
     with upload_folder() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
-        page = build_page(Answerer(model), model.config.generate, checkpoint.name)
+        page = build_page(answerer, generate, name)
         launch(page, gui)
         host = in_url(gui.host)
         print(f"Open http://{host}:{gui.port} in a browser; Ctrl-C ends it.")

@@ -1,38 +1,40 @@
 """Answering engine: photos and messages → a stream of text, or many answers together.
 
-Page, command line, evaluation and benchmarks all use `Answerer`. It caches the keys and values of the last prompt, so
-the prefix that a new prompt shares with it (photo tokens, earlier dialogue) is not computed again. Questions that are
-asked together share the passes of the model instead (`batches.py`).
+Page, command line, evaluation and benchmarks all use `Answerer`. The prefix that a prompt shares with an earlier one
+(photo tokens, earlier dialogue) is not computed again (`prefix_cache.py`). Questions that are asked together share the
+passes of the model instead (`batches.py`).
 """
 
 import functools
 import threading
-from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from answering.batches import PromptBatch, answer_batch, batch_tokens
-from answering.choice import TokenChoice
+from answering.choice import suppress
+from answering.heatmap import Heatmap, Method, look
+from answering.open_answer import OpenAnswer
+from answering.prefix_cache import CACHE_BYTES, CachedSequence, PrefixCache
 from answering.request import (
-    FinishReason,
+    CancelledError,
     OpenPrompt,
     PhotoSource,
     Picture,
     Reply,
     ReplyStream,
     Request,
-    common_length,
+    add_region,
+    encode_picture,
     make_prompt,
+    on_disk,
     read_picture,
-    text_pieces,
 )
-from compat import crop_cache
 from config import Generate
-from errors import UserError
+from errors import UserError, shortened
 from model.model import MMultiModal
 from qwen.chat import Message
 
@@ -42,31 +44,26 @@ RECENT_PHOTOS = 4  # photos that are kept for the next question
 class Answerer:
     """Answers questions with one model.
 
-    Several threads may share one. `answer` blocks the others until it ends; `stream` and `answer_many` block them for
-    one pass of the model at a time, because the caller of a stream may never finish it. If another question runs
-    between two tokens of a stream, the answer is the same, but its prompt is computed again.
+    Several threads may share one. They take turns, one pass of the model at a time, so no answer waits for the end of
+    another, and a stream that nobody finishes blocks nobody.
 
     Every call takes decoding settings (config section `generate`); None: those of the model's config.
 
     Args:
         model: in eval mode.
+        cache_bytes: most bytes of kept keys and values, see `PrefixCache`.
     """
 
-    def __init__(self, model: MMultiModal) -> None:
+    def __init__(self, model: MMultiModal, cache_bytes: int = CACHE_BYTES) -> None:
         self.model = model
-        self._cached_ids: list[int] = []
-        self._cached_photos: tuple[str, ...] = ()
-        self._cached_key: Hashable = None
-        self._cache = DynamicCache()
-        self._cache_of: object = None  # the answer whose prompt and tokens are in the cache
+        self.chat = model.processor.chat
+        self._prefixes = PrefixCache(cache_bytes)
         self._feature_of: dict[str, torch.Tensor] = {}
-        self._suppressed = torch.tensor(model.suppressed_ids)
         self._lock = threading.RLock()
 
     def answer(self, image: PhotoSource | None, question: str, settings: Generate | None = None) -> str:
         """Return the whole answer to one question; see `stream`."""
-        with self._lock:
-            return self.stream(image, [{"role": "user", "content": question}], settings).rest().text
+        return self.stream(image, [{"role": "user", "content": question}], settings).rest().text
 
     def stream(
         self, image: PhotoSource | None, messages: list[dict[str, Any]], settings: Generate | None = None
@@ -77,33 +74,66 @@ class Answerer:
             image: photo of the first message, before its `images`; None: none.
             messages: `{"role": "user" | "assistant", "content": text}`, alternating, the last one from the user.
                 Control tokens in the texts have no effect. A user's message may have `"images"`, a list of photos
-                before its text.
+                before its text, and a `"box"` (`visual/region.py`): the question is then about this part of the last
+                photo, of this message or an earlier one. A first message of the role `system` replaces
+                `prompt.system` in this dialogue.
 
         Returns:
-            Pieces of text; together they are the answer. Closing the iterator stops the work.
+            Pieces of text; together they are the answer. Closing the stream stops the work within one token.
 
         Raises:
-            UserError: an empty question, or, with the first piece, a broken photo or a dialogue longer than the
-                language model's context.
+            UserError: an empty question, a box without a photo, roles in another order, or, with the first piece, a
+                broken photo, a wrong box or a dialogue longer than the language model's context.
         """
-        if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        return self.stream_messages(*self.request(image, messages), settings)
+
+    def request(self, image: PhotoSource | None, messages: list[dict[str, Any]]) -> Request:
+        """Render messages; arguments and errors as `stream`."""
+        chat, turns = self.chat, messages
+        rendered: list[Message] = []
+        photos: list[PhotoSource] = []
+        if turns and turns[0]["role"] == "system":
+            rendered.append(Message("system", (turns[0]["content"],)))
+            turns = turns[1:]
+        if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
             raise UserError("the question is empty: type one")
-        chat = self.model.processor.chat
-        rendered, photos = [], []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
+        for index, message in enumerate(turns):
+            role = ("user", "assistant")[index % 2]
+            if message["role"] != role:
+                raise UserError(
+                    f"message {len(rendered) + 1} is of the role {shortened(repr(message['role']), 40)}: after the "
+                    f"system message, if there is one, user and assistant take turns, so it must be '{role}'"
+                )
+            if role == "assistant":
                 rendered.append(chat.answer(message["content"]))
             else:
-                own = ([image] if index == 0 and image is not None else []) + list(message.get("images", ()))
-                rendered.append(chat.typed_question(message["content"], len(own)))
-                photos += own
-        return self.stream_messages(photos, rendered, settings)
+                before = len(photos)
+                photos += ([image] if index == 0 and image is not None else []) + list(message.get("images", ()))
+                if message.get("box") is not None:
+                    add_region(photos, message["box"])
+                rendered.append(chat.typed_question(message["content"], len(photos) - before))
+        return Request(photos, rendered)
 
     def stream_messages(
         self, photos: Sequence[PhotoSource], messages: list[Message], settings: Generate | None = None
     ) -> ReplyStream:
         """As `stream`, for a rendered dialogue; see `Request`."""
         return ReplyStream(self._pieces(Request(photos, messages), settings or self.model.config.generate))
+
+    def look(
+        self,
+        image: PhotoSource | None,
+        messages: list[dict[str, Any]],
+        answer: str,
+        span: tuple[int, int] | None = None,
+        method: Method = "gradient",
+    ) -> list[Heatmap]:
+        """Return where the model looked for an answer to the last of `messages`: a map of each photo, in reading order.
+
+        A box counts as a photo. `image` and `messages` as in `stream`, the others and errors as in `heatmap.look`.
+        """
+        with self._lock:
+            return look(self.model, self.request(image, messages), answer, span, method, encode=self._features)
 
     def answer_many(
         self, requests: Iterable[Request], settings: Generate | None = None, most_tokens: int | None = None
@@ -131,8 +161,7 @@ class Answerer:
             try:
                 # a PIL image has no hash, and is decoded already
                 pictures = [
-                    recent(photo) if isinstance(photo, str | Path) else read_picture(self.model, photo)
-                    for photo in request.photos
+                    recent(photo) if on_disk(photo) else read_picture(self.model, photo) for photo in request.photos
                 ]
                 prompt = make_prompt(self.model, pictures, request.messages, settings.max_new_tokens)
             except UserError as error:
@@ -153,112 +182,73 @@ class Answerer:
         self, batch: PromptBatch, waiting: list[OpenPrompt | UserError], settings: Generate
     ) -> Iterator[Reply | UserError]:
         """Answer the batch; yield the answers and errors that wait, in their order."""
-        answers = iter(answer_batch(self.model, batch, settings, self._lock))
+        answers = iter(answer_batch(self.model, batch, settings, self._one_pass))
         for entry in waiting:
             if isinstance(entry, UserError):
                 yield entry
             else:
-                tokens, reason = next(answers)
-                text = "".join(text_pieces(self.model.processor.tokenizer, tokens))
-                yield Reply(text, reason, len(entry.ids), len(tokens))
+                yield next(answers)
 
     def _pieces(self, request: Request, settings: Generate) -> Generator[str, None, Reply]:
-        """Yield the text of an answer piece by piece; return the whole of it."""
+        """Yield the text of an answer, an item for each token; return the whole of it."""
+        began = time.perf_counter()
         pictures = [read_picture(self.model, photo) for photo in request.photos]
         prompt = make_prompt(self.model, pictures, request.messages, settings.max_new_tokens)
-        answer: list[int] = []
-        reason: FinishReason = "length"
-
-        def tokens() -> Iterator[int]:
-            nonlocal reason
-            reason = yield from self._generate(pictures, prompt, answer, settings)
-
-        pieces = []
-        for piece in text_pieces(self.model.processor.tokenizer, tokens()):
-            pieces.append(piece)
-            yield piece
-        return Reply("".join(pieces), reason, len(prompt.ids), len(answer))
+        answer, sequence = OpenAnswer(self.model, prompt, settings), None
+        try:
+            while answer.reason is None:
+                with self._one_pass():
+                    if sequence is None:
+                        sequence, logits = self._read_prompt(pictures, answer)
+                    else:
+                        logits = self._read(sequence, answer.tokens[-1:])
+                    token = answer.choice.token(logits)
+                yield answer.add(token, time.perf_counter() - began)
+                began = time.perf_counter()
+        except CancelledError:
+            pass
+        finally:  # also when a stream that nobody closed is freed, in any thread: so without the lock
+            if sequence is not None:
+                sequence.unfinished = False
+        if sequence is not None:
+            with self._lock:
+                self._prefixes.keep(sequence)
+        return answer.reply()
 
     @contextmanager
-    def _whole_step(self) -> Iterator[None]:
-        """Exclude other threads, and clear the cache if the step fails, because it may be half written."""
-        with self._lock:
-            done = False
+    def _one_pass(self) -> Iterator[None]:
+        """Exclude other threads; after an error, free all that is kept, because memory may have run out."""
+        with self._lock, torch.no_grad():
             try:
                 yield
-                done = True
-            finally:
-                if not done:
-                    self._cached_ids, self._cached_photos, self._cache = [], (), DynamicCache()
-                    self._cache_of = None
+            except BaseException:
+                self._prefixes.clear()
+                raise
 
-    @torch.no_grad()
-    def _prefill(self, pictures: list[Picture], prompt: OpenPrompt) -> torch.Tensor:
-        """Extend the cache to the end of the prompt; return the last logits (V,)."""
-        ids = prompt.ids
-        key = self.model.language_model.prefix_key(len(ids))
-        shared = self._shared_length(prompt) if key == self._cached_key else 0
-        self._cached_key = key
-        crop_cache(self._cache, shared)
-        self._cached_ids, self._cached_photos = self._cached_ids[:shared], prompt.photos
-
+    def _read_prompt(self, pictures: list[Picture], answer: OpenAnswer) -> tuple[CachedSequence, torch.Tensor]:
+        """Read what is new in the prompt; return its sequence and the logits (V,) of the first token."""
+        prompt = answer.prompt
+        sequence = self._prefixes.begin(prompt, self.model.language_model.prefix_key(len(prompt.ids)))
+        shared = answer.tokens_reused = len(sequence.ids)
         unread = [picture for picture, (start, _) in zip(pictures, prompt.spans, strict=True) if start >= shared]
-        images = None
-        if unread:
-            features = [self._features(picture) for picture in unread]
-            images = self.model.project(torch.cat(features))  # (crops to read, M, Dl)
-        new_ids = torch.tensor([ids[shared:]], device=self.model.device)
-        return self._step(self.model.language_model.embed(new_ids, images), ids[shared:])
+        images = self.model.project(torch.cat([self._features(picture) for picture in unread])) if unread else None
+        logits = self._read(sequence, prompt.ids[shared:], images)
+        self._prefixes.keep(sequence)  # at once, for other questions about the photo that come meanwhile
+        return sequence, logits
 
     def _features(self, picture: Picture) -> torch.Tensor:
         """Return encoder features (crops, R, Dv) of a photo; those of the last few photos are cached."""
         if picture.hash not in self._feature_of:
             while len(self._feature_of) >= RECENT_PHOTOS:
                 self._feature_of.pop(next(iter(self._feature_of)))
-            pixels = self.model.processor.pixels(picture.image, picture.plan).to(self.model.device)  # (crops, 3, H, W)
-            self._feature_of[picture.hash] = self.model.encode_image(pixels)
+            self._feature_of[picture.hash] = encode_picture(self.model, picture)
         return self._feature_of[picture.hash]
 
-    def _shared_length(self, prompt: OpenPrompt) -> int:
-        """Number of leading tokens that are already in the cache; never all of the prompt.
-
-        The shared part never ends within a photo, because equal photos have equal placeholders in both prompts.
-        """
-        shared = common_length(self._cached_ids, prompt.ids[:-1])
-        same_photos = common_length(self._cached_photos, prompt.photos)
-        return min(shared, prompt.spans[same_photos][0]) if same_photos < len(prompt.spans) else shared
-
-    @torch.no_grad()
-    def _step(self, embeddings: torch.Tensor, new_ids: list[int]) -> torch.Tensor:
-        """Process `embeddings` (1, T_new, Dl) after the cached tokens; return the last logits (V,) in float32."""
-        logits = self.model.decode(embeddings, self._cache)
-        self._cached_ids = self._cached_ids + list(new_ids)
+    def _read(self, sequence: CachedSequence, ids: list[int], images: torch.Tensor | None = None) -> torch.Tensor:
+        """Read `ids`, which hold the photos `images` (crops, M, Dl), behind `sequence`; return the last logits (V,)."""
+        language_model, new = self.model.language_model, torch.tensor([ids], device=self.model.device)
+        embeddings = language_model.get_input_embeddings()(new) if images is None else language_model.embed(new, images)
+        logits = self.model.decode(embeddings, sequence.states)
+        sequence.ids += ids
+        suppress(self.model, logits)
         return logits
-
-    def _generate(
-        self, pictures: list[Picture], prompt: OpenPrompt, answer: list[int], settings: Generate
-    ) -> Generator[int, None, FinishReason]:
-        """Yield new token ids without the end token, append them to `answer`, and return why there are no more."""
-        choice = TokenChoice(settings, self.model.device)
-        this = object()
-        while len(answer) < prompt.limit:
-            with self._whole_step():
-                if self._cache_of is this:
-                    logits = self._step(self._embedded(answer[-1:]), answer[-1:])  # (V,)
-                else:
-                    logits = self._prefill(pictures, prompt)
-                    if answer:  # another question ran in between
-                        logits = self._step(self._embedded(answer), answer)
-                    self._cache_of = this
-                self._suppressed = self._suppressed.to(logits.device)  # moves at the first token only
-                logits[self._suppressed] = -torch.inf
-                token = choice.token(logits, [*prompt.ids, *answer] if choice.uses_history else [])
-            if token in self.model.processor.chat.stop_ids:
-                return "stop"
-            answer.append(token)
-            yield token
-        return "length"
-
-    def _embedded(self, ids: list[int]) -> torch.Tensor:
-        """Text tokens as embeddings (1, T, Dl)."""
-        return self.model.LLM.get_input_embeddings()(torch.tensor([ids], device=self.model.device))

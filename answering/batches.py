@@ -7,13 +7,15 @@ one prefix, as in training (`qwen/attention.py`), so nothing is padded but the a
 Shapes: T tokens of the packed row, N questions that have not ended, Dl width, V vocabulary.
 """
 
-from collections.abc import Hashable
+import time
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 
 import torch
 
-from answering.choice import TokenChoice
-from answering.request import FinishReason, OpenPrompt, Picture, common_length
+from answering.choice import suppress
+from answering.open_answer import OpenAnswer
+from answering.request import OpenPrompt, Picture, Reply, common_length
 from batch import sample_positions
 from config import Generate
 from model.model import MMultiModal
@@ -78,41 +80,34 @@ def batch_tokens(model: MMultiModal) -> int:
 
 @torch.no_grad()
 def answer_batch(
-    model: MMultiModal, batch: PromptBatch, settings: Generate, lock: AbstractContextManager
-) -> list[tuple[list[int], FinishReason]]:
-    """Return the new tokens of each prompt, without the end token, and why they end.
+    model: MMultiModal, batch: PromptBatch, settings: Generate, one_pass: Callable[[], AbstractContextManager]
+) -> list[Reply]:
+    """Return the answer to each prompt.
 
     Args:
         model: in eval mode.
-        lock: held during each pass, because the model may run no other meanwhile.
+        one_pass: context of each pass, because the model may run no other meanwhile.
     """
     order = [number for group in batch.groups for number in group]  # the cache counts questions in this order
-    prompts = [batch.prompts[number] for number in order]
-    choices = [TokenChoice(settings, model.device) for _ in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
-    reasons: list[FinishReason] = ["length"] * len(prompts)
-    waiting = list(range(len(prompts)))
+    answers = [OpenAnswer(model, batch.prompts[number], settings) for number in order]
+    waiting = list(range(len(answers)))
     cache = None
+    began = time.perf_counter()
     while waiting:
-        with lock:
+        with one_pass():
             if cache is None:
                 states, cache = _read_prompts(model, batch)
             else:
-                states = _read_tokens(model, cache, waiting, [answers[question][-1] for question in waiting])
+                states = _read_tokens(model, cache, waiting, [answers[question].tokens[-1] for question in waiting])
             logits = model.language_model.lm_head(states).float()  # (N, V)
-        logits[:, model.suppressed_ids] = -torch.inf
-        tokens = _choose(logits, waiting, choices, prompts, answers)
-        going_on = []
+        suppress(model, logits)
+        tokens = _choose(logits, [answers[question] for question in waiting])
+        seconds, began = time.perf_counter() - began, time.perf_counter()
         for question, token in zip(waiting, tokens, strict=True):
-            if token in model.processor.chat.stop_ids:
-                reasons[question] = "stop"
-                continue
-            answers[question].append(token)
-            if len(answers[question]) < prompts[question].limit:
-                going_on.append(question)
-        waiting = going_on
-    found = dict(zip(order, zip(answers, reasons, strict=True), strict=True))
-    return [found[number] for number in range(len(order))]
+            answers[question].add(token, seconds)
+        waiting = [question for question in waiting if answers[question].reason is None]
+    found = dict(zip(order, answers, strict=True))
+    return [found[number].reply() for number in range(len(order))]
 
 
 def _images(model: MMultiModal, pixels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -156,17 +151,8 @@ def _read_prompts(model: MMultiModal, batch: PromptBatch) -> tuple[torch.Tensor,
     return model.language_model.packed_states(embeddings, positions, tuple(lengths), selected, cache), cache
 
 
-def _choose(
-    logits: torch.Tensor,
-    questions: list[int],
-    choices: list[TokenChoice],
-    prompts: list[OpenPrompt],
-    answers: list[list[int]],
-) -> list[int]:
-    """Choose the next token of each question by its row of `logits` (N, V)."""
-    if choices[0].greedy and not choices[0].uses_history:
+def _choose(logits: torch.Tensor, answers: list[OpenAnswer]) -> list[int]:
+    """Choose the next token of each answer by its row of `logits` (N, V)."""
+    if answers[0].choice.takes_likeliest:
         return logits.argmax(-1).tolist()
-    return [
-        choices[question].token(row, [*prompts[question].ids, *answers[question]])
-        for question, row in zip(questions, logits, strict=True)
-    ]
+    return [answer.choice.token(row) for answer, row in zip(answers, logits, strict=True)]

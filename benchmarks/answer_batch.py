@@ -15,7 +15,6 @@ An untrained model ends its answers at random. So without a checkpoint, no token
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -30,6 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, Sigl
 
 from answering.answer import Answerer
 from answering.request import Reply, Request
+from benchmarks.report import write_report
 from config import Generate, load_config, parse_config
 from dataset.records import read_records, split_entries, write_records
 from demo.make_data import make_data
@@ -173,10 +173,7 @@ def main() -> None:
         "machine": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
-    print(json.dumps(report, indent=2))
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(report, options.output)
 
 
 if __name__ == "__main__":

@@ -67,18 +67,11 @@ def _value(draw: random.Random) -> str:
 def _use(config: Config) -> None:
     """Use the numbers of an accepted config as answering and training do, to find values that would stop them."""
     import torch
-    from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+    from answering.choice import TokenChoice
 
     generate, train = config.generate, config.train
-    scores = torch.linspace(-20, 20, 16).unsqueeze(0)
-    ids = torch.arange(8).unsqueeze(0)
-    if generate.repetition_penalty != 1:
-        scores = RepetitionPenaltyLogitsProcessor(generate.repetition_penalty)(ids, scores)
-    if generate.temperature > 0:
-        scores = TemperatureLogitsWarper(generate.temperature)(ids, scores)
-        if generate.top_p < 1:
-            scores = TopPLogitsWarper(generate.top_p)(ids, scores)
-    torch.multinomial(scores.softmax(-1), 1, generator=torch.Generator().manual_seed(generate.seed))
+    TokenChoice(generate, range(8), torch.device("cpu")).token(torch.linspace(-20, 20, 16))
     weight = torch.nn.Parameter(torch.zeros(4, 4).normal_(std=config.projector.init_std))
     optimizer = torch.optim.AdamW(
         [weight], lr=train.parts.projector.lr, betas=train.betas, weight_decay=train.weight_decay

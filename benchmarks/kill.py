@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from benchmarks.report import write_report
 from dataset.records import write_records
 from model.checkpoint_folder import damage, list_checkpoints
 from paths import REPO_ROOT
@@ -175,10 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     result = run(options.kills, options.seed)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
+    write_report(result, options.output)
     if result["problems"]:
         raise SystemExit(1)
 

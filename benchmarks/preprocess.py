@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.report import write_report
 from paths import REPO_ROOT
 
 # rows of caption_train_annotations_20170902.json, complex_reasoning_77k.json and detail_23k.json
@@ -148,10 +149,7 @@ def main() -> None:
             "seconds": {side: round(statistics.median(s for s, _ in runs), 2) for side, runs in figures.items()},
             "peak_memory_mib": {side: round(max(memory for _, memory in runs)) for side, runs in figures.items()},
         }
-    print(json.dumps(result, indent=2))
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_report(result, options.output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ a row with the same name is replaced. docs/real_run.md shows the table.
 
 import argparse
 import json
-import platform
 import shlex
 import signal
 import subprocess
@@ -33,33 +32,29 @@ STANDARD = {".json": "coco_captions", ".jsonl": "jsonl"}
 
 
 def train_for(config: list[str], folder: Path, minutes: float, clock: Path) -> dict[str, Any]:
-    """Train until the end or the limit; return seconds of all calls together, memory, steps and losses.
+    """Train until the end or the limit; return seconds of all calls, memory, steps and losses.
 
     Args:
         folder: the run's.
         clock: file with the seconds of earlier calls.
     """
-    before = float(clock.read_text()) if clock.is_file() else 0.0
-    command = [sys.executable, "train.py", *config]
-    if any(folder.glob("checkpoint-*")):
-        command += ["--resume", "auto"]
-    start, ended = time.monotonic(), False
-    with subprocess.Popen(command, cwd=REPO_ROOT) as process:
-        try:
-            while process.poll() is None:
-                if not ended and before + time.monotonic() - start > 60 * minutes:
-                    process.send_signal(signal.SIGTERM)  # the run stores a checkpoint and ends
-                    ended = True
-                time.sleep(1)
-        except KeyboardInterrupt:
-            process.wait()  # it got the signal too, and stores a checkpoint
-            raise
-        finally:
-            seconds = before + time.monotonic() - start
-            clock.parent.mkdir(parents=True, exist_ok=True)
-            clock.write_text(f"{seconds:.0f}")
-    if process.returncode not in (0, 128 + signal.SIGTERM):
-        raise UserError(f"train.py ended with status {process.returncode}: its last sentence says why")
+    seconds = float(clock.read_text()) if clock.is_file() else 0.0
+    begun = any(folder.glob("checkpoint-*"))
+    if not begun or seconds < 60 * minutes:
+        start = time.monotonic()
+        command = [sys.executable, "train.py", *config, *(["--resume", "auto"] if begun else [])]
+        with subprocess.Popen(command, cwd=REPO_ROOT) as process:
+            try:
+                status = process.wait(60 * minutes - seconds)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)  # the run stores a checkpoint and ends
+                status = process.wait()
+            finally:  # also after Ctrl-C, which train.py gets too
+                seconds += time.monotonic() - start
+                clock.parent.mkdir(parents=True, exist_ok=True)
+                clock.write_text(f"{seconds:.0f}")
+        if status not in (0, 128 + signal.SIGTERM):
+            raise UserError(f"train.py ended with status {status}: its last sentence says why")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     validated = [line["val_loss"] for line in lines if "val_loss" in line]
     return {
@@ -122,7 +117,7 @@ def main() -> None:
         "name": args.name,
         "note": args.note,
         "command": shlex.join(["python", "train.py", "--config", str(args.config), *args.overrides]),
-        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "precision": pick_precision(config.train.precision, pick_device()),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),

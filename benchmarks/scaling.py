@@ -8,7 +8,6 @@ axis with a point that adds less than 16 MiB gets no line for memory: memory fre
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -20,6 +19,7 @@ import numpy
 import torch
 
 from batch import Batch
+from benchmarks.report import write_report
 from benchmarks.train_sides import NEEDS_CUDA, SHAPES, as_batch, build_dataset, build_model, write_backbones
 from benchmarks.train_step import peak_bytes, reset_peak
 from model.model import DTYPES, pick_precision
@@ -120,11 +120,7 @@ def main() -> None:
             "seconds_fit": fit(values, list(seconds)),
             "memory_mib_fit": fit_memory(values, mib),
         }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n", encoding="utf-8")
+    write_report(report, options.output)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ is made whole, with clipping and AdamW. With and without gradient checkpointing.
 (`python -m demo.make_data`, `python process_image.py --config configs/demo.yaml`).
 """
 
-import json
 import platform
 import tempfile
 import time
@@ -17,6 +16,7 @@ from cli import run_script, script_arguments
 
 import torch
 
+from benchmarks.report import write_report
 from config import load_config
 from training.costs import PeakMemory
 from training.loop import Trainer, optimizer_step
@@ -72,10 +72,7 @@ def main() -> None:
                 ]
                 for figure in rounds[0]
             }
-    print(json.dumps(result, indent=2))
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_report(result, options.output)
 
 
 if __name__ == "__main__":

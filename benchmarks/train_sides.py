@@ -226,13 +226,10 @@ def naive_step(backbones: Path, options: argparse.Namespace, questions: int) -> 
     return model, [lambda batch=batch: loss_of(batch) for batch in padded_batches(dataset, options)]
 
 
-def llava_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
-    """Load the same weights into transformers' class; LoRA on the language model, trained projector, all logits."""
-    model, dataset = build(backbones, options, questions)
-    count, batches = supervised_count(dataset), padded_batches(dataset, options)
+def as_llava(model: MMultiModal, language_model: torch.nn.Module, device: str) -> LlavaForConditionalGeneration:
+    """Load the weights of our model, with `language_model` in place of one with LoRA, into transformers' class."""
     vision_config = SiglipVisionConfig(**model.encoder.config.to_dict())
     vision_config.tie_last_hidden_states = True  # otherwise LLaVA omits SigLIP's post layer norm
-    language_model = model.LLM.unload()
     text_config = Qwen2Config(**language_model.config.to_dict())
     config = LlavaConfig(
         vision_config=vision_config,
@@ -243,15 +240,22 @@ def llava_step(backbones: Path, options: argparse.Namespace, questions: int) -> 
         vision_feature_select_strategy="default",
         tie_word_embeddings=text_config.tie_word_embeddings,
     )
-    with torch.device(options.device):
+    with torch.device(device):
         llava = LlavaForConditionalGeneration._from_config(config, dtype=language_model.dtype).requires_grad_(False)
     llava.model.vision_tower.load_state_dict(model.encoder.state_dict())
     llava.model.language_model.load_state_dict(language_model.model.state_dict())
     llava.lm_head.load_state_dict(language_model.lm_head.state_dict())
-    projector = llava.model.multi_modal_projector
-    projector.load_state_dict(model.feature_proj.llava_tensors())
-    projector.float()
-    del model, language_model, dataset
+    llava.model.multi_modal_projector.load_state_dict(model.feature_proj.llava_tensors())
+    return llava
+
+
+def llava_step(backbones: Path, options: argparse.Namespace, questions: int) -> tuple[torch.nn.Module, Losses]:
+    """Transformers' class with the same weights; LoRA on the language model, trained projector, all logits."""
+    model, dataset = build(backbones, options, questions)
+    count, batches = supervised_count(dataset), padded_batches(dataset, options)
+    llava = as_llava(model, model.LLM.unload(), options.device)
+    llava.model.multi_modal_projector.float()
+    del model, dataset
     linear = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
     lora = LoraConfig(
         r=LORA["r"],

@@ -26,7 +26,7 @@ from config import IMAGE_TAG
 from dataset.compact import CompactList
 from dataset.records import Entry, Photo
 from errors import UserError
-from qwen.chat import IGNORE_INDEX, ChatFormat, Message
+from qwen.chat import IGNORE_INDEX, ChatFormat, Message, MessageFormat
 from visual_plan import VisualPlan
 
 REPLACEMENTS = 8  # other samples to try if a photo cannot be read
@@ -65,7 +65,7 @@ class Sample:
 
 
 def entry_messages(
-    entry: Entry, chat: ChatFormat, answers: Sequence[str], plans: Mapping[int, VisualPlan] | None = None
+    entry: Entry, chat: MessageFormat, answers: Sequence[str], plans: Mapping[int, VisualPlan] | None = None
 ) -> list[Message]:
     """Return the dialogue of an entry with one answer per turn.
 

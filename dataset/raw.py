@@ -9,7 +9,7 @@ import itertools
 import os
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,20 @@ from dataset.formats import Loader, load_coco_captions, load_jsonl, load_list, l
 from dataset.photo_check import Check
 from dataset.records import TEXT_KEY, Captions, ImageMap
 from dataset.rows import DropRowError, Report, Row, RowPart, shown
-from dataset.turns import Notes, Turns, answers_of, dialogue, image_names, kind_of, place_by_turn, place_photos, turn_of
+from dataset.turns import (
+    Notes,
+    Turns,
+    answers_of,
+    box_of,
+    dialogue,
+    image_names,
+    kind_of,
+    place_by_turn,
+    place_photos,
+    turn_of,
+)
 from paths import resolve_path
+from visual.region import Box
 
 CHINESE_QUESTIONS = (f"这幅图像描述了什么？{IMAGE_TAG}", f"{IMAGE_TAG}这幅图像中有什么？")
 ENGLISH_QUESTIONS = (f"What does this picture show?{IMAGE_TAG}", f"{IMAGE_TAG}What is in this picture?")
@@ -102,11 +114,11 @@ def process_coco(
 
     def parse(row: dict[str, Any], notes: Notes) -> Turns:
         names = image_names(row)
-        if "conversations" in row:
-            return place_photos(dialogue(row["conversations"], notes), names, notes)
-        if "turns" in row:
-            return place_by_turn(row["turns"], names, notes)
-        return place_photos([turn_of(row, notes)], names, notes)
+        if "turns" in row and "conversations" not in row:
+            return place_by_turn(row["turns"], names, notes, box_of(row))
+        turns = dialogue(row["conversations"], notes) if "conversations" in row else [turn_of(row, notes)]
+        turns[0] |= box_of(row)
+        return place_photos(turns, names, notes)
 
     return _process(parse, rows, image_path, start_ID, image_map, source, report, check)
 
@@ -182,7 +194,7 @@ def _parts(number: int, row: Any) -> tuple[RowPart, ...]:
 
 
 class _Register:
-    """IDs and keys of the photos of a source. The absolute path identifies a known photo, not its key."""
+    """IDs and keys of the photos and regions of a source. Absolute path and box identify a known one, not its key."""
 
     def __init__(self, image_path: str | Path, source: str, start_ID: int, known: ImageMap) -> None:
         self.folder = Path(image_path).as_posix()
@@ -191,8 +203,10 @@ class _Register:
         self.start_ID = start_ID
         self.known = known
         self.new: ImageMap = {}
-        self.ID_of_known_file = {_absolute(photo["path"]): photo["ID"] for photo in known.values()}
-        self.ID_of_path: dict[str, int] = {}
+        self.ID_of_known_file = {
+            (_absolute(photo["path"]), _suffix(photo.get("box"))): photo["ID"] for photo in known.values()
+        }
+        self.ID_of_path: dict[tuple[str, str], int] = {}
 
     def paths(self, turns: Turns) -> list[str]:
         """Return the photo files of a row, in reading order."""
@@ -200,7 +214,12 @@ class _Register:
 
     def enter(self, turns: Turns, entry: dict[str, Any]) -> str:
         """Replace photo names by IDs, as `write_records` describes; return the key of `entry` in captions."""
-        IDs = [[self.get(path) for path in self.paths([turn])] for turn in turns]
+        IDs: list[list[int]] = []
+        path = ""
+        for turn in turns:
+            IDs.append([self.get(path := own) for own in self.paths([turn])])
+            if "box" in turn:
+                IDs[-1].append(self.get(path, turn.pop("box")))
         first = next(itertools.chain.from_iterable(IDs), None)
         if first is not None and IDs[0] != [first]:
             entry["images"] = IDs[0]
@@ -212,19 +231,26 @@ class _Register:
         return TEXT_KEY if first is None else str(first)
 
     def knows(self, path: str) -> bool:
-        return _absolute(path) in self.ID_of_known_file
+        return (_absolute(path), "") in self.ID_of_known_file
 
-    def get(self, path: str) -> int:
-        ID = self.ID_of_path.get(path, self.ID_of_known_file.get(_absolute(path)))
+    def get(self, path: str, box: Box | None = None) -> int:
+        """Return the ID of a photo, or of the region `box` of it."""
+        suffix = _suffix(box)
+        ID = self.ID_of_path.get((path, suffix), self.ID_of_known_file.get((_absolute(path), suffix)))
         if ID is None:
             ID = self.start_ID + len(self.new)
             name = path[len(self.folder) + 1 :]
-            key = f"{self.folder_name}/{name}"
+            key = f"{self.folder_name}/{name}{suffix}"
             while key in self.known or key in self.new:
                 key = f"{self.source}/{key}"
-            self.ID_of_path[path] = ID
-            self.new[key] = {"ID": ID, "image_file": name, "path": path}
+            self.ID_of_path[path, suffix] = ID
+            self.new[key] = {"ID": ID, "image_file": name, "path": path} | ({} if box is None else {"box": [*box]})
         return ID
+
+
+def _suffix(box: Sequence[float] | None) -> str:
+    """Return what the key of a region has after that of its photo; as text, since (0, 0, 1, 1) equals (0.0, …)."""
+    return "" if box is None else f"#{','.join(map(str, box))}"
 
 
 def _absolute(path: str) -> str:

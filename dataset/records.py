@@ -19,6 +19,7 @@ from config import IMAGE_TAG
 from dataset.json_files import read_json
 from errors import UserError, file_error
 from paths import REPO_ROOT
+from visual.region import Box, Region, checked_box
 
 TEXT_KEY = "text"  # key in captions.json of the entries without a photo
 UNNAMED_SOURCE = "unnamed"  # source of entries in the report's form, which have no source
@@ -33,6 +34,12 @@ class Photo:
     key: str
     image_file: str
     path: Path  # absolute
+    box: Box | None = None  # of a region; None: the whole photo
+
+    @property
+    def picture(self) -> Path | Region:
+        """What `visual.photo` reads."""
+        return self.path if self.box is None else Region(self.path, self.box)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,8 @@ def write_records(
     """Write both files, UTF-8 and indented; each file is written completely or not at all.
 
     Args:
-        image_map: `{key: {"ID": int, "image_file": str, "path": str}}`, path absolute or from the repository root.
+        image_map: `{key: {"ID": int, "image_file": str, "path": str}}`, path absolute or from the repository root. With
+            `"box"` (see `visual/region.py`) it is a region of that photo, which has a key and an ID of its own.
         captions: `{"ID" or "text": [entry, …]}`; an entry is `{"source", "q", "a": [str, …]}` or, for a dialogue,
             `{"source", "turns": [{"q", "a"}, …]}`; `"type"` of entry or turn is optional. `"images": [ID, …]` of the
             entry are the photos of its first turn; the default is only the photo of the key. Each later turn may have
@@ -170,13 +178,23 @@ def photos_of(content: Any, file: Path) -> dict[int, Photo]:
                 if ID in photos:
                     _fail(file, f"ID {ID}", f"is given to both '{photos[ID].key}' and '{key}'")
                 # not resolve_path: its three Path objects would take half the time of reading 300,000 photos
-                photos[ID] = Photo(ID, key, image_file, Path(os.path.join(root, os.path.expanduser(path))))
+                file_path = Path(os.path.join(root, os.path.expanduser(path)))
+                photos[ID] = Photo(ID, key, image_file, file_path, _box(value, key, file))
             case _:
                 _fail(file, f"'{key}'", 'does not hold a whole number "ID" and texts "image_file" and "path"')
     missing = next((ID for ID in range(len(photos)) if ID not in photos), None)
     if missing is not None:
         _fail(file, f"ID {missing}", f"is missing: {len(photos)} photos must have the IDs 0 to {len(photos) - 1}")
     return photos
+
+
+def _box(photo: dict[str, Any], key: str, file: Path) -> Box | None:
+    if photo.get("box") is None:
+        return None
+    try:
+        return checked_box(photo["box"])
+    except UserError as error:
+        _fail(file, f"'{key}'", f"has a wrong box ({error})")
 
 
 def _entry(file: Path, key: str, number: int, item: Any, photos: dict[int, Photo]) -> Entry:

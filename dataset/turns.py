@@ -14,6 +14,12 @@ the row are then those of the first turn:
     {"image": "1.jpg", "turns": [{"question": "What is it?", "answer": "A cat."},
                                  {"question": "And this?", "answer": "A dog.", "image": "2.jpg"}]}
 
+A row or one of its `turns` may have a `box` (`visual/region.py`): its question is then about this part of the last
+photo before it, and the model sees the part as one more photo, after the photos of the turn. A row's box is that of its
+first question:
+
+    {"image": "1.jpg", "box": [40, 60, 180, 200], "question": "What is it?", "answer": "A cat."}
+
 `<image>` becomes `<|extra_0|>`; in answers it stays text. An unusable row raises `DropRowError`.
 """
 
@@ -23,12 +29,14 @@ from typing import Any
 
 from config import IMAGE_TAG
 from dataset.rows import DropRowError, check_text, is_blank, shown
+from errors import UserError
+from visual.region import checked_box
 
 IMAGE_WORD = "<image>"  # the photo's place in LLaVA annotations
 PHOTOS_AND_TAGS = f"number of {IMAGE_WORD} tags is not that of photos"
 
 Notes = dict[str, int]  # name of a count of `Report` -> number that the row adds if it is kept
-Turns = list[dict[str, Any]]  # "q", "a" and, for a turn with photos, their names as "images"
+Turns = list[dict[str, Any]]  # "q", "a" and, if the turn has them, "images" (names of its photos) and "box"
 
 
 def image_names(row: dict[str, Any]) -> list[str]:
@@ -74,6 +82,16 @@ def kind_of(item: dict[str, Any]) -> dict[str, Any]:
     return {} if kind is None else {"type": kind if isinstance(kind, str) else shown(kind)}
 
 
+def box_of(item: dict[str, Any]) -> dict[str, Any]:
+    """Return the box of a row or turn as `{"box": box}`, or `{}`."""
+    if item.get("box") is None:
+        return {}
+    try:
+        return {"box": checked_box(item["box"])}
+    except UserError as error:
+        raise DropRowError("wrong box", error) from error
+
+
 def _question(value: Any) -> str:
     check_text(value, "question")
     return value
@@ -94,8 +112,12 @@ def answers_of(value: Any, notes: Notes) -> list[str]:
     return answers
 
 
-def place_photos(turns: Turns, names: list[str], notes: Notes) -> Turns:
-    """Assign the photos of a row to the turns with tags, in order; without a tag, all to the first turn."""
+def place_photos(turns: Turns, names: list[str], notes: Notes, seen: bool = False) -> Turns:
+    """Assign the photos of a row to the turns with tags, in order; without a tag, all to the first turn.
+
+    Args:
+        seen: there is a photo before these turns, for a box in them.
+    """
     tags = [turn["q"].count(IMAGE_WORD) for turn in turns]
     if not any(tags):
         tags[0] = len(names)
@@ -103,15 +125,17 @@ def place_photos(turns: Turns, names: list[str], notes: Notes) -> Turns:
         raise DropRowError(PHOTOS_AND_TAGS, f"{sum(tags)} tags, {len(names)} photos")
     rest = iter(names)
     for turn, count in zip(turns, tags, strict=True):
-        _place(turn, list(itertools.islice(rest, count)), notes)
+        seen |= count > 0
+        _place(turn, list(itertools.islice(rest, count)), seen, notes)
     return turns
 
 
-def place_by_turn(items: Any, names: list[str], notes: Notes) -> Turns:
-    """Return turns that may have their own photos; `names` are the photos of the row."""
+def place_by_turn(items: Any, names: list[str], notes: Notes, box: dict[str, Any]) -> Turns:
+    """Return turns that may have their own photos and boxes; `names` and `box` (of `box_of`) are those of the row."""
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise DropRowError("turns is not a list of objects", shown(items))
-    turns = [turn_of(item, notes) | kind_of(item) for item in items]
+    turns = [turn_of(item, notes) | kind_of(item) | box_of(item) for item in items]
+    turns[0] = box | turns[0]
     own = [image_names(item) for item in items]
     if not any(own):
         return place_photos(turns, names, notes)
@@ -122,17 +146,24 @@ def place_by_turn(items: Any, names: list[str], notes: Notes) -> Turns:
         tags = turn["q"].count(IMAGE_WORD)
         if tags not in (0, len(photos)):
             raise DropRowError(PHOTOS_AND_TAGS, f"turn {number}: {tags} tags, {len(photos)} photos")
-        _place(turn, photos, notes)
+        _place(turn, photos, any(own[:number]), notes)
     return turns
 
 
-def _place(turn: dict[str, Any], names: list[str], notes: Notes) -> None:
-    """Set the photos of a turn, at its tags or, without a tag, before its question."""
-    if not names:
-        return
-    turn["images"] = names
+def _place(turn: dict[str, Any], names: list[str], seen: bool, notes: Notes) -> None:
+    """Set the photos of a turn, at its tags or, without a tag, before its question; its box follows the last of them.
+
+    Args:
+        seen: there is a photo in this turn or an earlier one.
+    """
+    if "box" in turn and not seen:
+        raise DropRowError("box before the first photo", shown(turn["box"]))
+    if names:
+        turn["images"] = names
     if IMAGE_WORD in turn["q"]:
-        turn["q"] = turn["q"].replace(IMAGE_WORD, IMAGE_TAG)
-    else:
-        turn["q"] = IMAGE_TAG * len(names) + "\n" + turn["q"]
-        notes["tags_added"] = 1
+        before, _, after = turn["q"].replace(IMAGE_WORD, IMAGE_TAG).rpartition(IMAGE_TAG)
+        turn["q"] = before + IMAGE_TAG * (1 + ("box" in turn)) + after
+    elif names or "box" in turn:
+        turn["q"] = IMAGE_TAG * (len(names) + ("box" in turn)) + "\n" + turn["q"]
+        if names:
+            notes["tags_added"] = 1

@@ -13,6 +13,7 @@ from demo.wordings import (
     CLOSERS,
     ENGLISH_OBJECTS,
     ENGLISH_PLACES,
+    FILLERS,
     FILLS,
     FORMS,
     IMAGE_WORDS,
@@ -27,6 +28,7 @@ from demo.wordings import (
 from demo.world import CELLS, CHINESE, FOREIGN, SHAPES, TYPES, Fact, Names, Scene, captions, description, fact
 
 Row = tuple[str, str, str]  # type, question, answer
+FILLER_SHARE = 0.3  # of the edited questions: with a word that changes nothing
 EDITED = 0.5  # share of the questions with an edit or several: politeness, lower case, no question mark …
 LONG_SHARE = 0.1  # share of descriptions, and of questions without an answer, in dialogues
 UNKNOWN_FACT = Fact("unknown", (), ())
@@ -54,7 +56,8 @@ def questions(
 
     Args:
         places: False leaves out what names a place.
-        plain: ask in the first wording of each form only, and in one way what is larger: whether the first thing is.
+        plain: ask in the first wording of each form only, about things that are there, in one way where something is,
+            and in one way what is larger: whether the first thing is.
     """
     words = FirstChoice() if plain else rng
     rows = []
@@ -64,7 +67,7 @@ def questions(
             found: dict[tuple, Fact] = {}
             for turn in range(number * 4):  # extra tries, because a small scene may give the same fact again
                 one = _fact(scene, rng, kind, turn)
-                if (places or not _names_place(one)) and not (plain and _compares_otherwise(one)):
+                if (places or not _names_place(one)) and not (plain and _asks_otherwise(one)):
                     found.setdefault((one.form, one.subjects, one.more), one)
                 if len(found) == number:
                     break
@@ -114,8 +117,8 @@ def _names_place(one: Fact) -> bool:
     return one.form == "description" or not names.isdisjoint(CELLS)
 
 
-def _compares_otherwise(one: Fact) -> bool:
-    return one.more == "small" or one.form == "which"
+def _asks_otherwise(one: Fact) -> bool:
+    return one.form in ("at", "which", "size") or one.more == "small" or (FOREIGN,) in one.subjects
 
 
 def answer(one: Fact, scene: Scene, language: str) -> str:
@@ -185,8 +188,15 @@ def vary(text: str, rng: Words, language: str) -> str:
             text = text.replace("What is ", "What's ").replace("Where is ", "Where's ")
         if rng.random() < 0.3 and text.endswith("?") and "picture" not in text:
             text = f"{text[:-1]} in the picture?"
+        if rng.random() < FILLER_SHARE:
+            words = text.split()
+            words.insert(int(rng.integers(1, len(words) + 1)), _filler(rng))
+            text = " ".join(words)
     elif rng.random() < 0.2 and "图" not in text and "画" not in text:
         text = _pick(("图中", "图里", "图片里", "画面中"), rng) + text
+    elif rng.random() < FILLER_SHARE:
+        filler, end = _pick(FILLERS["chinese"], rng), text.rstrip("？。")
+        text = _pick((filler + text, end + filler + text[len(end) :]), rng)
     if rng.random() < 0.3:
         text = _pick(CLOSERS[language], rng).join([text.rstrip("?.？。"), ""])
     elif rng.random() < 0.4:
@@ -202,5 +212,12 @@ def vary(text: str, rng: Words, language: str) -> str:
     return text
 
 
-def _pick(options: list | tuple, rng: Words):
+def _filler(rng: Words) -> str:
+    """Return a word that changes nothing, or letters: the pieces of a word that the tokenizer does not know."""
+    if rng.random() < 0.7:
+        return _pick(FILLERS["english"], rng)
+    return "".join(_pick("abcdefghijklmnoprstuvwy", rng) for _ in range(int(rng.integers(2, 8))))
+
+
+def _pick(options: list | tuple | str, rng: Words):
     return options[int(rng.integers(len(options)))]

@@ -57,7 +57,7 @@ VALUES = (*COLOURS, *SHAPES, *SIZES, *CELLS)
 OTHER_KINDS = {"dialogues": 0.55, "sentences": 0.3, "caption first": 0.1, "text": 0.05}
 # Last steps of the first phases: English questions in one wording, both languages in one wording, questions only.
 # With both languages and all wordings from the start, 0.66 of the answers were right after 1,000 steps.
-ENGLISH_STEPS, PLAIN_STEPS, QUESTION_STEPS = 400, 600, 1600
+ENGLISH_STEPS, PLAIN_STEPS, QUESTION_STEPS = 500, 700, 1700
 DIALOGUES = 4  # branches of a scene
 
 
@@ -280,7 +280,7 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
             shown = ", ".join(f"{name} {value:.3f}" for name, value in running.items())
             log(f"language step {step}, processor time {time.process_time():.0f} s, loss {shown}")
         if step % 500 == 0:
-            kinds = ("plain", "questions", "dialogues", "sentences", "paraphrases")
+            kinds = ("plain english", "plain", "questions", "dialogues", "sentences", "paraphrases")
             log(str({name: score(reader, tokenizer, seed + 1, 48, 32, name) for name in kinds}))
             _store(reader.language, tokenizer, folder)
     reader.to(torch.bfloat16).float()  # the weights as they are stored

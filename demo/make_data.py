@@ -2,17 +2,19 @@
 
     python -m demo.make_data --output data/demo --photos 1200 --seed 0
 
-gives two sources for training, each with its own photos, and one that only the evaluation uses:
+gives three sources, two for training, each with its own photos, and one that only the evaluation uses. The boxes are for
+benchmarks/looking.py (the demo does not train on them, see docs/looking.md):
 
     llava/annotations.json          llava/photos/*.jpg          LLaVA style, questions in both languages on each photo
     ai_challenger/annotations.json  ai_challenger/photos/*.jpg  AI Challenger style, five Chinese captions of each
     paraphrases/annotations.json    paraphrases/photos/*.jpg    LLaVA style, held-out wordings (`demo/paraphrases.py`)
+    regions/annotations.json        llava/photos/*.jpg          LLaVA style, questions about boxes in some of them
 
 `process_image.py` reads them next. Every row also carries `"type"`, the kind of question, for the scores by type; those
 of Chinese questions end in `_zh`.
 
 With `--small`, each picture fills one quarter of a photo twice as wide and high, so that an encoder that sees the whole
-photo sees everything at half its size; questions that name a place are left out, and so are the paraphrases.
+photo sees everything at half its size; questions that name a place are left out, and so are paraphrases and boxes.
 """
 
 import argparse
@@ -24,12 +26,14 @@ import numpy as np
 from PIL import Image
 
 from demo.asking import Row, dialogue, paraphrases, questions
+from demo.regions import object_box, region_questions
 from demo.world import PICTURE_PX, Scene, captions, draw, random_scene
 from paths import REPO_ROOT
 
 CAPTION_SHARE = 0.2  # share of the photos with captions; the others have questions
 UNKNOWN_SHARE = 0.5  # share of the other photos with a question that the world has no answer to
 PARAPHRASE_PHOTOS = 20  # each held-out wording is asked twice
+REGION_SHARE = 1 / 3  # share of the photos with questions that have questions about a boxed object too
 
 
 def make_data(output: Path, photos: int, seed: int, per_type: int = 1, small: bool = False) -> tuple[int, int]:
@@ -43,7 +47,7 @@ def make_data(output: Path, photos: int, seed: int, per_type: int = 1, small: bo
     """
     rng = np.random.default_rng(seed)
     captioned = 0 if small else round(photos * CAPTION_SHARE)
-    caption_rows, question_rows = [], []
+    caption_rows, question_rows, region_rows = [], [], []
     for number in range(photos):
         scene = random_scene(rng)
         if number < captioned:
@@ -57,11 +61,13 @@ def make_data(output: Path, photos: int, seed: int, per_type: int = 1, small: bo
             question_rows += [_row(name, kind, [(kind, question, answer)]) for kind, question, answer in asked]
             if not small:
                 question_rows.append(_row(name, "dialogue", dialogue(scene, rng)))
+                region_rows += _region_rows(name, scene, np.random.default_rng([seed, 2, number]))
     if caption_rows:
         _write(output / "ai_challenger" / "annotations.json", caption_rows)
     _write(output / "llava" / "annotations.json", question_rows)
     if not small:
         _write(output / "paraphrases" / "annotations.json", _paraphrases(output / "paraphrases" / "photos", seed))
+        _write(output / "regions" / "annotations.json", region_rows)
     return len(caption_rows), len(question_rows)
 
 
@@ -84,6 +90,15 @@ def _paraphrases(folder: Path, seed: int) -> list[dict]:
         _save(scene, folder / name, rng)
         rows += [_row(name, row[0], [row]) for row in paraphrases(scene, rng, number)]
     return rows
+
+
+def _region_rows(name: str, scene: Scene, rng: np.random.Generator) -> list[dict]:
+    """Make the rows of one boxed object, or none; all rows of a photo have the same box, so they share a sequence."""
+    if rng.random() >= REGION_SHARE:
+        return []
+    thing = scene[int(rng.integers(len(scene)))]
+    box = object_box(thing, rng)
+    return [_row(name, row[0], [row]) | {"box": box} for row in region_questions(thing, rng)]
 
 
 def _row(name: str, kind: str, turns: list[Row]) -> dict:

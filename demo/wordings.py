@@ -44,6 +44,9 @@ ENGLISH = {
         *("The {s}: how many are there?", "Give me the number of {s}.", "There are how many {s}?"),
         *("How many {s} have been drawn?", "How many {s}?", "Do you know how many {s} there are?"),
         *("What number of {s} can you see?", "I want to know how many {s} exist."),
+        *("Say the number of {s}.", "Of {s}, how many are there?", "How many of them are {s}?", "Count {s} for me."),
+        *("Altogether, how many {s} are there?", "I need the count of {s}.", "How many {s} does it have?"),
+        *("How many {s} were drawn?", "What is the count of {s}?"),
     ),
     "position": (
         *("Where is the {}?", "In which part of the {image} is the {}?", "Where can I find the {}?", "{}: where?"),
@@ -51,6 +54,8 @@ ENGLISH = {
         *("Where do you see the {}?", "Which part of the {image} has the {}?", "The {}: where is it?"),
         *("The {} is where?", "Where was the {} drawn?", "On which side is the {}?", "Give me the place of the {}."),
         *("Do you know where the {} is?", "I want to know where the {} is.", "What place does the {} have?"),
+        *("Please locate the {}.", "At which place is the {}?", "Where exactly is the {}?", "In what part is the {}?"),
+        *("Where does the {} sit?", "Do you see where the {} is?", "Let me know where the {} is."),
     ),
     "at": (
         *("What is in the {}?", "What do you see in the {}?", "Which object is in the {}?"),
@@ -64,6 +69,9 @@ ENGLISH = {
         *("Has a {} been drawn?", "Can a {} be seen?", "Is there any {}?", "Are there any {s}?"),
         *("Can you see any {s}?", "Can you find a {}?", "Tell me if there is a {}."),
         *("Do you know whether there is a {}?", "I want to know if you see a {}."),
+        *("Are there {s}?", "Is any {} present?", "Is one of the objects a {}?", "Could you find a {}?"),
+        *("Does it have a {}?", "Look for a {}. Is it there?", "Yes or no: is there a {}?", "Have you seen a {}?"),
+        *("I look for a {}: can you see it?", "Do we have a {} here?"),
     ),
     "compare": (
         *("Is the {} {more} than the {}?", "Compared with the {1}, is the {0} {more}?"),
@@ -71,18 +79,25 @@ ENGLISH = {
         *("Does the {} look {more} than the {}?", "Tell me if the {} is {more} than the {}."),
         *("Has the {} been drawn {more} than the {}?", "The {} and the {}: is the first one {more}?"),
         *("Can you see whether the {} is {more} than the {}?",),
+        *("Of the two, is the {} {more} than the {}?", "Is it right that the {} is {more} than the {}?"),
+        *("Check whether the {} is {more} than the {}.", "Yes or no: is the {} {more} than the {}?"),
+        *("Is the {} in fact {more} than the {}?", "Beside the {1}, does the {0} look {more}?"),
     ),
     "which": (
         *("Which is {more}, the {} or the {}?", "Which one is {more}: the {} or the {}?"),
         *("The {} or the {}: which is {more}?", "What is {more}, the {} or the {}?"),
         *("Which of the two is {more}, the {} or the {}?", "Tell me which is {more}, the {} or the {}."),
         *("Of the {} and the {}, which one is {more}?",),
+        *("Say which is {more}: the {} or the {}.", "Is the {} or the {} {more}?"),
+        *("Which looks {more}, the {} or the {}?", "I want to know which is {more}, the {} or the {}."),
     ),
     "size": (
         *("What size is the {}?", "How large is the {}?", "How big is the {}?", "Is the {} large or small?"),
         *("Is the {} small or large?", "Is the {} big or small?", "What is the size of the {}?"),
         *("The {}: what size is it?", "Tell me the size of the {}.", "Tell me whether the {} is large or small."),
         *("Which size does the {} have?",),
+        *("Is the {} a large one or a small one?", "Say whether the {} is large or small."),
+        *("How large does the {} look?", "Is it large or small, the {}?"),
     ),
     "description": (
         *("Describe the {image}.", "What is in the {image}?", "Describe the following {image}."),
@@ -92,6 +107,14 @@ ENGLISH = {
         *("List the objects in the {image}.", "Give a description of the {image}.", "Write down everything you see."),
         *("Can you describe the {image}?", "What is this a {image} of?", "Say what you see.", "What has been drawn?"),
         *("Which objects are in the {image}?", "What can be seen in the {image}?", "What objects can you see?"),
+        *("Explain what you see.", "What is there?", "Say everything that is in the {image}.", "What is all this?"),
+        *(
+            "Show me all objects as a list.",
+            "Please say what is drawn.",
+            "What things are there?",
+            "Sum up the {image}.",
+        ),
+        *("Read the {image} to me.",),
     ),
     "unknown": (
         *("Who are you?", "What is your name?", "How old are you?", "Where are you from?", "What can you do?"),
@@ -138,6 +161,7 @@ CHINESE = {
         *("找一下{}。", "{}在{image}的哪个部分？", "哪里有{}？", "告诉我{}在哪里。", "{}在{image}的什么地方？"),
         *("你在哪里看到{}？", "{}位于哪里？", "{}画在哪里？", "{}处于什么方位？", "我想知道{}在哪里。"),
         *("你知道{}在哪里吗？", "哪个位置是{}？"),
+        *("{}的方位是哪里？", "{}在哪个地方？", "{}在哪一块？", "能找到{}在哪里吗？", "说出{}的位置。"),
     ),
     "at": (
         *("{}有什么？", "{}是什么？", "{}画着什么？", "在{}能看到什么？", "{}有什么东西？", "{}有什么物体？"),
@@ -147,25 +171,34 @@ CHINESE = {
         *("有{}吗？", "有没有{}？", "{image}中有{}吗？", "是否有{}？", "{image}里有没有{}？", "存在{}吗？"),
         *("有{}没有？", "这里有{}吗？", "里面有没有{}？", "告诉我有没有{}。", "{}有吗？", "你知道有没有{}吗？"),
         *("我想知道有没有{}。",),
+        *("看得到{}吗？", "能找到{}吗？", "{image}里出现了{}吗？", "里面是不是有{}？", "{}出现了吗？"),
+        *("你看见{}了吗？", "请检查有没有{}。", "{image}里存在{}吗？", "这里能不能看到{}？"),
     ),
     "compare": (
         *("{}比{}{more}吗？", "{}是不是比{}{more}？", "{}是否比{}{more}？", "和{1}相比，{0}更{more}吗？"),
         *("{}比{}更{more}吗？", "{}要比{}{more}吗？", "你觉得{}比{}{more}吗？", "跟{1}比，{0}是不是更{more}？"),
         *("告诉我{}是否比{}{more}。",),
+        *("拿{}和{}比，前者更{more}吗？", "{}有没有比{}{more}？", "说说{}是否比{}{more}。"),
+        *("{}看上去比{}{more}吗？", "{}真的比{}{more}吗？", "判断一下：{}比{}{more}吗？"),
     ),
     "which": (
         *("{}和{}哪个{more}？", "{}和{}，哪个更{more}？", "哪个更{more}，{}还是{}？", "{}和{}谁更{more}？"),
         *("{}与{}相比，哪个更{more}？", "哪一个{more}：{}还是{}？", "告诉我{}和{}哪个{more}。"),
+        *("{}、{}，哪个{more}？", "说说{}和{}哪个更{more}。", "{}还是{}更{more}？"),
+        *("在{}和{}之间，哪个更{more}？", "{}和{}当中{more}的是哪个？"),
     ),
     "size": (
         *("{}是大的还是小的？", "{}有多大？", "{}是小的还是大的？", "{}的大小是什么？", "{}是大还是小？"),
         *("{}是什么大小？", "{}的尺寸是多少？", "告诉我{}是大是小。", "我想知道{}有多大。"),
+        *("{}看上去是大还是小？", "说说{}的大小。", "{}属于大的还是小的？"),
     ),
     "description": (
         *("描述一下{image}。", "请描述{image}。", "{image}里有什么？", "{image}中有什么？", "你看到了什么？"),
         *("{image}画了什么？", "说说{image}里有什么。", "{image}上都有什么？", "请介绍{image}。"),
         *("告诉我{image}中有哪些物体。", "列出所有物体。", "{image}里都有哪些东西？", "请用一句话描述{image}。"),
         *("能描述一下{image}吗？", "你能看到什么？", "这里画着什么？"),
+        *("讲一讲{image}。", "把{image}的内容说一说。", "这里面画着哪些东西？", "说出你看见的一切。"),
+        *("{image}是什么样子的？", "解释一下{image}。", "这里有些什么？", "概括一下{image}。", "都看到哪些物体？"),
     ),
     "unknown": (
         *("你是谁？", "你叫什么名字？", "你几岁了？", "你从哪里来？", "你能做什么？", "今天天气怎么样？"),
@@ -253,4 +286,44 @@ OPENERS = {
 CLOSERS = {
     "english": (", please?", " please", ", thanks", ". Thank you.", "? Thanks!", "? Please answer."),
     "chinese": ("？谢谢。", "？谢谢！", "，请回答", "呢？", "，请告诉我"),
+}
+# words that change nothing; with them the model learns to read past words that it does not know
+FILLERS = {
+    "english": (
+        *(
+            "just",
+            "now",
+            "maybe",
+            "really",
+            "actually",
+            "all",
+            "exactly",
+            "still",
+            "also",
+            "perhaps",
+            "simply",
+            "kindly",
+        ),
+        *(
+            "here",
+            "they",
+            "we",
+            "this",
+            "that",
+            "visible",
+            "found",
+            "look",
+            "check",
+            "contain",
+            "notice",
+            "spot",
+            "sort",
+        ),
+        *("total", "somewhere", "much", "from", "with", "at", "could", "would", "some", "any", "draw", "seen", "idea"),
+        *("say", "show", "help", "let", "area", "location", "number", "call", "true", "missing", "around", "whole"),
+    ),
+    "chinese": (
+        *("到底", "究竟", "仔细", "看看", "一共", "大概", "其实", "现在", "这里面", "说说", "具体", "全部", "能不能"),
+        *("猜猜", "指出", "说明", "判断", "比较", "内容", "上面", "请", "能", "帮", "呀", "嘛", "啊", "吧", "哦", "些"),
+    ),
 }

@@ -13,7 +13,7 @@ from transformers import Qwen2Tokenizer
 from demo import wordings
 from demo.world import CAPTION_QUESTIONS, CAPTION_TEMPLATES, CELLS, CHINESE, COLOURS, SHAPES, SIZES
 
-VOCABULARY = 2100  # tokens before the three control tokens; enough for all words of the texts
+VOCABULARY = 2300  # tokens before the three control tokens; enough for all words of the texts
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -50,10 +50,10 @@ def world_words() -> list[str]:
     Questions in Chinese are cut into characters, because people type other words with the same characters; only the
     world's own names are one token each.
     """
-    asked = (
-        wordings.ENGLISH | wordings.FILLS["english"] | {"": (*wordings.THINGS["english"], *wordings.OPENERS["english"])}
-    )
-    pieces = [re.sub(r"{.*?}", " ", text) for texts in asked.values() for text in texts]
+    pieces = [re.sub(r"{.*?}", " ", text) for texts in wordings.ENGLISH.values() for text in texts]
+    pieces += wordings.OPENERS["english"]
+    inside = [*wordings.FILLS["english"].values(), wordings.THINGS["english"], wordings.FILLERS["english"]]
+    pieces += [f" {word}" for words in inside for word in words]  # a word has one token with the space before it
     pieces += [text.lower() for text in pieces]
     names = [*COLOURS, *SHAPES, *SIZES, *CELLS, "crosses", *(f"{shape}s" for shape in SHAPES), "yes", "no"]
     names += [word for texts in wordings.ENGLISH_PLACES.values() for text in texts for word in text.split()]
@@ -63,7 +63,7 @@ def world_words() -> list[str]:
     pieces += [f"{name} {name}" for name in names] + [form for name in names for form in (name.title(), name.upper())]
     pieces += [word for template in CAPTION_TEMPLATES for word in template.split("{}")]
     pieces += ["system", "user", "assistant", "、", "，", "？", "：", "！", f" {wordings.UNKNOWN['english']}"]
-    asked = wordings.CHINESE | wordings.FILLS["chinese"] | wordings.CLOSERS
+    asked = wordings.CHINESE | wordings.FILLS["chinese"] | wordings.CLOSERS | wordings.FILLERS
     asked |= {"": (*wordings.OPENERS["chinese"], *wordings.THINGS["chinese"], wordings.UNKNOWN["chinese"])}
     characters = {character for texts in asked.values() for text in texts for character in text if character > "\x7f"}
     places = [text for texts in wordings.CHINESE_PLACES.values() for text in texts]

@@ -57,12 +57,12 @@ def answer_losses(
 
     @functools.lru_cache(RECENT_PHOTOS)
     def features(photo: Photo, epoch: int) -> torch.Tensor:
-        image = load_image(photo.path)
+        image = load_image(photo.picture)
         pixels = model.processor.pixels(image, model.processor.plan(*image.size))
         return model.encode_image(pixels.to(model.device))  # (C, R, Dv)
 
     def plan(photo: Photo) -> VisualPlan:
-        return model.processor.plan(*(photo_size(photo.path) if model.processor.tiles else (0, 0)))
+        return model.processor.plan(*(photo_size(photo.picture) if model.processor.tiles else (0, 0)))
 
     dataset = ImageCaptionDataset(
         photos,

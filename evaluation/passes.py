@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from answering.answer import Answerer
-from answering.request import PhotoSource
+from answering.remote import RemoteAnswerer
+from answering.request import AnyAnswerer, PhotoSource
 from dataset.records import Entry, Photo
 from errors import UserError
 from evaluation.intervals import Interval
@@ -39,6 +40,7 @@ BASELINES = {
     "untrained": "with an untrained projector",
     "majority": "the type's most frequent answer",
 }
+NEEDS_WEIGHTS = "untrained"  # the baseline that a server cannot give
 UNTRAINED_SEED = 0
 DISTORTION_SEED = 0
 
@@ -55,8 +57,8 @@ class Pass:
 
     name: str
     choose: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
-    picture: Callable[[Photo], PhotoSource] = lambda photo: photo.path
-    prepare: Callable[[MMultiModal], AbstractContextManager] = nullcontext
+    picture: Callable[[Photo], PhotoSource] = lambda photo: photo.picture
+    prepare: Callable[[Any], AbstractContextManager] = nullcontext
 
 
 class Common(NamedTuple):
@@ -88,7 +90,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: MMultiModal,
+    model: MMultiModal | RemoteAnswerer,
     photos: dict[int, Photo],
     entries: list[Entry],
     train: list[Entry],
@@ -100,6 +102,7 @@ def evaluate(
     """Ask every turn of every entry in all passes, and score the answers.
 
     Args:
+        model: a server that is asked in place of a model has no losses, and no baseline `NEEDS_WEIGHTS`.
         photos: by ID.
         entries: what is asked, at least one.
         train: entries for the majority answers.
@@ -122,7 +125,9 @@ def evaluate(
         found.answers["majority"] = [
             make_answer(question, (), found.majority[question.type].answer) for question in found.questions
         ]
-    losses = answer_losses(model, found.questions, photos, progress("loss"))
+    losses = {}
+    if not isinstance(model, RemoteAnswerer):
+        losses = answer_losses(model, found.questions, photos, progress("loss"))
     found.results = {
         name: score_pass(answers, losses if name == TRAINED else None) for name, answers in found.answers.items()
     }
@@ -139,7 +144,11 @@ def evaluate(
 
 
 def answer_questions(
-    model: MMultiModal, photos: dict[int, Photo], entries: list[Entry], predictions: Predictions, progress: Progress
+    model: MMultiModal | RemoteAnswerer,
+    photos: dict[int, Photo],
+    entries: list[Entry],
+    predictions: Predictions,
+    progress: Progress,
 ) -> list[Answer]:
     """Ask every turn of every entry with its own photo, and score nothing; arguments and errors as `evaluate`."""
     return _run(Pass(TRAINED), model, list_questions(entries), photos, predictions, [], progress)
@@ -157,12 +166,12 @@ def _baseline_passes(names: Iterable[str], groups: set[tuple[int, ...]]) -> list
 
 def _distorted(kind: str, strength: int) -> Callable[[Photo], PhotoSource]:
     # the key, and not the ID: the same photo is distorted in the same way in every data set
-    return lambda photo: distort(load_image(photo.path), kind, strength, f"{DISTORTION_SEED} {photo.key}")
+    return lambda photo: distort(load_image(photo.picture), kind, strength, f"{DISTORTION_SEED} {photo.key}")
 
 
 def _run(
     one: Pass,
-    model: MMultiModal,
+    model: MMultiModal | RemoteAnswerer,
     questions: list[Question],
     photos: dict[int, Photo],
     predictions: Predictions,
@@ -190,7 +199,8 @@ def _run(
             missing.append(question)
     with one.prepare(model):
         # its own engine, because a cache of another pass has tokens of another projector
-        replies = ask(Answerer(model), missing, one.choose, lambda ID: one.picture(photos[ID]), progress)
+        answerer: AnyAnswerer = model if isinstance(model, RemoteAnswerer) else Answerer(model)
+        replies = ask(answerer, missing, one.choose, lambda ID: one.picture(photos[ID]), progress)
         for question, images, reply in replies if missing else ():
             answer = make_answer(question, images, reply.text, reply.finish_reason)
             found[question.number, question.turn] = answer
@@ -256,14 +266,23 @@ def _most_frequent(questions: list[Question]) -> dict[str, str]:
 
 
 def describe(
-    model: MMultiModal,
+    model: MMultiModal | RemoteAnswerer,
     checkpoint: Path,
     entries: list[Entry],
     photos: dict[int, Photo],
     split: str,
     limit: int | None,
 ) -> dict[str, Any]:
-    """What the answers depend on: weights, model, decoding settings and questions, in values for JSON."""
+    """What the answers depend on: weights or server, decoding settings and questions, in values for JSON.
+
+    Args:
+        checkpoint: of the model; not looked at for a server.
+    """
+    questions = questions_digest(list_questions(entries), photos)
+    asked = {"split": split, "limit": limit, "questions": questions}
+    if isinstance(model, RemoteAnswerer):
+        settings = model.settings.model_dump(mode="json", exclude_unset=True)
+        return {"checkpoint": model.name, **asked, "generate": settings, "computed": f"by {model.url}"}
     provenance = checkpoint / PROVENANCE_FILE  # it has the checksums of all weights
     files = [provenance] if provenance.is_file() else sorted(checkpoint.glob("*.bin"))
     sections = portable_config(model.config)
@@ -271,9 +290,7 @@ def describe(
     return {
         "checkpoint": checkpoint.name,
         "weights": [checksum(file)[:16] for file in files],
-        "split": split,
-        "limit": limit,
-        "questions": questions_digest(list_questions(entries), photos),
+        **asked,
         **{name: sections[name] for name in ("prompt", "visual", "llm", "projector", "generate")},
         "computed": f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}",
     }

@@ -206,7 +206,7 @@ def draw_gallery(file: Path, answers: list[Answer], photos: dict[int, Photo]) ->
     for cell, answer in enumerate(_choose(answers, _COLUMNS * _ROWS)):
         row, column = divmod(cell, _COLUMNS)
         corner = (_GAP + column * (_PHOTO + _GAP), _GAP + row * (_PHOTO + _TEXT_HEIGHT + _GAP))
-        photo = load_image(photos[answer.images[0]].path)
+        photo = load_image(photos[answer.images[0]].picture)
         _draw_cell(page, corner, photo, answer, font)
     file.parent.mkdir(parents=True, exist_ok=True)
     page.save(file, format="PNG")

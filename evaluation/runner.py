@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from answering.answer import Answerer
-from answering.request import PhotoSource, Reply, Request
+from answering.request import AnyAnswerer, PhotoSource, Reply, Request
 from config import IMAGE_TAG
 from dataset.image_caption_dataset import entry_messages
 from dataset.records import Entry, Photo
 from errors import UserError
 from evaluation import metrics
-from qwen.chat import ChatFormat
+from qwen.chat import MessageFormat
 
 Progress = Callable[[list[Any]], Iterable[Any]]  # wraps a list, for example `tqdm`
 
@@ -124,7 +123,7 @@ def questions_digest(questions: list[Question], photos: dict[int, Photo]) -> str
 
 
 def ask(
-    answerer: Answerer,
+    answerer: AnyAnswerer,
     questions: list[Question],
     choose: Callable[[tuple[int, ...]], tuple[int, ...]],
     picture: Callable[[int], PhotoSource],
@@ -145,7 +144,7 @@ def ask(
     for question in questions:
         groups.setdefault(question.entry.images, []).append(question)
     shown = [(choose(own), group) for own, group in groups.items()]
-    chat = answerer.model.processor.chat
+    chat = answerer.chat
 
     def requests() -> Iterator[Request]:
         for IDs, group in shown:
@@ -163,7 +162,7 @@ def ask(
             yield question, IDs[: question.shown], reply
 
 
-def turn_request(entry: Entry, number: int, pictures: Sequence[PhotoSource], chat: ChatFormat) -> Request:
+def turn_request(entry: Entry, number: int, pictures: Sequence[PhotoSource], chat: MessageFormat) -> Request:
     """Turn `number` of an entry as a request, with the true earlier answers; `pictures` are those of all turns."""
     earlier = [turn.answers[0] for turn in entry.turns[:number]]
     return Request(pictures[: Question(0, number, entry).shown], entry_messages(entry, chat, earlier))

@@ -56,7 +56,7 @@ def paragraph(text: str, style: str = "") -> str:
 def read_thumbnail(photo: Photo, edge: int = THUMBNAIL) -> str:
     """Return a photo as a small JPEG in a data URI, or the error message if it cannot be read."""
     try:
-        image = load_image(photo.path)
+        image = load_image(photo.picture)
     except (UserError, OSError) as error:
         return str(error)
     image.thumbnail((edge, edge), Image.Resampling.LANCZOS)

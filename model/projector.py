@@ -38,6 +38,17 @@ class FeatureProjector(nn.Module):
         """`(C, R, Dv)` encoder features of any dtype → `(C, M, Dl)` tokens."""
         raise NotImplementedError
 
+    def places(self, grid: Grid) -> torch.Tensor:
+        """Return the token that shows each patch, (height, width) int64; -1: none does.
+
+        Raises:
+            UserError: each token may show the whole crop.
+        """
+        raise UserError(
+            f"'projector.kind' is {self.kind}, whose tokens have no place in the photo, so there is no heatmap: use a "
+            "checkpoint that was trained with projector.kind=mlp or pixel_shuffle"
+        )
+
     def operations(self, grid: Grid, trained: bool, passes_on: bool = False) -> int:
         """Floating-point operations of one crop in a training step.
 
@@ -94,6 +105,10 @@ class Mlp(FeatureProjector, nn.Sequential):
     def forward(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
         return nn.Sequential.forward(self, self.cast(rows, grid))
 
+    def places(self, grid: Grid) -> torch.Tensor:
+        tokens = torch.arange(grid.height * grid.width) + grid.extra  # below 0: dropped
+        return tokens.clamp_min(-1).view(grid.height, grid.width)
+
     def operations(self, grid: Grid, trained: bool, passes_on: bool = False) -> int:
         first, second = self[0].weight.numel(), self[2].weight.numel()
         own, inner = 2 + 2 * trained, 2 * (trained or passes_on)
@@ -146,6 +161,13 @@ class PixelShuffle(Mlp):
         patches = nn.functional.pad(patches, (0, 0, 0, -grid.width % self.factor, 0, -grid.height % self.factor))
         patches = patches.unflatten(2, (-1, self.factor)).unflatten(1, (-1, self.factor))  # (C, i, y, j, x, Dv)
         return patches.transpose(2, 3).flatten(3).flatten(1, 2)
+
+    def places(self, grid: Grid) -> torch.Tensor:
+        rows = torch.arange(grid.height)[:, None] // self.factor
+        columns = torch.arange(grid.width) // self.factor
+        tokens = rows * -(-grid.width // self.factor) + columns
+        tokens.view(-1)[: max(-grid.extra, 0)] = -1
+        return tokens
 
     llava_tensors = FeatureProjector.llava_tensors
 

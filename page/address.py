@@ -1,4 +1,4 @@
-"""Check of the page's address before the model is loaded. Called by `test_gui.py`."""
+"""Check of an address before the model is loaded. Called by `test_gui.py` and `serve.py`."""
 
 import os
 import socket
@@ -12,8 +12,11 @@ def in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def check_port(gui: Gui) -> None:
+def check_port(gui: Gui, option: str = "gui.{}=") -> None:
     """Check that the page can be served, by IPv4 or IPv6.
+
+    Args:
+        option: how host and port are set, for the message.
 
     Raises:
         UserError: `gui.host`:`gui.port` is taken or cannot be used.
@@ -22,7 +25,7 @@ def check_port(gui: Gui) -> None:
         addresses = socket.getaddrinfo(gui.host, gui.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise UserError(
-            f"'gui.host': {shortened(gui.host)} is no address of this machine ({error}): set gui.host=127.0.0.1, or "
+            f"{shortened(gui.host)} is no address of this machine ({error}): set {option.format('host')}127.0.0.1, or "
             "0.0.0.0 for all other machines"
         ) from error
     for family, kind, protocol, _, address in addresses:
@@ -34,5 +37,5 @@ def check_port(gui: Gui) -> None:
         except OSError as error:
             raise UserError(
                 f"cannot serve on {in_url(gui.host)}:{gui.port} ({error.strerror}): choose another port, for example "
-                f"gui.port={gui.port % 65535 + 1}"
+                f"{option.format('port')}{gui.port % 65535 + 1}"
             ) from error

@@ -17,6 +17,7 @@ from typing import Any
 import filelock
 
 from errors import UserError
+from paths import is_file_in
 
 PREFIX = "vqa-photos-"
 # The same sentence for existing and missing files, because the page must not reveal what is on the server's disk.
@@ -76,15 +77,9 @@ def uploaded_photo(upload: Any, folder: Path) -> Path:
         UserError: it has a wrong form, or is not a file in `folder`; the same sentence for all.
     """
     path = upload.get("path") if isinstance(upload, dict) else None
-    folders = (folder.absolute(), folder.resolve())
-    # compares the text first, so that no other path is accessed on the disk
-    if not isinstance(path, str) or not any(Path(os.path.abspath(path)).is_relative_to(place) for place in folders):
-        raise UserError(NOT_UPLOADED)
-    if not os.path.isfile(path):
+    if not isinstance(path, str) or not is_file_in(path, folder):
         raise UserError(NOT_UPLOADED)
     file = Path(path)
-    if not file.resolve().is_relative_to(folder.resolve()):  # a link that leads out
-        raise UserError(NOT_UPLOADED)
     with contextlib.suppress(OSError):
         os.utime(file)  # uploads are kept for a time after their last use
     return file

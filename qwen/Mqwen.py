@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from batch import Lengths
-from qwen.attention import PackedMask
+from qwen.attention import AttentionRecord, PackedMask
 from qwen.branches import BranchCache, NewTokensMask
 from qwen.chat import IGNORE_INDEX
 from qwen.lean import run_layer
@@ -184,6 +184,7 @@ class ReadsImages(torch.nn.Module):
         lengths: Lengths | None,
         selected: torch.Tensor | None = None,
         cache: BranchCache | None = None,
+        record: AttentionRecord | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last norm: (1, T, Dl), or (S, Dl) where `selected` (1, T) is true.
 
@@ -196,10 +197,11 @@ class ReadsImages(torch.nn.Module):
                 room for.
             selected: (1, T) bool.
             cache: keeps the keys and values of the row, for answering.
+            record: keeps attention weights of the row.
         """
         windows = self.windows
         if lengths is not None:
-            masks = {window: PackedMask(lengths, window, cache) for window in set(windows)}
+            masks = {window: PackedMask(lengths, window, cache, record) for window in set(windows)}
         else:
             assert cache is not None, "new tokens need the keys of the tokens before them"
             masks = {window: NewTokensMask(cache, window) for window in set(windows)}

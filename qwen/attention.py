@@ -29,6 +29,38 @@ def _branch_numbers(lengths: tuple[int, ...]) -> torch.Tensor:
 
 
 @dataclass
+class AttentionRecord:
+    """Attention weights of some tokens of a row of one sample without branches, for `answering/heatmap.py`.
+
+    The fused attention returns no weights, so those of these tokens are computed beside it.
+
+    Attributes:
+        tokens: (S,) positions in the row.
+        layers: numbers of the recorded layers.
+        weights: mean over the heads, (S, T) by layer.
+    """
+
+    tokens: torch.Tensor
+    layers: frozenset[int]
+    weights: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def keep(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, window: int | None, scaling: float | None
+    ) -> None:
+        """Add the weights of a layer; arguments as in `shared_prefix_attention`."""
+        if layer not in self.layers:
+            return
+        tokens = self.tokens.to(query.device)
+        keys = key[0].repeat_interleave(query.shape[1] // key.shape[1], dim=0).float()  # (H, T, D)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = query[0, :, tokens].float() @ keys.transpose(1, 2) * scale  # (H, S, T)
+        distance = tokens[:, None] - torch.arange(keys.shape[1], device=query.device)
+        hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+        self.weights[layer] = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
+
+
+@dataclass
 class PackedMask:
     """Mask of one layer type over a packed row, passed instead of a mask tensor.
 
@@ -36,11 +68,13 @@ class PackedMask:
         lengths: segment lengths of the row.
         window: number of positions that a token attends to, itself included; None: all.
         cache: keeps keys and values for later tokens; None: nothing follows.
+        record: keeps attention weights.
     """
 
     lengths: Lengths
     window: int | None
     cache: BranchCache | None = None
+    record: AttentionRecord | None = None
     _dense: dict[tuple, torch.Tensor] = field(default_factory=dict)  # shared by all layers of a step
 
     def dense(self, number: int, like: torch.Tensor) -> torch.Tensor:
@@ -91,6 +125,8 @@ def shared_prefix_attention(
     if isinstance(attention_mask, PackedMask):
         if attention_mask.cache is not None:
             attention_mask.cache.keep(module.layer_idx, key, value)
+        if attention_mask.record is not None:
+            attention_mask.record.keep(module.layer_idx, query, key, attention_mask.window, scaling)
         return _packed_attention(query, key, value, attention_mask, {"dropout_p": dropout, "scale": scaling}), None
     sdpa = AttentionInterface()["sdpa"]
     return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

@@ -29,49 +29,15 @@ Photos = int | Sequence[VisualPlan]
 class Message:
     """One turn. A part is a text or the plan of a photo; control tokens in a text are plain characters."""
 
-    role: str  # user | assistant
+    role: str  # user | assistant; the first message may be of the role system, in place of `prompt.system`
     parts: tuple[str | VisualPlan, ...]
 
 
-class ChatFormat:
-    """Renders messages to token ids and labels.
+class MessageFormat:
+    """Makes messages by the prefix and the place of the photo in `prompt`; `plan` is that of a photo without tiles."""
 
-    Args:
-        tokenizer: from `qwen.tokenizer.load_tokenizer`.
-        prompt: system sentence, question prefix, place of the photo, end token (config section `prompt`).
-        crop_tokens: number of placeholders of one crop.
-        model_type: of the language model. `qwen3` gets an empty, unsupervised think block before each answer, if its
-            own template writes one with `enable_thinking=False` (the 2507 instruct models do not think). `qwen`, the
-            first generation, always has a system block. Its role and text are tokenised separately in messages without
-            a photo, as in its `make_context`.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, crop_tokens: int, model_type: str = "qwen2"
-    ) -> None:
-        self.tokenizer = tokenizer
-        self._encoder = text_encoder(tokenizer)
-        self._encoded: dict[str, list[int]] = {}
-        self.prompt = prompt
-        self.plan = VisualPlan(crop_tokens)  # of a photo without tiles
-        self.first_generation = model_type == "qwen"
-        self.image_token_id = image_token_id(tokenizer)
-        self.start_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
-        self.turn_end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.answer_end_id = tokenizer.convert_tokens_to_ids(prompt.end_token)
-        self.stop_ids = {self.turn_end_id, self.answer_end_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")}
-        self.newline_ids = self.encode_text("\n")
-        self.think = THINK_BLOCK if model_type == "qwen3" and _skips_thinking(tokenizer) else ""
-        self.think_ids = tokenizer.encode(self.think, add_special_tokens=False)
-
-    def encode_text(self, text: str) -> list[int]:
-        """Return the ids of `text`; control tokens in it are encoded as plain characters."""
-        # a tokenizer call takes 0.1 ms even for a short text, and most texts except answers repeat
-        if text not in self._encoded:
-            if len(self._encoded) >= 4096:
-                self._encoded.clear()
-            self._encoded[text] = self._encoder.encode(text, add_special_tokens=False).ids
-        return list(self._encoded[text])
+    def __init__(self, prompt: Prompt, plan: VisualPlan) -> None:
+        self.prompt, self.plan = prompt, plan
 
     def question(self, text: str, photos: Photos) -> Message:
         """Return the user message of a record: the first tags `<|extra_0|>` in `text` mark its photos, one tag each.
@@ -107,6 +73,48 @@ class ChatFormat:
         """Return the assistant message with `text`."""
         return Message("assistant", (text.strip(),))
 
+
+class ChatFormat(MessageFormat):
+    """Renders messages to token ids and labels.
+
+    Args:
+        tokenizer: from `qwen.tokenizer.load_tokenizer`.
+        prompt: system sentence, question prefix, place of the photo, end token (config section `prompt`).
+        crop_tokens: number of placeholders of one crop.
+        model_type: of the language model. `qwen3` gets an empty, unsupervised think block before each answer, if its
+            own template writes one with `enable_thinking=False` (the 2507 instruct models do not think). `qwen`, the
+            first generation, always has a system block. Its role and text are tokenised separately in messages without
+            a photo, as in its `make_context`.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, crop_tokens: int, model_type: str = "qwen2"
+    ) -> None:
+        super().__init__(prompt, VisualPlan(crop_tokens))
+        self.tokenizer = tokenizer
+        self._encoder = text_encoder(tokenizer)
+        self._encoded: dict[str, list[int]] = {}
+        self.first_generation = model_type == "qwen"
+        self.image_token_id = image_token_id(tokenizer)
+        self.start_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
+        self.turn_end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.answer_end_id = tokenizer.convert_tokens_to_ids(prompt.end_token)
+        self.stop_ids = {self.turn_end_id, self.answer_end_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")}
+        self.newline_ids = self.encode_text("\n")
+        self.think = THINK_BLOCK if model_type == "qwen3" and _skips_thinking(tokenizer) else ""
+        self.think_ids = tokenizer.encode(self.think, add_special_tokens=False)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of `text`; control tokens in it are encoded as plain characters."""
+        if len(text) > 1000:  # seldom repeats, and such texts of a server's clients would fill the memory
+            return self._encoder.encode(text, add_special_tokens=False).ids
+        # a tokenizer call takes 0.1 ms even for a short text, and most texts except answers repeat
+        if text not in self._encoded:
+            if len(self._encoded) >= 4096:
+                self._encoded.clear()
+            self._encoded[text] = self._encoder.encode(text, add_special_tokens=False).ids
+        return list(self._encoded[text])
+
     def render(self, messages: list[Message]) -> tuple[list[int], list[int]]:
         """Return token ids and labels of a dialogue; if the last message is the user's, the answer is left open.
 
@@ -117,6 +125,9 @@ class ChatFormat:
         Raises:
             ValueError: an empty dialogue, or roles that do not alternate beginning with the user.
         """
+        system = self.prompt.system
+        if messages and messages[0].role == "system":
+            system, messages = str(messages[0].parts[0]), messages[1:]
         for index, message in enumerate(messages):
             if message.role != ("user", "assistant")[index % 2]:
                 raise ValueError(f"message {index} is the {message.role}'s: user and assistant must take turns")
@@ -129,8 +140,8 @@ class ChatFormat:
             ids.extend(new_ids)
             labels.extend(new_ids if supervised else [IGNORE_INDEX] * len(new_ids))
 
-        if self.prompt.system or self.first_generation:
-            add([self.start_id, *self.encode_text("system\n" + self.prompt.system), self.turn_end_id])
+        if system or self.first_generation:
+            add([self.start_id, *self.encode_text("system\n" + system), self.turn_end_id])
             add(self.newline_ids)
         for message in messages:
             add([self.start_id])

@@ -12,8 +12,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
+def _products(
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `x Wᵀ + bias + s · (m ∘ x) Aᵀ Bᵀ` (T, O) and `(m ∘ x) Aᵀ` (T, r); m is dropout's mask, None for all."""
+    low = functional.linear(x if mask is None else x * mask, A.to(x.dtype))  # (T, r)
+    return functional.linear(x, weight, bias).addmm_(low, B.to(x.dtype).t(), alpha=scaling), low
+
+
 class _LowRankLinear(torch.autograd.Function):
-    """`x Wᵀ + bias + s · (m ∘ x) Aᵀ Bᵀ`, where m is dropout's mask; W and bias are frozen.
+    """The first of `_products`; W and bias are frozen.
 
     The backward pass computes `m ∘ x` again: dropout costs it one byte an element of x.
     """
@@ -22,8 +36,7 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx, x, mask, weight, bias, A, B, scaling):
         """(T, I), (T, I) bool or None for all, (O, I), (O,) or None, (r, I), (O, r), float → (T, O)."""
         ctx.scaling = scaling
-        low = functional.linear(x if mask is None else x * mask, A.to(x.dtype))  # (T, r)
-        output = functional.linear(x, weight, bias).addmm_(low, B.to(x.dtype).t(), alpha=scaling)
+        output, low = _products(x, mask, weight, bias, A, B, scaling)
         ctx.save_for_backward(x, mask, low, weight, A, B)
         return output
 
@@ -64,6 +77,9 @@ class LoraLinear(Linear):
             mask = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout.p)
             scaling /= 1 - dropout.p
         matrices = (self.lora_A["default"].weight, self.lora_B["default"].weight)
-        with torch.autocast(kind, enabled=False):
-            output = _LowRankLinear.apply(flat, mask, weight, bias, *matrices, scaling)
+        if torch.is_grad_enabled():
+            with torch.autocast(kind, enabled=False):
+                output = _LowRankLinear.apply(flat, mask, weight, bias, *matrices, scaling)
+        else:  # for one new token, autograd's function takes longer than the products
+            output, _ = _products(flat, mask, weight, bias, *matrices, scaling)
         return output.view(*x.shape[:-1], -1)

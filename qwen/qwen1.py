@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from batch import Lengths
 from compat import register_weight_names
 from errors import UserError
-from qwen.attention import shared_prefix_attention
+from qwen.attention import AttentionRecord, shared_prefix_attention
 from qwen.branches import BranchCache
 from qwen.Mqwen import ReadsImages
 
@@ -168,6 +168,7 @@ class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
         lengths: Lengths | None,
         selected: torch.Tensor | None = None,
         cache: BranchCache | None = None,
+        record: AttentionRecord | None = None,
     ) -> torch.Tensor:
         """As the parent's.
 
@@ -182,7 +183,7 @@ class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
                 f"length of the whole prompt; lower data.max_length to {self.config.seq_length}"
             )
         self.model.rotary_emb.ntk_alpha = [1.0]
-        return super().packed_states(embeddings, position_ids, lengths, selected, cache)
+        return super().packed_states(embeddings, position_ids, lengths, selected, cache, record)
 
     def forward(
         self,

@@ -69,17 +69,18 @@ def test_weight_names_are_renamed_and_split(folder, tmp_path):
 
 
 @torch.no_grad()
-def test_a_cropped_cache_continues_as_if_the_rest_was_never_read(model):
+def test_the_prefix_of_a_cache_and_the_cache_go_on_on_their_own(model):
     model.eval()
-    ids = torch.arange(1, 9)[None]
+    ids, others = torch.arange(1, 9)[None], torch.arange(8, 0, -1)[None]
     cache = DynamicCache()
     model(ids, past_key_values=cache)
-    compat.crop_cache(cache, 5)
-    assert cache.get_seq_length() == 5
-    compat.crop_cache(cache, 7)  # there are no more
-    assert cache.get_seq_length() == 5
-    logits = model(ids[:, 5:], past_key_values=cache).logits
-    torch.testing.assert_close(logits, model(ids).logits[:, 5:])
+    prefix, whole = compat.cache_prefix(cache, 5), compat.cache_prefix(cache, 9)  # there are no 9
+    assert [one.get_seq_length() for one in (cache, prefix, whole)] == [8, 5, 8]
+    for one, read in ((prefix, ids[:, :5]), (cache, ids), (whole, ids), (prefix, torch.cat([ids[:, :5], others], 1))):
+        logits = model(others, past_key_values=one).logits
+        torch.testing.assert_close(logits, model(torch.cat([read, others], 1)).logits[:, -8:])
+    storages = [layer.keys.untyped_storage().data_ptr() for one in (cache, prefix, whole) for layer in one.layers]
+    assert len(set(storages)) == len(storages)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it

@@ -144,6 +144,11 @@ def leaf_annotations(section, prefix=""):
     [
         ("generate.temperature=1e-40", "at least 0.01"),
         ("generate.repetition_penalty=1e-300", "greater than or equal to 0.01"),
+        ("generate.top_k=-1", "'generate.top_k' = -1"),
+        ("generate.min_p=1.5", "'generate.min_p' = 1.5"),
+        ("generate.stop=['']", "'generate.stop.0' = '': String should have at least 1 character"),
+        ("generate.stop=[" + "a, " * 17 + "]", "'generate.stop'"),
+        ("generate.stop=word", "'generate.stop' = 'word'"),
         ("projector.init_std=1e-300", "greater than or equal to"),
         ("llm.lora.r=9999999", "4096"),
         ("train.betas=[1.0, 0.9]", "'train.betas.0' = 1.0"),

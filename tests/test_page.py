@@ -152,7 +152,7 @@ def test_asked_and_answered_with_history_and_kept_photo(page, photos, answerer):
     page.click("#again")
     time.sleep(0.5)
     expect_text(page, "#chat", "(64, 48) What is it? + 还有呢？")
-    assert page.locator("#chat .message.bot").count() == 2
+    sync_api.expect(page.locator("#chat .message.bot")).to_have_count(2)
     assert answerer.settings.seed != Generate().seed
 
     page.click("#clear")
@@ -184,7 +184,7 @@ def test_photos_stand_beside_their_messages(page, photos):
     expect_text(page, "#status", "characters")
     sync_api.expect(page.locator("#ask")).to_be_enabled()
     expect_text(page, "#chat", "(64, 48) (33, 22) first + (33, 22) second + third")
-    assert page.locator("#chat .user-row img").count() == 3
+    sync_api.expect(page.locator("#chat .user-row img")).to_have_count(3)
 
 
 def test_retry_sends_the_photos_of_the_question_again(page, photos):
@@ -196,7 +196,7 @@ def test_retry_sends_the_photos_of_the_question_again(page, photos):
     expect_text(page, "#status", "characters")
     sync_api.expect(page.locator("#ask")).to_be_enabled()
     expect_text(page, "#chat", "(64, 48) (64, 48) twice")
-    assert page.locator("#chat .user-row").count() == 1
+    sync_api.expect(page.locator("#chat .user-row")).to_have_count(1)
     ask(page, "next")
     expect_text(page, "#chat", "(64, 48) (64, 48) twice + (33, 22) next")
 
@@ -255,7 +255,7 @@ def test_a_long_pasted_text_stays_text(page, photos):
     }""", "word " * 1000)  # fmt: skip
     page.wait_for_timeout(500)
     assert not page.evaluate("window.taken")  # so the browser puts the text in the box
-    assert page.locator(THUMBNAILS).count() == 1
+    sync_api.expect(page.locator(THUMBNAILS)).to_have_count(1)
 
 
 def test_missing_photo_and_empty_question_are_said(page, photos):
@@ -296,7 +296,7 @@ def test_control_tokens_and_html_are_letters(page, photos):
     ask(page, text)
     expect_text(page, "#chat", f"(64, 48) {text}")
     assert page.locator("#chat .message [onerror], #chat .message script, #chat .katex").count() == 0
-    assert page.locator("#chat .message img").count() == 1  # the photo
+    sync_api.expect(page.locator("#chat .message img")).to_have_count(1)  # the photo
     ask(page, "and now?")
     expect_text(page, "#chat", f"{text} + and now?")
 

@@ -32,7 +32,7 @@ class FakeAnswerer:
     """Answers with the whole dialogue and the sizes of its photos."""
 
     def __init__(self, model):
-        self.model = SimpleNamespace(processor=SimpleNamespace(chat=FakeChat))
+        self.chat = FakeChat
 
     def stream(self, image, messages):
         assert image is None

@@ -22,6 +22,12 @@ ROWS = [
     {"image": "2.png", "conversations": [
         {"from": "human", "value": "1?"}, {"from": "gpt", "value": "G"},
         {"from": "human", "value": "2?"}, {"from": "gpt", "value": "H"}]},
+    {"image": "1.png", "box": [0, 0, 9, 9], "question": "It?", "answer": "I"},
+    {"image": "1.png", "turns": [{"question": "1?", "answer": "J"},
+                                 {"question": "And it?", "answer": "K", "box": [0.5, 0.0, 1.0, 1.0]}]},
+    {"turns": [{"question": "1?", "answer": "L", "image": "2.png"},
+               {"question": "It?", "answer": "M", "box": [0, 0, 9, 9]},
+               {"question": "3?", "answer": "N", "image": "1.png", "box": [1, 1, 9, 9]}]},
 ]  # fmt: skip
 
 
@@ -43,4 +49,4 @@ def test_a_row_of_the_training_data_gets_its_prompt(tiny_checkpoint, tmp_path, m
     trained = entry_messages(entry, chat, [turn.answers[0] for turn in entry.turns][:-1])
     [(photos, messages)] = asked
     assert chat.render(messages) == chat.render(trained)
-    assert [photo.name for photo in photos] == [known[ID].image_file for ID in entry.images]
+    assert photos == [known[ID].picture for ID in entry.images]

@@ -51,10 +51,10 @@ class PixelLoader:
 
     def plan(self, photo: Photo) -> VisualPlan:
         """Return the plan of the photo. Reads the size from the file header only if there are tiles."""
-        return self.processor.plan(*(photo_size(photo.path) if self.processor.tiles else (0, 0)))
+        return self.processor.plan(*(photo_size(photo.picture) if self.processor.tiles else (0, 0)))
 
     def __call__(self, photo: Photo, epoch: int = 0) -> torch.Tensor:
-        image = load_image(photo.path)
+        image = load_image(photo.picture)
         plan = self.processor.plan(*image.size)
         if self.augment is not None:
             image = self.augment(image, f"{self.seed} {epoch} {photo.ID}")
@@ -209,7 +209,7 @@ def _digest(model: MMultiModal, photos: list[Photo], config: Config) -> str:
             state = photo.path.stat()
         except OSError as error:
             raise UserError(f"photo {photo.path} cannot be read: {error.strerror}") from error
-        digest.update(f"{photo.key} {state.st_size} {state.st_mtime_ns}\n".encode())
+        digest.update(f"{photo.key}{photo.box or ''} {state.st_size} {state.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -172,7 +172,7 @@ class SampleSheet:
     def _attempt(self, answerer: Answerer, entry: Entry, settings: Generate) -> Attempt:
         messages = entry_messages(entry, answerer.model.processor.chat, [])[:1]
         try:
-            images = [load_image(self._photos[ID].path) for ID in entry.turns[0].images]
+            images = [load_image(self._photos[ID].picture) for ID in entry.turns[0].images]
             text = answerer.stream_messages(images, messages, settings).rest().text
         except UserError as error:
             return Attempt(str(error), failed=True)

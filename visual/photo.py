@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from errors import UserError, file_error, shortened
+from visual.region import Region, pixel_box
 
 # Formats that Pillow may read. Formats that start another program (EPS: Ghostscript) and formats that no camera or
 # website uses are excluded. JPEG includes MPO (cameras with several views), PPM covers PBM, PGM, PNM and PFM.
@@ -44,16 +45,19 @@ TILE_SIZE_TAGS = (322, 323)  # TileWidth and TileLength (TIFF 6.0): a tile is de
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def load_image(file: str | Path | BinaryIO | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open and decode a photo as RGB, upright (EXIF orientation applied).
+def load_image(file: str | Path | BinaryIO | Image.Image | Region, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open and decode a photo, or a region of one, as RGB, upright (EXIF orientation applied).
 
     Transparent pixels are blended with white, 16-bit gray is scaled to 8 bit, and an animation gives its first frame.
     The size in the header is compared with `max_pixels` (width × height) before decoding.
 
     Raises:
         UserError: no such file, empty, not one of `PHOTO_FORMATS`, cut off, too large, or without a clear RGB form; the
-            message names the file.
+            message names the file. Or a region that is empty or not inside its photo.
     """
+    if isinstance(file, Region):
+        whole = load_image(file.photo, max_pixels)
+        return whole.crop(pixel_box(file.box, *whole.size))
     if isinstance(file, Image.Image):
         image, orientation = _decode(file, "the given picture", max_pixels)
     else:
@@ -63,8 +67,12 @@ def load_image(file: str | Path | BinaryIO | Image.Image, max_pixels: int = MAX_
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
-def photo_size(file: str | Path) -> tuple[int, int]:
-    """Width and height of an upright photo, from its header only; errors as `load_image`."""
+def photo_size(file: str | Path | Region) -> tuple[int, int]:
+    """Width and height of an upright photo or of a region, from the header only; errors as `load_image`."""
+    if isinstance(file, Region):
+        assert isinstance(file.photo, str | Path), "only files have a header"
+        left, top, right, bottom = pixel_box(file.box, *photo_size(file.photo))
+        return right - left, bottom - top
     name = _checked_name(file)
     with _opened(file, name, MAX_PIXELS) as image:
         _check_size(image, name, MAX_PIXELS)

@@ -111,6 +111,20 @@ class ImageTransform:
                 "sees only its middle: crop it"
             )
 
+    def seen(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Return the part of a photo of `width` × `height` pixels in its crop: left, top, right, bottom in pixels.
+
+        It is the whole photo, except for processors that crop the middle; there, to half a pixel of the resized photo.
+        """
+        if not self.processor.do_center_crop:
+            return 0.0, 0.0, float(width), float(height)
+        size = self.processor.size
+        scale = (size.get("shortest_edge") or 0) / min(width, height)
+        resized = (width * scale, height * scale) if scale else (size["width"], size["height"])
+        wide, high = (min(edge / own, 1) for edge, own in zip((self.size[1], self.size[0]), resized, strict=True))
+        left, top = (1 - wide) / 2 * width, (1 - high) / 2 * height
+        return left, top, width - left, height - top
+
     def tiles(self, width: int, height: int, most: int) -> tuple[int, int]:
         """Return (rows, columns): the grid of at most `most` tiles with the aspect ratio nearest to the photo's.
 

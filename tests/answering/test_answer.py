@@ -76,13 +76,8 @@ def test_second_question_does_not_read_the_photo_again(model, monkeypatch):
     answerer = Answerer(model)
     answerer.answer(RED, "What is it?")
     lengths = []
-    step = answerer._step
-
-    def counted(embeddings, new_ids):
-        lengths.append(embeddings.shape[1])
-        return step(embeddings, new_ids)
-
-    monkeypatch.setattr(answerer, "_step", counted)
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda rows, cache: lengths.append(rows.shape[1]) or decode(rows, cache))
     monkeypatch.setattr(model, "encode_image", lambda _: pytest.fail("the photo was encoded again"))
     answerer.answer(RED, "Which colour?")
     question = model.processor.chat.encode_text("\nWhich colour?")
@@ -102,8 +97,8 @@ def test_closing_the_stream_leaves_a_usable_answerer(model):
 def test_no_pass_after_the_last_allowed_token(model, monkeypatch):
     answerer = Answerer(model)
     passes = []
-    step = answerer._step
-    monkeypatch.setattr(answerer, "_step", lambda rows, ids: passes.append(len(ids)) or step(rows, ids))
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda rows, cache: passes.append(rows.shape[1]) or decode(rows, cache))
     monkeypatch.setattr(model.processor.chat, "stop_ids", set())
     reply = answerer.stream(RED, ask("What is it?"), Generate(max_new_tokens=3)).rest()
     assert reply.tokens_out == len(passes) == 3
@@ -128,7 +123,7 @@ def test_an_error_leaves_a_usable_answerer(model, monkeypatch, error, failing):
         patch.setattr(model.LLM, "forward", fail)
         with pytest.raises(error):
             answerer.answer(RED, "Which one?")
-    assert answerer._cached_ids == []
+    assert answerer._prefixes.sequences == []
     assert answerer.answer(RED, "Which colour?") == expected
 
 
@@ -150,30 +145,39 @@ def test_answers_in_turn_or_at_once_are_the_same(model):
         assert list(pool.map(lambda question: shared.answer(*question), questions * 3)) == expected * 3
 
 
-def test_an_answer_waits_for_another(model, monkeypatch):
+def test_an_answer_waits_for_a_pass_of_another(model, monkeypatch):
+    """It begins before the other ends, and what both photos' questions share is read once."""
     answerer = Answerer(model)
-    order, second = [], []
-    step = answerer._step
+    order, read, second = [], [], []
+    decode = model.decode
 
-    def note(rows, ids):
+    def note(rows, cache):
         order.append(threading.current_thread().name)
+        read.append(rows.shape[1])
+        assert inside.acquire(blocking=False)
         if not second:  # while the first answer is being made
-            second.append(threading.Thread(target=answerer.answer, args=(GREEN, "Which?"), name="second"))
+            second.append(threading.Thread(target=answerer.answer, args=(RED, "Which?"), name="second"))
             second[0].start()
-        return step(rows, ids)
+        logits = decode(rows, cache)
+        inside.release()
+        return logits
 
-    monkeypatch.setattr(answerer, "_step", note)
-    answerer.answer(RED, "What is it?")
-    second[0].join()
-    first = [name for name in order if name != "second"]
-    assert order == first + ["second"] * (len(order) - len(first))
-    assert len(order) > len(first) > 1
+    inside = threading.Lock()
+    monkeypatch.setattr(model, "decode", note)
+    monkeypatch.setattr(model.processor.chat, "stop_ids", set())
+    stream = answerer.stream(RED, ask("What is it?"))
+    next(stream)
+    second[0].join(60)
+    stream.rest()
+    assert order.count("second") == order.count("MainThread") == model.config.generate.max_new_tokens
+    assert order.index("second") < len(order) // 2
+    assert sorted(read)[-2] < model.processor.chat.plan.crop_tokens + 30 <= sorted(read)[-1]
 
 
 def test_typed_control_tokens_are_text(model):
     answerer = Answerer(model)
     answerer.answer(RED, "a<|im_end|>\n<|im_start|>assistant\n<|extra_0|><|endoftext|>")
-    ids = answerer._cached_ids
+    ids = answerer._prefixes.sequences[-1].ids
     assert ids.count(model.processor.chat.image_token_id) == model.processor.chat.plan.crop_tokens
     assert ids.count(model.processor.chat.start_id) == 3
 

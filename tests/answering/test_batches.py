@@ -9,38 +9,32 @@ from PIL import Image
 from answering import batches
 from answering.answer import Answerer
 from answering.batches import BATCH_TOKENS
+from answering.open_answer import OpenAnswer
 from answering.request import Request
 from config import Generate
 from errors import UserError
-from model.model import MMultiModal
 from qwen.branches import BranchCache
-from tests.tiny import fill_trained, tiny_config, write_qwen
+from tests.answering.dialogues import build
+from tests.tiny import write_qwen
 from visual.photo import load_image
 
 SETTINGS = Generate(max_new_tokens=10)
 KINDS = ["qwen2-tied", "qwen3-untied", "llama-tied", "qwen1", "qwen1-short", "sliding", "tiles"]
 
 
-def build(backbones, folder, **sections):
-    config = tiny_config(backbones, llm={"path": str(folder)}, **sections)
-    model = MMultiModal.from_config(config).eval()
-    fill_trained(model)
-    return model
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def model(request, backbones, tmp_path_factory):
     if request.param == "tiles":
-        return build(backbones, backbones / "qwen2-tied", visual={"tiles": 4})
+        return build(backbones, visual={"tiles": 4})
     if request.param == "sliding":
         window = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
         return build(backbones, write_qwen(tmp_path_factory.mktemp("sliding"), "qwen2", **window))
-    return build(backbones, backbones / request.param)
+    return build(backbones, request.param)
 
 
 @pytest.fixture(scope="module")
 def qwen2(backbones):
-    return build(backbones, backbones / "qwen2-tied")
+    return build(backbones)
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +85,12 @@ def alone(model, requests, settings=SETTINGS):
 
 def tokens_of(monkeypatch, model, requests):
     """The tokens of each answer; their text may not tell, because random bytes are no characters."""
-    said = []
+    answers = []
+    create = OpenAnswer.__init__
     with monkeypatch.context() as patch:
-        patch.setattr("answering.answer.text_pieces", lambda _, tokens: said.append([*tokens]) or [""])
+        patch.setattr(OpenAnswer, "__init__", lambda self, *given: answers.append(self) or create(self, *given))
         alone(model, requests)
-    return said
+    return [answer.tokens for answer in answers]
 
 
 def end_early(monkeypatch, model, requests):
@@ -125,8 +120,16 @@ def test_questions_of_a_photo_are_cut_into_groups(qwen2, photos, monkeypatch):
     assert list(Answerer(qwen2).answer_many(requests, SETTINGS)) == alone(qwen2, requests)
 
 
-@pytest.mark.parametrize("changes", [{"temperature": 1.5, "top_p": 0.8}, {"repetition_penalty": 1.4}])
-def test_sampling_and_penalty_do_not_depend_on_the_batch(qwen2, photos, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 1.5, "top_p": 0.8},
+        {"temperature": 2.0, "top_k": 20, "min_p": 0.02},
+        {"repetition_penalty": 1.4},
+        {"stop": ("e", "a ", *"nopq")},
+    ],
+)
+def test_settings_do_not_depend_on_the_batch(qwen2, photos, changes):
     settings = SETTINGS.model_copy(update=changes)
     requests = requests_of(qwen2, photos)
     expected = alone(qwen2, requests, settings)
@@ -173,10 +176,10 @@ def test_a_photo_is_read_once_for_all_its_questions(qwen2, photos, watched, monk
 
 def test_the_batch_is_bounded_in_bytes(qwen2, monkeypatch):
     assert batches.batch_tokens(qwen2) == BATCH_TOKENS
-    cache = Answerer(qwen2)
-    cache.answer(None, "Hello")
-    layer = cache._cache.layers[0]
-    a_token = 2 * len(cache._cache.layers) * layer.keys[0, :, 0].nbytes  # measured: keys and values of all layers
+    answerer = Answerer(qwen2)
+    answerer.answer(None, "Hello")
+    layers = answerer._prefixes.sequences[0].states.layers
+    a_token = 2 * len(layers) * layers[0].keys[0, :, 0].nbytes  # measured: keys and values of all layers
     monkeypatch.setattr(batches, "BATCH_BYTES", 1000 * a_token + 1)
     assert batches.batch_tokens(qwen2) == 1000
 
@@ -292,6 +295,13 @@ def test_a_stream_that_nobody_finishes_blocks_nobody(qwen2, photos, leave):
     assert found == expected
 
 
+def test_replies_of_a_batch_say_how_fast_they_came(qwen2, photos):
+    for reply in Answerer(qwen2).answer_many(requests_of(qwen2, photos)[:3], SETTINGS):
+        assert reply.seconds_to_first_token > 0
+        assert (reply.tokens_per_second > 0) == (reply.tokens_out > 1)
+        assert reply.tokens_reused == 0
+
+
 def test_the_stream_says_how_it_ended(qwen2, photos, monkeypatch):
     stream = Answerer(qwen2).stream(photos[0], [{"role": "user", "content": "What?"}], SETTINGS)
     assert stream.reply is None
@@ -308,7 +318,7 @@ def test_the_stream_says_how_it_ended(qwen2, photos, monkeypatch):
     assert (empty.text, empty.finish_reason, empty.tokens_out) == ("", "stop", 0)
     closed = Answerer(qwen2).stream(photos[0], [{"role": "user", "content": "What?"}], SETTINGS)
     closed.close()
-    assert closed.reply is None
+    assert (closed.reply.text, closed.reply.finish_reason) == ("", "cancelled")
 
 
 def test_settings_cannot_be_changed():

@@ -50,6 +50,25 @@ DIALOGUES = {
 }
 
 
+def test_a_box_shows_the_part_after_the_last_photo(model):
+    plain = [user("This?", WIDE, SQUARE), assistant("A"), user("It?", SQUARE.crop((10, 20, 90, 100)))]
+    boxed = [user("This?", WIDE, SQUARE), assistant("A"), user("It?") | {"box": (10, 20, 90, 100)}]
+    expected = Answerer(model).stream(None, plain, SETTINGS).rest()
+    assert Answerer(model).stream(None, boxed, SETTINGS).rest() == expected
+    again = [*boxed[:2], user("And it?") | {"box": (0.0, 0.0, 0.5, 0.5)}, assistant("B"), boxed[2]]
+    sizes = [photo.box for photo in Answerer(model).request(None, again).photos if not isinstance(photo, Image.Image)]
+    assert sizes == [(0.0, 0.0, 0.5, 0.5), (10, 20, 90, 100)]  # both of the last photo, not of the part
+    [reply] = Answerer(model).answer_many([Answerer(model).request(None, boxed)], SETTINGS)
+    assert reply == expected
+
+
+def test_a_box_needs_a_photo_and_lies_inside(model):
+    with pytest.raises(UserError, match="a box needs a photo"):
+        Answerer(model).stream(None, [user("It?") | {"box": (0, 0, 9, 9)}])
+    with pytest.raises(UserError, match="ends outside the photo of 40×30"):
+        Answerer(model).stream(SMALL, [user("It?") | {"box": (0, 0, 50, 9)}]).rest()
+
+
 def photos_of(dialogue):
     return [photo for message in dialogue for photo in message.get("images", ())]
 
@@ -128,7 +147,7 @@ def test_a_new_photo_in_a_later_turn_is_all_that_is_read(model, counted, dynamic
     answerer, read, seen = counted
     first = [user("This?", SQUARE)]
     said = say(answerer, first)
-    kept = len(answerer._cached_ids)  # the prompt and all tokens of the answer but the last
+    kept = len(answerer._prefixes.sequences[-1].ids)  # the prompt and all tokens of the answer but the last
     second = [*first, assistant(said), user("And this?", WIDE)]
     expected = expected_answer(model, second)
     read.clear(), seen.clear()

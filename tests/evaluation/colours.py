@@ -20,11 +20,9 @@ class ColourModel:
     def __init__(self, stop_after=None):
         self.calls, self.places = [], []
         self.stop_after = stop_after
-        self.model = self
-        chat = SimpleNamespace(
+        self.chat = SimpleNamespace(
             question=lambda text, plans: (text, len(plans)), answer=lambda text: text, plan=VisualPlan(1)
         )
-        self.processor = SimpleNamespace(chat=chat)
 
     def answer_many(self, requests):
         for photos, messages in requests:

@@ -60,7 +60,7 @@ def test_photos_left_out_leave_no_tag_behind(photos):
     assert [turn.question for turn in bare.turns] == ["Look at this.", "<|extra_0|> is text here"]
     assert bare.images == ()
     assert [turn.answers for turn in bare.turns] == [("yes",), ("no",)]
-    assert turn_request(bare, 1, [], ColourModel().processor.chat).messages[::2] == [
+    assert turn_request(bare, 1, [], ColourModel().chat).messages[::2] == [
         ("Look at this.", 0),
         ("<|extra_0|> is text here", 0),
     ]

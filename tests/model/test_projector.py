@@ -161,6 +161,20 @@ def test_tokens_of_known_encoders(grid, factor, tokens):
     assert build("pixel_shuffle", grid, factor=factor).tokens(grid) == tokens
 
 
+@pytest.mark.parametrize(("kind", "grid"), [*itertools.product(KINDS[:2], [WHOLE, DROPPED]), ("mlp", LEADING)])
+def test_the_place_of_a_token_is_that_of_the_patches_it_changes_with(kind, grid):
+    projector = build(kind, grid, init_std=0.1)
+    rows, places = random_rows(grid, crops=1), projector.places(grid)
+    assert places.shape == (grid.height, grid.width)
+    first = -min(grid.extra, 0)
+    assert (places.flatten()[:first] == -1).all()
+    for patch in range(first, places.numel()):
+        changed = rows.clone()
+        changed[0, patch + grid.extra] += 5
+        moved = (projector(changed, grid) - projector(rows, grid)).norm(dim=-1)[0]
+        assert places.flatten()[patch] == moved.argmax()  # the mean that pixel_shuffle subtracts moves all a little
+
+
 def test_pixel_shuffle_refuses_rows_before_the_patches():
     with pytest.raises(UserError, match="'projector.kind' pixel_shuffle .* 2 more in front .* visual.drop=leading"):
         build("pixel_shuffle", LEADING)

@@ -130,6 +130,15 @@ def test_text_stays_text_in_a_spawned_worker(any_chat):
     assert pickle.loads(pickle.dumps(any_chat)).encode_text(typed) == any_chat.encode_text(typed)
 
 
+def test_long_texts_of_clients_do_not_fill_the_memory(chat):
+    kept = len(chat._encoded)
+    for letter in "abc":
+        assert len(chat.encode_text(letter * 5000)) == 5000  # one token a byte
+    assert len(chat._encoded) == kept
+    assert chat.encode_text("ab" * 500) == chat.encode_text("ab" * 500)
+    assert len(chat._encoded) == kept + 1
+
+
 def test_only_the_photos_tags_of_a_record_are_photos(chat):
     ids, _ = chat.render([chat.question(f"a{IMAGE_TAG}b{IMAGE_TAG}c", 1)])
     assert ids.count(chat.image_token_id) == N

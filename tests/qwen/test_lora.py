@@ -89,3 +89,19 @@ def test_merging_and_switching_off_go_to_peft():
     torch.testing.assert_close(ours(x), unmerged, rtol=1e-12, atol=1e-12)
     ours.unmerge_adapter()
     torch.testing.assert_close(ours.merge_and_unload()(x), unmerged, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_gradients_the_sums_are_the_same_and_autograd_is_not_called(autocast, monkeypatch):
+    _, ours = pair(dropout=0.3, dtype=torch.float32)
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for model in (ours, ours.eval()):
+            torch.manual_seed(5)  # of dropout
+            expected = model(x)
+            torch.manual_seed(5)
+            monkeypatch.setattr("qwen.lora._LowRankLinear.apply", lambda *_: pytest.fail("autograd was called"))
+            with torch.no_grad():
+                assert torch.equal(model(x), expected)
+            monkeypatch.undo()
+    assert expected.requires_grad

@@ -146,7 +146,7 @@ print((peak() - before) / sum(p.numel() * 2 for p in model.parameters()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's peak of resident memory")
-@pytest.mark.parametrize("binary", [False, True], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("binary", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["safetensors", "bin"])
 def test_loading_needs_little_more_than_the_weights(tmp_path, binary):
     write_qwen1(tmp_path / "small", torch.bfloat16)
     wide = {"vocab_size": 20000, "hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 8}

@@ -202,7 +202,7 @@ def test_auto_is_the_same_in_every_process(together):
     assert settings == [[2, 1, False]] * len(settings)
 
 
-@pytest.mark.parametrize("fault", ["killed", "out of memory"])
+@pytest.mark.parametrize("fault", ["killed", pytest.param("out of memory", marks=pytest.mark.nightly)])
 def test_a_process_that_ends_alone_ends_the_others(make_case, tmp_path, fault):
     case = make_case(fault, more={"fault": fault}, save_steps=1)
     results, _ = launch([case], 2, tmp_path / "out")
@@ -213,6 +213,7 @@ def test_a_process_that_ends_alone_ends_the_others(make_case, tmp_path, fault):
     assert not damage(checkpoint)
 
 
+@pytest.mark.nightly  # torchrun, above, starts the same processes
 def test_accelerate_launches_it_too(make_case, tmp_path):
     case = make_case("by accelerate", max_steps=1)
     results, stderr = launch([case], 2, tmp_path / "out", ACCELERATE)

@@ -45,6 +45,26 @@ def transforms(tmp_path_factory):
     return {kind: transform_of(tmp_path_factory.mktemp(kind), kind) for kind in ("siglip", "wide")}
 
 
+@pytest.mark.parametrize("shape", [(90, 60), (60, 150), (70, 70)])
+def test_the_seen_part_is_the_one_in_the_crop(transform, shape):
+    width, height = shape
+    across = np.broadcast_to(np.arange(width, dtype=np.uint8), (height, width))
+    down = np.broadcast_to(np.arange(height, dtype=np.uint8)[:, None], (height, width))
+    image = Image.fromarray(np.stack([across, down, down], axis=-1))
+    pixels = transform(image).permute(1, 2, 0) * torch.tensor(NORMAL["image_std"]) + torch.tensor(NORMAL["image_mean"])
+    pixels = pixels * 255  # (H, W, 3): the place in the photo that each pixel shows
+    left, top, right, bottom = transform.seen(width, height)
+    rows, columns = pixels.shape[:2]
+    # the centres of the second and of the middle pixel; at the edge, the filter leans inwards
+    for column in (1, columns // 2):
+        shown = left + (column + 0.5) / columns * (right - left) - 0.5
+        assert pixels[rows // 2, column, 0].item() == pytest.approx(shown, abs=1.5)  # half a pixel, and 8-bit rounding
+    for row in (1, rows // 2):
+        assert pixels[row, columns // 2, 1].item() == pytest.approx(
+            top + (row + 0.5) / rows * (bottom - top) - 0.5, abs=1.5
+        )
+
+
 def picture(height, width):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 

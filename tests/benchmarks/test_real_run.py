@@ -1,0 +1,55 @@
+"""A try of the real run: trains, goes on after an interruption, scores, and replaces its row in the table."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from benchmarks import real_run
+from errors import UserError
+from tests.tiny import tiny_config
+
+
+@pytest.fixture
+def command(workshop, tmp_path, monkeypatch):
+    """Run one try with more arguments; return its row."""
+    config = tiny_config(workshop, train={"output_dir": str(tmp_path / "run"), "max_steps": 3, "log_steps": 1})
+    (tmp_path / "run.yaml").write_text(config.model_dump_json(), encoding="utf-8")
+    colours = {1: "red", 2: "blue"}
+    for number, colour in colours.items():
+        Image.new("RGB", (20, 10), colour).save(tmp_path / f"{number}.jpg")
+    held_out = {
+        "images": [{"id": number, "file_name": f"{number}.jpg"} for number in colours],
+        "annotations": [{"id": number, "image_id": number, "caption": colour} for number, colour in colours.items()],
+    }
+    (tmp_path / "val.json").write_text(json.dumps(held_out), encoding="utf-8")
+
+    def run(*more):
+        options = ["--config", tmp_path / "run.yaml", "--annotations", tmp_path / "val.json", "--images", tmp_path]
+        options += ["--output", tmp_path / "table.json"]
+        monkeypatch.setattr(sys, "argv", ["real_run", *map(str, options), *more])
+        real_run.main()
+        return json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+
+    return run
+
+
+@pytest.mark.nightly  # starts six programs
+def test_a_try_is_trained_scored_and_written_down(command):
+    (row,) = command("first", "train.max_steps=2")
+    assert row["training"]["steps"] == 2
+    assert row["training"]["seconds"] > 0
+    assert set(row["scores"]["passes"]) == {"trained", "blind", "majority"}
+    assert row["scores"]["questions"] == 2
+    assert row["command"].endswith("train.max_steps=2")
+    (again,) = command("first", "--minutes", "0", "train.max_steps=3")  # the time is over: no third step
+    assert again["training"] == row["training"]
+    further = command("second", "train.max_steps=3")
+    assert [(other["name"], other["training"]["steps"]) for other in further] == [("first", 2), ("second", 3)]
+    assert further[1]["training"]["seconds"] > row["training"]["seconds"]
+
+
+def test_a_failing_training_is_an_error(command):
+    with pytest.raises(UserError, match="train.py ended with status 1"):
+        command("first", "llm.path=nowhere")
