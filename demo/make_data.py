@@ -2,8 +2,8 @@
 
     python -m demo.make_data --output data/demo --photos 1200 --seed 0
 
-gives three sources, two for training, each with its own photos, and one that only the evaluation uses. The boxes are for
-benchmarks/looking.py (the demo does not train on them, see docs/looking.md):
+gives two sources for training, each with its own photos, one that only the evaluation uses, and one of boxes that only
+benchmarks/looking.py uses (docs/looking.md says why):
 
     llava/annotations.json          llava/photos/*.jpg          LLaVA style, questions in both languages on each photo
     ai_challenger/annotations.json  ai_challenger/photos/*.jpg  AI Challenger style, five Chinese captions of each
