@@ -43,6 +43,14 @@ def test_another_run_is_moved_aside(run, capsys, change):
     assert "demo.old-2" in capsys.readouterr().out
 
 
+def test_the_page_shows_the_newest_checkpoint_else_the_shipped_one(run, monkeypatch):
+    monkeypatch.setattr(tasks, "ROOT", run.parents[1])
+    (run / "checkpoint-80").mkdir()
+    assert tasks.newest_checkpoint() == run / "checkpoint-240"
+    shutil.rmtree(run)
+    assert tasks.newest_checkpoint() == run.parents[1] / tasks.SHIPPED
+
+
 @pytest.mark.parametrize(("smi", "cuda", "told"), [(True, False, True), (True, True, False), (False, False, False)])
 def test_a_gpu_without_cuda_is_told(tmp_path, monkeypatch, capsys, smi, cuda, told):
     (tmp_path / ".venv").mkdir()
