@@ -31,6 +31,7 @@ Row = tuple[str, str, str]  # type, question, answer
 FILLER_SHARE = 0.3  # of the edited questions: with a word that changes nothing
 EDITED = 0.5  # share of the questions with an edit or several: politeness, lower case, no question mark …
 LONG_SHARE = 0.1  # share of descriptions, and of questions without an answer, in dialogues
+PLACE_WORDS = {word for texts in ENGLISH_PLACES.values() for text in texts for word in text.split()}
 UNKNOWN_FACT = Fact("unknown", (), ())
 
 
@@ -190,7 +191,9 @@ def vary(text: str, rng: Words, language: str) -> str:
             text = f"{text[:-1]} in the picture?"
         if rng.random() < FILLER_SHARE:
             words = text.split()
-            words.insert(int(rng.integers(1, len(words) + 1)), _filler(rng))
+            index = int(rng.integers(1, len(words) + 1))
+            if not {word.strip("?.:,").lower() for word in words[index - 1 : index + 1]} <= PLACE_WORDS:
+                words.insert(index, _filler(rng))  # not inside "top left", which would then name another place
             text = " ".join(words)
     elif rng.random() < 0.2 and "图" not in text and "画" not in text:
         text = _pick(("图中", "图里", "图片里", "画面中"), rng) + text

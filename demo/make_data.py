@@ -1,6 +1,6 @@
 """Write the demo's photos and raw annotations in the two source formats, as a person would download them.
 
-    python -m demo.make_data --output data/demo --photos 1200 --seed 0
+    python -m demo.make_data --output data/demo --photos 2000 --seed 0
 
 gives two sources for training, each with its own photos, one that only the evaluation uses, and one of boxes that only
 benchmarks/looking.py uses (docs/looking.md says why):
@@ -131,7 +131,7 @@ def _write(file: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=REPO_ROOT / "data" / "demo", help="folder (default data/demo)")
-    parser.add_argument("--photos", type=int, default=1200, help="number of photos for training (default 1200)")
+    parser.add_argument("--photos", type=int, default=2000, help="number of photos for training (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, pictures and questions (default 0)")
     parser.add_argument("--small", action="store_true", help="each picture in a quarter of a photo")
     arguments = parser.parse_args()
