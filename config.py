@@ -140,12 +140,8 @@ class Projector(Section):
 
     @model_validator(mode="after")
     def _no_setting_of_another_kind(self) -> "Projector":
-        owners = {
-            "factor": "pixel_shuffle",
-            "mean_share": "pixel_shuffle",
-            "queries": "resampler",
-            "heads": "resampler",
-        }
+        owners = dict.fromkeys(("factor", "mean_share"), "pixel_shuffle")
+        owners |= dict.fromkeys(("queries", "heads"), "resampler")
         for key, kind in owners.items():
             # a checkpoint's config has all keys, so a default value was not chosen; new kinds may use any key
             chosen = getattr(self, key) != type(self).model_fields[key].default
@@ -313,10 +309,7 @@ def load_config(path: str | Path, overrides: list[str] | dict[str, Any] | None =
 
 
 def load_data(path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> Data:
-    """Load the `data` section of a config; sections `visual` and `llm` may be missing.
-
-    Present sections are checked. Arguments and errors as `load_config`.
-    """
+    """Load the `data` section of a config in which `visual` and `llm` may be missing; else as `load_config`."""
     return validated(DataConfig, _raw(path, overrides), where=shortened(path)).data
 
 

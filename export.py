@@ -22,7 +22,8 @@ from errors import UserError, file_error, shortened
 from exporting.card import card_facts
 from exporting.targets import TARGETS
 from exporting.write import check_export, write_export
-from model.checkpoint import load_checkpoint, read_config
+from model.checkpoint import load_checkpoint
+from model.checkpoint_folder import read_config
 from paths import check_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

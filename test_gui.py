@@ -27,7 +27,8 @@ from answering.remote import RemoteAnswerer, connect
 from answering.request import AnyAnswerer, ReplyStream
 from config import Generate, Gui, changed, parse_overrides
 from errors import UserError, check_text, is_out_of_memory
-from model.checkpoint import load_checkpoint, read_config
+from model.checkpoint import load_checkpoint
+from model.checkpoint_folder import read_config
 from page.address import check_port, in_url
 from page.chat import History, UploadedPhoto, answered, as_shown, checked, in_box, photos_of, typed
 from page.uploads import upload_folder

@@ -25,7 +25,8 @@ from evaluation.report import compared_line, draw_gallery, looks_line, metrics_o
 from evaluation.report_html import render_report
 from evaluation.runner import Answer, Progress
 from evaluation.standard import write_results
-from model.checkpoint import load_checkpoint, read_config
+from model.checkpoint import load_checkpoint
+from model.checkpoint_folder import read_config
 from model.model import MMultiModal
 from paths import check_folder, check_writable
 

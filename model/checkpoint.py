@@ -35,7 +35,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from backbones.backbone import backbone_fingerprint, same_backbone
-from config import Config, load_config
 from errors import UserError, file_error
 from model import report_layout, stock_folder
 from model.checkpoint_folder import (
@@ -50,6 +49,7 @@ from model.checkpoint_folder import (
     checksum,
     flush,
     put_in_place,
+    read_config,
     read_provenance,
     required_files,
 )
@@ -180,22 +180,6 @@ def _write_files(
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
-
-
-def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read the training config of a checkpoint, with `overrides` by dotted key; errors as `check_complete`."""
-    folder = check_complete(folder)
-    if report_layout.is_report_checkpoint(folder):
-        return report_layout.read_report_config(folder, overrides or {})
-    if stock_folder.is_stock_folder(folder):
-        return stock_folder.read_stock_config(folder, overrides or {})
-    read_provenance(folder)  # first: a newer version may have other keys in its config
-    config = load_config(folder / CONFIG_FILE, overrides)
-    projector = config.projector
-    if projector.kind == "pixel_shuffle" and "mean_share" not in projector.model_fields_set:
-        # written before the key, so it was trained with none of the mean
-        config = load_config(folder / CONFIG_FILE, {**(overrides or {}), "projector.mean_share": 0.0})
-    return config
 
 
 def restore_weights(model: MMultiModal, folder: Path, other_prompt: bool = False, new_run: bool = False) -> list[str]:

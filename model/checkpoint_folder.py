@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 import yaml
 
+from config import Config, load_config
 from errors import UserError, file_error, shortened
 from model import report_layout, stock_folder
 from model.parts import ADAPTER_FILE, PROJECTOR_FILE
@@ -164,3 +165,18 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     # isdecimal, because isdigit accepts characters that int rejects, such as '²'
     folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read the training config of a checkpoint, with `overrides` by dotted key; errors as `check_complete`."""
+    folder = check_complete(folder)
+    if report_layout.is_report_checkpoint(folder):
+        return report_layout.read_report_config(folder, overrides or {})
+    if stock_folder.is_stock_folder(folder):
+        return stock_folder.read_stock_config(folder, overrides or {})
+    read_provenance(folder)  # first: a newer version may have other keys in its config
+    config = load_config(folder / CONFIG_FILE, overrides)
+    if config.projector.kind == "pixel_shuffle" and "mean_share" not in config.projector.model_fields_set:
+        # written before the key, so it was trained with none of the mean
+        config = load_config(folder / CONFIG_FILE, {**(overrides or {}), "projector.mean_share": 0.0})
+    return config

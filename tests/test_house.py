@@ -152,6 +152,7 @@ def test_no_two_classes_have_one_name():
 LONGEST_FILE, LONGEST_FUNCTION = 350, 60  # lines
 LONG_FILES = {
     "tests/dataset/test_raw.py": "tests of five formats",
+    "tests/model/test_projector.py": "tests of three kinds",
     "tests/test_page.py": "one server and one browser for all tests of the page",
     "tests/visual/test_transform.py": "tests of every kind of image file",
 }

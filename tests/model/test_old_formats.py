@@ -9,7 +9,8 @@ import yaml
 
 from answering.answer import Answerer
 from errors import UserError
-from model.checkpoint import load_checkpoint, read_config
+from model.checkpoint import load_checkpoint
+from model.checkpoint_folder import read_config
 from tests.tiny import tiny_config
 from tests.training.runs import losses, same
 from training.loop import Trainer

@@ -317,10 +317,7 @@ def test_default_heads_fit_every_language_model(width):
     [
         (["projector.factor=2"], "'projector': 'factor' does nothing with kind: mlp; .* set kind: pixel_shuffle"),
         (["projector.mean_share=0"], "'mean_share' does nothing with kind: mlp; .* set kind: pixel_shuffle"),
-        (
-            ["projector.kind=pixel_shuffle", "projector.mean_share=2"],
-            "'projector.mean_share' = 2: Input should be less",
-        ),
+        (["projector.kind=pixel_shuffle", "projector.mean_share=2"], "'projector.mean_share' = 2: Input should"),
         (["projector.kind=resampler", "projector.factor=2"], "'factor' does nothing with kind: resampler"),
         (["projector.kind=pixel_shuffle", "projector.queries=9"], "'queries' does nothing .* set kind: resampler"),
         (["projector.heads=8"], "'heads' does nothing with kind: mlp"),

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from export import main as export_main
-from model.checkpoint import load_checkpoint, read_config
+from model.checkpoint import load_checkpoint
+from model.checkpoint_folder import read_config
 from predict import main as predict_main
 from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen, write_qwen1, write_records, write_siglip
 from training.loop import Trainer
