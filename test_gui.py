@@ -325,7 +325,6 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(arguments)
     check_model_options(args)
     overrides = parse_overrides(args.overrides)
-    answerer: AnyAnswerer
     if args.server is not None:
         answerer, config = connect(args, overrides, "gui")
         gui, generate, name = config.gui, config.generate, f"{answerer.name} · {answerer.url}"
