@@ -73,7 +73,7 @@ def test_a_gpu_without_cuda_is_told(tmp_path, monkeypatch, capsys, smi, cuda, to
 @pytest.mark.parametrize("low", [None, "count_zh", "unknown", "dialogue"])
 def test_every_type_of_the_demo_must_reach_its_score(tmp_path, low):
     kinds = ["count", "count_zh", "description", "dialogue", "unknown", "unknown_zh"]
-    by_type = {kind: {"accuracy": 0.75 if kind in (low, "description") else 0.98} for kind in kinds}
+    by_type = {kind: {"accuracy": 0.7 if kind in (low, "description") else 0.98} for kind in kinds}
     passes = {
         "trained": {"by_type": by_type, "overall": {"accuracy": 0.95}},
         "blind": {"overall": {"accuracy": 0.3}},
