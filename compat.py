@@ -27,6 +27,10 @@ __all__ = [
     "SiglipImageProcessorPil",
     "ViTImageProcessorPil",
     "cache_prefix",
+    "fp16_pack",
+    "fp16_product",
+    "fp16_unpack",
+    "has_fp16_product",
     "onednn_has_bf16",
     "register_weight_names",
     "send_no_gradients_of",
@@ -91,3 +95,23 @@ def send_no_gradients_of(module: torch.nn.Module, names: Iterable[str]) -> None:
 def onednn_has_bf16() -> bool:
     """Whether oneDNN may use bf16 instructions; see `model.precision.cpu_has_bf16`."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def has_fp16_product() -> bool:
+    """Whether torch has FBGEMM's products with fp16 weights: on x86 CPUs."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def fp16_pack(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.ScriptObject:
+    """Pack float32 weights (O, I) as fp16 for `fp16_product`."""
+    return torch.ops.quantized.linear_prepack_fp16(weight, bias)
+
+
+def fp16_product(x: torch.Tensor, packed: torch.ScriptObject) -> torch.Tensor:
+    """(…, I) → (…, O), both float32; without a gradient."""
+    return torch.ops.quantized.linear_dynamic_fp16(x, packed)
+
+
+def fp16_unpack(packed: torch.ScriptObject) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the rounded weights in float32, and the bias."""
+    return torch.ops.quantized.linear_unpack_fp16(packed)

@@ -112,6 +112,7 @@ VISUAL_LORA = {"r": 16, "alpha": 32, "target_modules": None}
 class Visual(Section):
     path: str
     drop: Literal["first", "leading", "none"] = "first"
+    feature: Literal["output", "last", "penultimate"] = "output"
     tiles: int = Field(0, ge=0, le=64)
     image_tokens: int | None = Field(None, ge=1, le=2**20)
     lora: Lora = Field(default_factory=lambda: Lora.model_validate(VISUAL_LORA))
@@ -133,12 +134,14 @@ class Projector(Section):
     kind: str = Field("mlp", min_length=1)  # a key of `model.projector.PROJECTORS`; new kinds are added there
     init_std: float = Field(0.01, ge=1e-6, le=10)
     factor: Literal[2, 3] = 3
+    mean_share: float | None = Field(None, ge=0, le=1)
     queries: int = Field(64, ge=1, le=4096)
     heads: int = Field(16, ge=1, le=256)
 
     @model_validator(mode="after")
     def _no_setting_of_another_kind(self) -> "Projector":
-        owners = {"factor": "pixel_shuffle", "queries": "resampler", "heads": "resampler"}
+        owners = dict.fromkeys(("factor", "mean_share"), "pixel_shuffle")
+        owners |= dict.fromkeys(("queries", "heads"), "resampler")
         for key, kind in owners.items():
             # a checkpoint's config has all keys, so a default value was not chosen; new kinds may use any key
             chosen = getattr(self, key) != type(self).model_fields[key].default

@@ -12,43 +12,15 @@ photo, prints tables, and writes into the folder of --output: `report.html` (a p
 it stopped. --server scores an OpenAI-compatible server, without what needs the weights: loss and baseline `untrained`.
 """
 
-import platform
 import shlex
 import sys
-import time
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cli import add_model_options, check_model_options, run_script, script_arguments
 
-import torch
-import transformers
-from tqdm import tqdm
-
-from answering.remote import RemoteAnswerer, connect
-from config import parse_overrides
-from dataset.records import Photo, json_pieces, write_files
-from errors import UserError, file_error, shortened
-from evaluation.compare import Comparison, check_same_questions, compare, find_other
-from evaluation.passes import (
-    BASELINES,
-    NEEDS_WEIGHTS,
-    TRAINED,
-    Evaluation,
-    answer_questions,
-    describe,
-    evaluate,
-)
-from evaluation.predictions import Predictions
-from evaluation.questions import Asked, read_files, read_questions
-from evaluation.report import compared_line, draw_gallery, looks_line, metrics_of, tables
-from evaluation.report_html import render_report
-from evaluation.runner import Answer, Progress
-from evaluation.standard import FORMATS, write_results
-from model.checkpoint import load_checkpoint, read_config
-from model.model import MMultiModal
-from paths import check_folder, check_writable
+from errors import UserError, shortened
+from evaluation.baselines import BASELINES, NEEDS_WEIGHTS
+from evaluation.standard import FORMATS
 from visual.augment import DISTORTIONS
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -56,107 +28,17 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 def main(arguments: list[str] | None = None) -> None:
     args = read_arguments(arguments)
-    checkpoint = Path(args.checkpoint or "").absolute()
-    overrides = parse_overrides(args.overrides)
-    # check all files first, because loading and asking the model takes minutes
-    model: MMultiModal | RemoteAnswerer | None = None
-    if args.server is not None:
-        model, config = connect(args, overrides, "data")
-        data = config.data
-    else:
-        data = read_config(checkpoint, overrides).data
-    asked = (
-        read_questions(data, args.split, args.limit)
-        if args.format is None
-        else read_files(args.format, args.annotations, args.images, args.results, args.limit, data.seed)
-    )
-    if asked.note:
-        print(asked.note)
-    output = args.output or checkpoint / f"eval_{asked.name}"
-    check_folder(output, "--output")
-    if args.gallery is not None:
-        check_writable(args.gallery, "--gallery")
-    other = None if args.compare is None else find_other(args.compare, asked.name)
+    command = shown_command(sys.argv[1:] if arguments is None else arguments, args.api_key)
 
-    start = time.perf_counter()
-    if model is None:
-        model = load_checkpoint(checkpoint, overrides=overrides)
-    else:
-        print(f"no loss and no baseline '{NEEDS_WEIGHTS}': they need the weights, which the server has")
-    settings = describe(model, checkpoint, asked.entries, asked.photos, asked.name, args.limit)
-    if other is not None:
-        check_same_questions(settings, other[0])
-    with Predictions(output, settings) as predictions:
-        if predictions.note:
-            print(predictions.note)
-        found = None
-        if asked.has_references:
-            found = evaluate(
-                model, asked.photos, asked.entries, asked.train, predictions, args.baselines, args.hard, progress_bar
-            )
-            answers = found.answers[TRAINED]
-        else:
-            bar = progress_bar(TRAINED)
-            answers = answer_questions(model, asked.photos, asked.entries, predictions, bar)
-    if args.results is not None:
-        write_leaderboard(asked, answers, args.results)
-    if found is not None:
-        compared = None
-        if other is not None:
-            compared = compare(str(other[0].get("checkpoint")), found.questions, answers, other[1])
-        run = {
-            "checkpoint": settings["checkpoint"],
-            "command": shown_command(sys.argv[1:] if arguments is None else arguments, args.api_key),
-            "settings": settings,
-            "seconds": round(time.perf_counter() - start, 1),
-        }
-        report(found, compared, asked.photos, run, output)
-    if args.gallery is not None:
-        write_gallery(args.gallery, answers, asked.photos)
+    from evaluation.run import run
 
-
-def write_leaderboard(asked: Asked, answers: list[Answer], file: Path) -> None:
-    in_order = sorted(answers, key=lambda answer: (answer.entry, answer.turn))
-    rows = [(asked.entries[answer.entry].id, answer.question, answer.answer) for answer in in_order]
-    write_results(asked.name, file, rows)
-    print(f"{len(answers)} answers for a leaderboard or scorer: {file}")
-
-
-def write_gallery(file: Path, answers: list[Answer], photos: dict[int, Photo]) -> None:
-    try:
-        draw_gallery(file, answers, photos)
-    except OSError as error:  # the disk is full
-        raise file_error(error) from error
-    print(f"some photos with their answers: {file}")
+    for text in run(args, command):
+        print(text)
 
 
 def shown_command(arguments: list[str], key: str | None) -> str:
     """Return the command for the report, which others read, without the API key."""
     return shlex.join(["eval_vqa.py", *(word.replace(key, "KEY") if key else word for word in arguments)])
-
-
-def progress_bar(name: str) -> Progress:
-    return partial(tqdm, desc=name, unit="photo", dynamic_ncols=True)
-
-
-def report(
-    found: Evaluation, compared: Comparison | None, photos: dict[int, Photo], run: dict[str, Any], output: Path
-) -> None:
-    """Print what was found, and write `metrics.json` and `report.html`; `run` are facts for both."""
-    print(looks_line(found.gain))
-    print(tables(found))
-    if compared is not None:
-        print(compared_line(compared))
-    run |= {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__},
-        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }  # fmt: skip
-    metrics = metrics_of(found, compared, **run)
-    page = render_report(found, compared, photos, shown_facts(metrics))
-    files = {"metrics.json": json_pieces(metrics), "report.html": [page.encode("utf-8", errors="replace")]}
-    write_files({output / name: content for name, content in files.items()})
-    print(f"{len(found.questions)} questions in {run['seconds']} s; {output / 'report.html'}")
 
 
 def read_arguments(arguments: list[str] | None):
@@ -225,23 +107,6 @@ def _check_server_options(baselines: list[str], output: Path | None) -> None:
         raise UserError(f"--baselines {NEEDS_WEIGHTS} needs the weights, which the server has: leave it out")
     if output is None:
         raise UserError("--server needs --output DIR, because there is no checkpoint folder for the report")
-
-
-def shown_facts(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What the page tells of the run."""
-    settings, versions = metrics["settings"], metrics["versions"]
-    decoding = ", ".join(f"{key} {value}" for key, value in settings["generate"].items())
-    return {
-        "checkpoint": metrics["checkpoint"],
-        "command": metrics["command"],
-        "split": settings["split"],
-        "photos": metrics["photos"],
-        "questions": metrics["questions"],
-        "decoding": decoding or "the server's own",
-        "computed": settings["computed"],
-        "finished": f"{metrics['finished']}, after {metrics['seconds']} s",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-    }
 
 
 if __name__ == "__main__":

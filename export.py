@@ -1,23 +1,40 @@
 """Write a checkpoint as one stock transformers model: `python export.py --checkpoint DIR --output DIR [key=value …]`.
 
-LoRA is merged into the weights as they were before any quantisation, and the folder loads with
-`VipLlavaForConditionalGeneration.from_pretrained`, without any code of ours. It gets its name only after it was loaded
-back and gave the same logits and the same greedy answer.
+LoRA is merged into the weights as they were before any quantisation, and the folder needs no code of ours. It is loaded
+with transformers alone, in a process of its own, and must give the same features, logits and answers. Its
+export_report.json has the figures; docs/carrying.md says what can be exported and who reads it.
 """
 
+import gc
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from cli import run_script, script_arguments
 
 import torch
 from safetensors import SafetensorError
 
-from config import parse_overrides
+from backbones.backbone import locate_backbone
+from config import Config, parse_overrides
 from errors import UserError, file_error, shortened
-from exporting.vipllava import export_checkpoint
+from exporting.card import card_facts
+from exporting.targets import TARGETS
+from exporting.write import check_export, write_export
 from model.checkpoint import load_checkpoint
+from model.checkpoint_folder import read_config
 from paths import check_folder
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Export needs unquantised weights on the CPU. A learning rate of 0 keeps trained parts in the dtype of the others.
+OVERRIDES = {
+    "llm.quantization": "none",
+    "llm.device_map": None,
+    "train.parts.projector.lr": 0.0,
+    "train.parts.llm.lr": 0.0,
+    "train.parts.vision.lr": 0.0,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,20 +43,50 @@ def main(arguments: list[str] | None = None) -> None:
         "--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder of a trained model"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder for the exported model")
+    parser.add_argument(
+        "--format", choices=list(TARGETS), default=next(iter(TARGETS)),
+        help="stock class: llava (the default, read by most programs) or vipllava (exact for SigLIP's own output)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["auto", *DTYPES], default="auto",
+        help="of the weights and the comparison; auto (the default): that of the language model's own folder",
+    )  # fmt: skip
     args = parser.parse_intermixed_args(arguments)
     output = args.output.absolute()
     if os.path.lexists(output):  # checked before the model is loaded, which may take minutes
         raise UserError(f"--output: {shortened(output)} exists already, name a new folder")
     check_folder(output, "--output")
-    whole = {"llm.quantization": "none", "llm.device_map": None}  # export needs unquantised weights on the CPU
-    overrides = parse_overrides(args.overrides) | whole
-    model = load_checkpoint(args.checkpoint.absolute(), device="cpu", dtype=torch.float32, overrides=overrides)
+    checkpoint, overrides = args.checkpoint.absolute(), parse_overrides(args.overrides)
+    config = read_config(checkpoint, overrides)
+    dtype = _own_dtype(config, checkpoint) if args.dtype == "auto" else DTYPES[args.dtype]
     try:
-        difference = export_checkpoint(model, output)
+        report = _export(checkpoint, config, overrides | OVERRIDES, dtype, output, args.format)
     except (OSError, SafetensorError) as error:  # no permission, or the disk is full
         reason = error if isinstance(error, OSError) else OSError(None, str(error))
         raise file_error(reason, output) from error
-    print(f"{output}: same greedy answer, logits differ by at most {difference:.1e}")
+    questions = report["questions"]
+    same = sum(question["same"] for question in questions)
+    print(
+        f"{output}: {same} of {len(questions)} greedy answers are the same, logits differ by at most "
+        f"{max(question['logits'] for question in questions):.1e} ({report['dtype']})"
+    )
+
+
+def _export(
+    checkpoint: Path, config: Config, overrides: dict[str, Any], dtype: torch.dtype, output: Path, target: str
+) -> dict[str, Any]:
+    model = load_checkpoint(checkpoint, device="cpu", dtype=dtype, overrides=overrides)
+    written = write_export(model, output, target, card_facts(model, checkpoint, config))
+    del model  # the comparison loads the folder in another process
+    gc.collect()
+    return check_export(written)
+
+
+def _own_dtype(config: Config, checkpoint: Path) -> torch.dtype:
+    """The dtype in the language model's config.json; float32 without one."""
+    folder = locate_backbone(config.llm.path, config.model_root, "llm.path", config.hub, checkpoint.parent)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return DTYPES.get(settings.get("dtype", settings.get("torch_dtype")), torch.float32)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,9 @@ from cli import add_key_option, read_key, run_script, script_arguments
 
 import uvicorn
 
-from answering.answer import Answerer
 from config import Gui, changed, parse_overrides
 from errors import UserError, shortened
-from model.checkpoint import load_checkpoint
 from page.address import check_port, in_url
-from serving.app import Service, build_app
 from serving.gate import Limits, allowed_hosts
 
 
@@ -40,6 +37,11 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = args.checkpoint.absolute()
     gui = changed(Gui(), {"host": args.host, "port": args.port}, "--host or --port")
     check_port(gui, "--{} ")  # before the model is loaded, which may take a minute
+
+    from answering.answer import Answerer
+    from model.checkpoint import load_checkpoint
+    from serving.app import Service, build_app
+
     model = load_checkpoint(checkpoint, overrides=parse_overrides(args.overrides))
     limits = Limits(
         key=key,
@@ -51,12 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     created = int(checkpoint.stat().st_mtime)
     service = Service(Answerer(model), checkpoint.name, model.config.generate, limits, created, args.allow_files)
     print(f"Serving '{service.name}' at http://{in_url(args.host)}:{args.port}/v1; Ctrl-C ends it.", flush=True)
-    run(service, args.host, args.port)
-
-
-def run(service: Service, host: str, port: int) -> None:
     settings = uvicorn.Config(
-        build_app(service), host, port, log_level="warning", access_log=False, server_header=False, ws="none",
+        build_app(service), args.host, args.port, log_level="warning", access_log=False, server_header=False, ws="none",
         lifespan="off",
     )  # fmt: skip
     EndingServer(settings).run()

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 DEMO_RUN = "checkpoints/demo"
+SHIPPED = "demo/checkpoint"  # of an earlier demo run, so that `make gui` answers before anything was trained
 WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 CPU_LINE = """
 import torch
@@ -85,6 +86,7 @@ def demo() -> None:
     checkpoint = newest_checkpoint()
     gallery = ROOT / DEMO_RUN / "gallery.png"
     run(PYTHON, "eval_vqa.py", "--checkpoint", checkpoint, "--gallery", gallery)
+    ask_paraphrases(checkpoint)
     photo = sorted((ROOT / "data/demo").glob("*/photos/*"))[-1]
     question = "What is in the picture?"
     print(f"\n{photo.relative_to(ROOT)}\n  {question}", end="\n  ", flush=True)
@@ -94,6 +96,17 @@ def demo() -> None:
     print("ask your own questions in the browser: make gui (or python tasks.py gui)")
     (ROOT / DEMO_RUN / DEMO_STAMP).write_text(_contents(ROOT / DEMO_RUN))
     check_scores(checkpoint / "eval_val" / "metrics.json")
+
+
+def ask_paraphrases(checkpoint: Path) -> None:
+    """Score the demo on questions whose wordings no training has seen, on photos of their own."""
+    folder = "data/demo/paraphrases"
+    files = [f"data.image_map={folder}/image_map.json", f"data.captions={folder}/captions.json"]
+    source = f"name: paraphrases, format: llava, annotations: {folder}/annotations.json, images: {folder}/photos"
+    run(PYTHON, "process_image.py", "--config", "configs/demo.yaml", f"data.sources=[{{{source}}}]", *files)
+    print("\nthe same types of questions in wordings that no training has seen:", flush=True)
+    output = checkpoint / "eval_paraphrases"
+    run(PYTHON, "eval_vqa.py", "--checkpoint", checkpoint, "--split", "all", "--output", output, "--baselines", *files)
 
 
 def clear_demo_run(folder: Path) -> None:
@@ -117,24 +130,22 @@ def _contents(folder: Path) -> str:
 
 
 def newest_checkpoint() -> Path:
-    """The demo's last checkpoint folder."""
+    """The demo's last checkpoint folder; the shipped one before the first `make demo`."""
     folders = [path for path in (ROOT / DEMO_RUN).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    if not folders:
-        raise SystemExit("error: no demo checkpoint yet: run `make demo` (python tasks.py demo) first")
-    return max(folders, key=lambda path: int(path.name.split("-")[1]))
+    return max(folders, key=lambda path: int(path.name.split("-")[1]), default=ROOT / SHIPPED)
 
 
 def check_scores(metrics: Path) -> None:
     """Exit with an error if a demo score is below its threshold, which indicates a defect."""
     scores = json.loads(metrics.read_text(encoding="utf-8"))["passes"]
     accuracy = {kind: score["accuracy"] for kind, score in scores["trained"]["by_type"].items()}
-    # the language model was pretrained on single questions and learns dialogues only here
-    low = {kind: value for kind, value in accuracy.items() if value < (0.7 if kind == "dialogue" else 0.8)}
+    # a description is right only as a whole, and has few rows; 67 questions of a type vary by 0.04
+    low = {kind: value for kind, value in accuracy.items() if value < (0.6 if kind == "description" else 0.75)}
     overall, blind = scores["trained"]["overall"]["accuracy"], scores["blind"]["overall"]["accuracy"]
-    if overall < 0.9 or blind > 0.4 or low:
+    if overall < 0.91 or blind > 0.4 or low:
         raise SystemExit(
-            f"error: expected 0.90 overall, 0.80 in each type, at most 0.40 blind; got {overall:.3f}, "
-            f"{low or 'all types well'}, {blind:.3f}"
+            f"error: expected 0.91 overall, 0.75 in each type (0.60 of the descriptions), at most 0.40 blind; got "
+            f"{overall:.3f}, {low or 'all types well'}, {blind:.3f}"
         )
 
 
@@ -188,7 +199,7 @@ def newest() -> None:
 
 
 def gui() -> None:
-    """the page, with the demo's newest checkpoint"""
+    """the page, with the demo's newest checkpoint, or the shipped one before the first demo"""
     install("requirements.txt")
     run(PYTHON, "test_gui.py", "--checkpoint", newest_checkpoint())
 

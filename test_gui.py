@@ -25,7 +25,8 @@ from answering.remote import connect
 from config import Gui, changed, parse_overrides
 from demo.world import draw, random_scene
 from errors import UserError
-from model.checkpoint import load_checkpoint, read_config
+from model.checkpoint import load_checkpoint
+from model.checkpoint_folder import read_config
 from page.address import check_port, in_url
 from page.checkpoints import Engines
 from page.uploads import upload_folder

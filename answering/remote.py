@@ -4,8 +4,12 @@ import argparse
 import base64
 import functools
 import io
+import itertools
+import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ from visual_plan import VisualPlan
 # Pillow's formats that servers read, with their media types; MPO is JPEG with more than one view
 MEDIA_TYPES = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 RECENT_PHOTOS = 4  # whose data URLs are kept for the next question
+AT_ONCE = 8  # requests under way; serve.py has room for 17 by default, and servers that batch gain little beyond
 # what only some servers know is sent only if it changes anything
 EXTENSIONS = ("top_k", "min_p", "repetition_penalty")
 
@@ -141,18 +146,47 @@ class RemoteAnswerer:
     def answer_many(
         self, requests: Iterable[Request], settings: Generate | None = None, most_tokens: int | None = None
     ) -> Iterator[Reply | UserError]:
-        """As `Answerer.answer_many`, but one after another, so `most_tokens` means nothing here.
+        """As `Answerer.answer_many`, with several requests under way at once; `most_tokens` means nothing here.
+
+        A server that fails at one of several is asked again alone, and one by one from then on.
 
         Raises:
             ServerGoneError: the other requests would fail too.
         """
-        for request in requests:
+        rest, under_way, at_once = iter(requests), deque[tuple[Request, Future[Reply], bool]](), AT_ONCE
+        while True:
+            for request in itertools.islice(rest, max(at_once - len(under_way), 0)):
+                under_way.append((request, self._begun(request, settings), at_once == 1))
+            if not under_way:
+                return
+            request, reply, alone = under_way.popleft()
             try:
-                yield self._whole(self._messages(*request), settings)
+                if not alone and isinstance(reply.exception(), ServerGoneError):
+                    at_once = 1
+                    wait(other for _, other, _ in under_way)
+                    reply = self._begun(request, settings)
+                yield reply.result()
             except ServerGoneError:
                 raise
             except UserError as error:
                 yield error
+
+    def _begun(self, request: Request, settings: Generate | None) -> Future[Reply]:
+        """Ask in a thread of its own, which keeps no program from ending."""
+        reply: Future[Reply] = Future()
+
+        def ask(fields: dict[str, Any]) -> None:
+            try:
+                reply.set_result(self._whole(fields))
+            except Exception as error:
+                reply.set_exception(error)
+
+        try:
+            fields = self._fields(self._messages(*request), settings)  # here, for the sake of the recent photos
+            threading.Thread(target=ask, args=(fields,), daemon=True).start()
+        except UserError as error:
+            reply.set_exception(error)
+        return reply
 
     def _messages(self, photos: Sequence[PhotoSource], messages: list[Message]) -> Iterator[dict[str, Any]]:
         rest = iter(photos)
@@ -175,8 +209,8 @@ class RemoteAnswerer:
             fields["max_tokens"] = fields.pop("max_new_tokens")
         return {"model": self.name, "messages": list(messages)} | fields
 
-    def _whole(self, messages: Iterable[dict[str, Any]], settings: Generate | None) -> Reply:
-        answer = self._server.fetch(_Answer, "POST", "/chat/completions", self._fields(messages, settings))
+    def _whole(self, fields: dict[str, Any]) -> Reply:
+        answer = self._server.fetch(_Answer, "POST", "/chat/completions", fields)
         if not answer.choices:
             raise self._server.foreign(answer.model_dump_json())
         choice = answer.choices[0]

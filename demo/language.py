@@ -7,7 +7,7 @@ It learns to answer questions about a scene in the prompt. A scene has one of tw
     positions.
   * text scenes: sentences that list the objects, in English or Chinese.
 Prompts, packing, attention and loss are those of training: a row is a `batch.Batch` of concatenated scenes, each with
-all of its questions.
+all of its questions. A branch is a question with its answer, or a dialogue with all of its answers.
 
 Shapes: B scenes, K patches shown of each, T tokens of the row, D width.
 """
@@ -25,7 +25,9 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from batch import Batch, sample_positions
 from config import IMAGE_TAG, Prompt
 from dataset.image_caption_dataset import Sample, collate, pack
+from demo.asking import Row, dialogue, paraphrases, questions
 from demo.optimizers import make_optimizers, set_rate, take_step
+from demo.wordings import SUFFIX
 from demo.world import (
     CAPTION_QUESTIONS,
     CELLS,
@@ -37,11 +39,11 @@ from demo.world import (
     Scene,
     Thing,
     captions,
-    questions,
     random_scene,
 )
+from model.precision import cpu_has_bf16
 from qwen.attention import ATTENTION, register_attention
-from qwen.chat import IGNORE_INDEX, ChatFormat, Message
+from qwen.chat import IGNORE_INDEX, ChatFormat
 from qwen.Mqwen import MQwen2ForCausalLM
 from qwen.tokenizer import image_token_id
 from visual_plan import VisualPlan
@@ -51,8 +53,12 @@ NOISE = 0.15  # of the soft scenes, as a share of the vectors
 SPARE_ROWS = 85  # embedding rows above the vocabulary, for `<|extra_0|>` and for users' own tokens
 SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant.", "", "Answer the question.")
 VALUES = (*COLOURS, *SHAPES, *SIZES, *CELLS)
-OTHER_KINDS = {"sentences": 0.6, "caption first": 0.2, "text": 0.2}  # probability of the second kind in a step
-QUESTION_STEPS = 500  # steps on questions only at the start
+# probability of the second kind in a step
+OTHER_KINDS = {"dialogues": 0.55, "sentences": 0.3, "caption first": 0.1, "text": 0.05}
+# Last steps of the first phases: English questions in one wording, both languages in one wording, questions only.
+# With both languages and all wordings from the start, 0.66 of the answers were right after 1,000 steps.
+ENGLISH_STEPS, PLAIN_STEPS, QUESTION_STEPS = 500, 700, 1700
+DIALOGUES = 4  # branches of a scene
 
 
 class SceneReader(nn.Module):
@@ -116,10 +122,11 @@ class SceneWriter:
         self.rng = rng
         self.formats = [ChatFormat(tokenizer, Prompt(system=system), IMAGE_TOKENS) for system in SYSTEMS]
 
-    def batch(self, kind: str, size: int, patches: int) -> tuple[Batch, list[list[str]]]:
-        """Make a batch of `size` scenes with `patches` patches each; also return the question types of the branches.
+    def batch(self, kind: str, size: int, patches: int) -> tuple[Batch, list[list[list[str]]]]:
+        """Make a batch of `size` scenes with `patches` patches each; also return the types of the answers.
 
-        `image_features` are the values of these patches, (B, K, 4), as in `SceneReader.soft_patches`.
+        `image_features` are the values of these patches, (B, K, 4), as in `SceneReader.soft_patches`. The types are
+        those of each answer of each branch of each scene.
         """
         scenes = [self._scene(number, kind, patches) for number in range(size)]
         samples, positions, types = zip(*scenes, strict=True)
@@ -128,22 +135,17 @@ class SceneWriter:
         batch.position_ids = torch.cat(positions)[None]
         return batch, list(types)
 
-    def _scene(self, number: int, kind: str, patches: int) -> tuple[Sample, Tensor, list[str]]:
-        """Make one scene with its questions, the positions of its tokens, and the question types."""
+    def _scene(self, number: int, kind: str, patches: int) -> tuple[Sample, Tensor, list[list[str]]]:
+        """Make one scene with its branches, the positions of its tokens, and the types of the answers."""
         scene = random_scene(self.rng)
-        asked = self._questions(scene, kind)
+        branches = self._branches(scene, kind)
         chat = self.formats[int(self.rng.integers(len(SYSTEMS)))]
-        if kind == "text":
-            shown = text_scene(scene, self.rng)
-            users = [Message("user", (f"{shown}\n{question}",)) for _, question, _ in asked]
-        else:
-            users = [chat.question(question, [VisualPlan(patches)]) for _, question, _ in asked]
-        answers = [chat.answer(answer) for _, _, answer in asked]
-        rendered = [chat.render([user, answer]) for user, answer in zip(users, answers, strict=True)]
+        shown = f"{text_scene(scene, self.rng)}\n" if kind == "text" else ""
+        rendered = [self._render(branch, chat, shown, patches) for branch in branches]
         input_ids, labels, lengths = pack(rendered)
         sample = Sample(torch.tensor(input_ids), torch.tensor(labels), lengths, (), {})
         positions = sample_positions(lengths)
-        if kind != "text":
+        if not shown:
             places, values = self._show(scene, patches)
             # the values take the place of a photo's cached features; `SceneReader` projects them
             sample.photo_ids, sample.photos = (number,), {number: torch.from_numpy(values)[None]}
@@ -151,20 +153,40 @@ class SceneWriter:
             start = input_ids.index(chat.image_token_id)
             positions[start : start + patches] = start + torch.from_numpy(places)
             positions[start + patches :] += IMAGE_TOKENS - patches
-        return sample, positions, [name for name, _, _ in asked]
+        return sample, positions, [[name for name, _, _ in branch] for branch in branches]
 
-    def _questions(self, scene: Scene, kind: str) -> list[tuple[str, str, str]]:
-        """Return (type, question, answer) of the branches; a scene has only short or only long answers."""
+    def _render(self, branch: list[Row], chat: ChatFormat, shown: str, patches: int) -> tuple[list[int], list[int]]:
+        """Render a dialogue as the product does; its first question has the photo, or the words `shown`."""
+        messages = []
+        for _, question, answer in branch:
+            photos = [VisualPlan(patches)] if IMAGE_TAG in question else 0
+            messages += [chat.question(question if messages else shown + question, photos), chat.answer(answer)]
+        return chat.render(messages)
+
+    def _branches(self, scene: Scene, kind: str) -> list[list[Row]]:
+        """Return the rows (type, question, answer) of each branch.
+
+        Branches of one question have only short or only long answers in a scene, because a loss is a mean over tokens.
+        """
         caption = captions(scene)[int(self.rng.integers(5))]
         chinese = CAPTION_QUESTIONS[int(self.rng.integers(2))]
         if kind == "caption first":  # the photo comes after the question
-            return [("caption", chinese + IMAGE_TAG, caption)]
+            return [[("caption", chinese + IMAGE_TAG, caption)]]
+        if kind == "dialogues":
+            branches = [dialogue(scene, self.rng) for _ in range(DIALOGUES)]
+        elif kind == "paraphrases":  # held out: only scored
+            branches = [[row] for row in paraphrases(scene, self.rng, int(self.rng.integers(10)))]
+        else:
+            long = ("description", "unknown")
+            english = kind == "plain english"
+            asked = questions(scene, self.rng, 4 if english else 2, plain=kind.startswith("plain"))
+            asked = [row for row in asked if not (english and row[0].endswith(SUFFIX["chinese"]))]
+            branches = [[row] for row in asked if row[0].startswith(long) == (kind == "sentences")]
         tag = "" if kind == "text" else f"{IMAGE_TAG}\n"
-        asked = [(name, tag + question, answer) for name, question, answer in questions(scene, self.rng, 4)]
+        branches = [[(name, tag + question, answer), *others] for (name, question, answer), *others in branches]
         if kind == "sentences":
-            long = [row for row in asked if row[0] == "description"]
-            return [*long, ("caption", (IMAGE_TAG if self.rng.random() < 0.5 else tag) + chinese, caption)]
-        return [row for row in asked if row[0] != "description"]
+            branches.append([("caption", (IMAGE_TAG if self.rng.random() < 0.5 else tag) + chinese, caption)])
+        return branches
 
     def _show(self, scene: Scene, patches: int) -> tuple[np.ndarray, np.ndarray]:
         """Choose patches: sorted places (patches,) in 0..727 and values (patches, 4), -1 without object."""
@@ -184,12 +206,8 @@ def text_scene(scene: Scene, rng: np.random.Generator) -> str:
     """Describe the scene in sentences, in random order, in English or Chinese."""
     order = [scene[index] for index in rng.permutation(len(scene))]
     if rng.random() < 0.5:
-        return "".join(f"{CHINESE[thing.place]}有{_chinese_size(thing)}{_chinese_name(thing)}。" for thing in order)
+        return "".join(f"{CHINESE[thing.place]}有{CHINESE[thing.size]}{_chinese_name(thing)}。" for thing in order)
     return " ".join(f"There is a {thing.size} {thing.name} in the {thing.place}." for thing in order)
-
-
-def _chinese_size(thing: Thing) -> str:
-    return "大的" if thing.size == "large" else "小的"
 
 
 def _chinese_name(thing: Thing) -> str:
@@ -202,28 +220,39 @@ def score(reader: SceneReader, tokenizer, seed: int, scenes: int, patches: int, 
 
     An answer is correct if each of its tokens is the most likely one after the correct tokens before it; greedy
     decoding then produces exactly this answer. The first token of a caption, which selects one of five correct
-    templates, does not count.
+    templates, does not count. Later answers of a dialogue count apart, as "follow-up"; its questions see the correct
+    earlier answers, as in `eval_vqa.py`.
     """
     writer = SceneWriter(tokenizer, np.random.default_rng(seed))
     right, total = defaultdict(int), defaultdict(int)
     for _ in range(scenes // 16):
         batch, types = writer.batch(kind, 16, patches)
         parts = [length for lengths in batch.lengths for length in lengths]
-        names = [name for row_types in types for name in (None, *row_types)]  # None: the prefix
+        branches = [names for row_types in types for names in ([], *row_types)]  # []: the prefix
         hits, asked = reader.hits(batch, NOISE).split(parts), (batch.labels[0] != IGNORE_INDEX).split(parts)
-        for name, part_hits, part_asked in zip(names, hits, asked, strict=True):
-            if name is not None:
-                right[name] += bool(part_hits[part_asked][1 if name == "caption" else 0 :].all())
+        for names, part_hits, part_asked in zip(branches, hits, asked, strict=True):
+            for turn, (name, own) in enumerate(zip(names, _runs(part_asked), strict=True)):
+                name = "follow-up" if turn else name
+                right[name] += bool(part_hits[own][1 if name == "caption" else 0 :].all())
                 total[name] += 1
-    scores = {name: round(right[name] / total[name], 4) for name in total}
+    scores = {name: round(right[name] / total[name], 4) for name in sorted(total)}
     return scores | {"all": round(sum(right.values()) / sum(total.values()), 4)}
+
+
+def _runs(mask: Tensor) -> list[Tensor]:
+    """Return the indices of each run of True in `mask` (T,): the supervised tokens of each answer."""
+    places = mask.nonzero()[:, 0]
+    ends = (places.diff() > 1).nonzero()[:, 0] + 1
+    return list(places.tensor_split(ends.cpu())) if len(places) else []
 
 
 def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, dict[str, float]]:
     """Train for `steps` steps and write the model to `folder`; return its scores on new scenes.
 
-    Every step contains questions. A step on captions or sentences only would change the weights as much, because Muon's
-    steps all have the same size, and undo the effect of the questions: with such steps, most types stayed at chance.
+    The first steps ask in English and in one wording of each kind. The model then learns what to look at in a third of
+    the time, and the other language and wordings afterwards. Every step contains questions. A step on captions or
+    sentences only would change the weights as much, because Muon's steps all have the same size, and undo the effect of
+    the questions: with such steps, most types stayed at chance.
     The unfinished model is also written every 500 steps, so an interrupted run leaves a usable file.
     """
     torch.manual_seed(seed)
@@ -231,10 +260,10 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
     writer = SceneWriter(tokenizer, rng)
     reader = SceneReader(tokenizer)
     optimizers = make_optimizers(reader, reader.language.model.layers, peak=4e-3)
-    running = dict.fromkeys(("questions", *OTHER_KINDS), 5.0)  # smoothed losses, for the log
+    running = dict.fromkeys(("plain english", "plain", "questions", *OTHER_KINDS), 5.0)  # smoothed losses, for the log
     for step in range(1, steps + 1):
         set_rate(optimizers, min(1.0, step / 100) * min(1.0, 2.5 * (1 - step / steps)))
-        sizes = {"questions": 8}  # scenes by kind
+        sizes = {_first_kind(step): 8}  # scenes by kind
         if step > QUESTION_STEPS:
             sizes = {"questions": 6, str(rng.choice(list(OTHER_KINDS), p=list(OTHER_KINDS.values()))): 6}
         whole = step > 0.8 * steps and step % 2 == 0
@@ -242,7 +271,7 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
         for kind, size in sizes.items():
             patches = IMAGE_TOKENS if whole else int(rng.integers(8, 25))
             batch, _ = writer.batch(kind, 2 if whole else size, patches)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
                 losses.append(reader.loss(batch, NOISE))
             running[kind] = 0.95 * running[kind] + 0.05 * losses[-1].item()
         torch.stack(losses).sum().backward()
@@ -251,14 +280,20 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
             shown = ", ".join(f"{name} {value:.3f}" for name, value in running.items())
             log(f"language step {step}, processor time {time.process_time():.0f} s, loss {shown}")
         if step % 500 == 0:
-            log(str({name: score(reader, tokenizer, seed + 1, 48, 32, name) for name in ("questions", "sentences")}))
+            kinds = ("plain english", "plain", "questions", "dialogues", "sentences", "paraphrases")
+            log(str({name: score(reader, tokenizer, seed + 1, 48, 32, name) for name in kinds}))
             _store(reader.language, tokenizer, folder)
     reader.to(torch.bfloat16).float()  # the weights as they are stored
     _store(reader.language, tokenizer, folder)
-    return {
-        f"{name}, {patches} patches": score(reader, tokenizer, seed + 1, 160, patches, name)
-        for name, patches in (("questions", IMAGE_TOKENS), ("sentences", IMAGE_TOKENS), ("caption first", IMAGE_TOKENS))
-    } | {"text": score(reader, tokenizer, seed + 1, 160, 32, "text")}
+    kinds = ("questions", "dialogues", "sentences", "caption first", "paraphrases")
+    scores = {
+        f"{name}, {IMAGE_TOKENS} patches": score(reader, tokenizer, seed + 1, 160, IMAGE_TOKENS, name) for name in kinds
+    }
+    return scores | {"text": score(reader, tokenizer, seed + 1, 160, 32, "text")}
+
+
+def _first_kind(step: int) -> str:
+    return "plain english" if step <= ENGLISH_STEPS else "plain" if step <= PLAIN_STEPS else "questions"
 
 
 def _store(model: MQwen2ForCausalLM, tokenizer, folder: Path) -> None:

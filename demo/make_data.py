@@ -1,17 +1,20 @@
 """Write the demo's photos and raw annotations in the two source formats, as a person would download them.
 
-    python -m demo.make_data --output data/demo --photos 1200 --seed 0
+    python -m demo.make_data --output data/demo --photos 2000 --seed 0
 
-gives three sources, two with their own photos (the demo does not train on `regions`, see docs/looking.md):
+gives two sources for training, each with its own photos, one that only the evaluation uses, and one of boxes that only
+benchmarks/looking.py uses (docs/looking.md says why):
 
-    llava/annotations.json          llava/photos/*.jpg          LLaVA style, several English questions on each photo
+    llava/annotations.json          llava/photos/*.jpg          LLaVA style, questions in both languages on each photo
     ai_challenger/annotations.json  ai_challenger/photos/*.jpg  AI Challenger style, five Chinese captions of each
+    paraphrases/annotations.json    paraphrases/photos/*.jpg    LLaVA style, held-out wordings (`demo/paraphrases.py`)
     regions/annotations.json        llava/photos/*.jpg          LLaVA style, questions about boxes in some of them
 
-`process_image.py` reads them next. Every row also carries `"type"`, the kind of question, for the scores by type.
+`process_image.py` reads them next. Every row also carries `"type"`, the kind of question, for the scores by type; those
+of Chinese questions end in `_zh`.
 
 With `--small`, each picture fills one quarter of a photo twice as wide and high, so that an encoder that sees the whole
-photo sees everything at half its size; questions that name a place are left out, and so are the boxes.
+photo sees everything at half its size; questions that name a place are left out, and so are paraphrases and boxes.
 """
 
 import argparse
@@ -22,18 +25,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from demo.asking import Row, dialogue, paraphrases, questions
 from demo.regions import object_box, region_questions
-from demo.world import CAPTION_QUESTIONS, CELLS, PICTURE_PX, Scene, captions, draw, questions, random_scene
+from demo.world import PICTURE_PX, Scene, captions, draw, random_scene
 from paths import REPO_ROOT
 
 CAPTION_SHARE = 0.2  # share of the photos with captions; the others have questions
+UNKNOWN_SHARE = 0.5  # share of the other photos with a question that the world has no answer to
+PARAPHRASE_PHOTOS = 20  # each held-out wording is asked twice
 REGION_SHARE = 1 / 3  # share of the photos with questions that have questions about a boxed object too
 
 
-def make_data(output: Path, photos: int, seed: int, per_type: int = 2, small: bool = False) -> tuple[int, int]:
-    """Write photos and annotations under `output`; return the numbers of rows of the two sources.
+def make_data(output: Path, photos: int, seed: int, per_type: int = 1, small: bool = False) -> tuple[int, int]:
+    """Write photos and annotations under `output`; return the numbers of rows of the two sources for training.
 
     The same arguments give the same files, byte for byte.
+
+    Args:
+        per_type: questions of each type and language on a photo; descriptions and questions without an answer, whose
+            answers are long, are in one language only.
     """
     rng = np.random.default_rng(seed)
     captioned = 0 if small else round(photos * CAPTION_SHARE)
@@ -47,28 +57,39 @@ def make_data(output: Path, photos: int, seed: int, per_type: int = 2, small: bo
         else:
             name = f"{number:012d}.jpg"
             _save(scene, output / "llava" / "photos" / name, rng, small)
-            asked = questions(scene, rng, per_type)
-            if small:
-                asked = [row for row in asked if not any(cell in " ".join(row) for cell in CELLS)]
-            question_rows += [_row(name, kind, [(question, answer)]) for kind, question, answer in asked]
+            asked = _one_language(questions(scene, rng, per_type, places=not small), rng)
+            question_rows += [_row(name, kind, [(kind, question, answer)]) for kind, question, answer in asked]
             if not small:
-                question_rows.append(_row(name, "dialogue", _dialogue(scene, asked, rng)))
+                question_rows.append(_row(name, "dialogue", dialogue(scene, rng)))
                 region_rows += _region_rows(name, scene, np.random.default_rng([seed, 2, number]))
     if caption_rows:
         _write(output / "ai_challenger" / "annotations.json", caption_rows)
     _write(output / "llava" / "annotations.json", question_rows)
-    if region_rows:
+    if not small:
+        _write(output / "paraphrases" / "annotations.json", _paraphrases(output / "paraphrases" / "photos", seed))
         _write(output / "regions" / "annotations.json", region_rows)
     return len(caption_rows), len(question_rows)
 
 
-def _dialogue(scene: Scene, asked: list[tuple[str, str, str]], rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Make three questions on one photo; in half of the dialogues one is Chinese, as users ask on the page."""
-    turns = [asked[index][1:] for index in rng.permutation(len(asked))[:3]]
-    if rng.random() < 0.5:
-        question = CAPTION_QUESTIONS[int(rng.integers(len(CAPTION_QUESTIONS)))]
-        turns[int(rng.integers(3))] = (question, captions(scene)[0])
-    return turns
+def _one_language(rows: list[Row], rng: np.random.Generator) -> list[Row]:
+    """Keep one description, and in half of the cases one question without an answer, each in a random language."""
+    suffix = {"description": str(rng.choice(["", "_zh"])), "unknown": str(rng.choice(["", "_zh"]))}
+    if rng.random() >= UNKNOWN_SHARE:
+        suffix["unknown"] = "left out"
+    kept = [kind + end for kind, end in suffix.items()]
+    return [row for row in rows if row[0] in kept or row[0].removesuffix("_zh") not in suffix]
+
+
+def _paraphrases(folder: Path, seed: int) -> list[dict]:
+    """Draw the photos of the held-out wordings and return their rows; their scenes are drawn apart from the others."""
+    rng = np.random.default_rng([seed, 1])
+    rows = []
+    for number in range(PARAPHRASE_PHOTOS):
+        scene = random_scene(rng)
+        name = f"{number:012d}.jpg"
+        _save(scene, folder / name, rng)
+        rows += [_row(name, row[0], [row]) for row in paraphrases(scene, rng, number)]
+    return rows
 
 
 def _region_rows(name: str, scene: Scene, rng: np.random.Generator) -> list[dict]:
@@ -77,15 +98,13 @@ def _region_rows(name: str, scene: Scene, rng: np.random.Generator) -> list[dict
         return []
     thing = scene[int(rng.integers(len(scene)))]
     box = object_box(thing, rng)
-    return [
-        _row(name, kind, [(question, answer)]) | {"box": box} for kind, question, answer in region_questions(thing, rng)
-    ]
+    return [_row(name, row[0], [row]) | {"box": box} for row in region_questions(thing, rng)]
 
 
-def _row(name: str, kind: str, turns: list[tuple[str, str]]) -> dict:
+def _row(name: str, kind: str, turns: list[Row]) -> dict:
     """Make a row in LLaVA's form; the photo comes before the first question."""
     messages = []
-    for question, answer in turns:
+    for _, question, answer in turns:
         tag = "" if messages else "<image>\n"
         messages += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
     return {"id": name.removesuffix(".jpg"), "image": name, "conversations": messages, "type": kind}
@@ -112,7 +131,7 @@ def _write(file: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=REPO_ROOT / "data" / "demo", help="folder (default data/demo)")
-    parser.add_argument("--photos", type=int, default=1200, help="number of photos in all (default 1200)")
+    parser.add_argument("--photos", type=int, default=2000, help="number of photos for training (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, pictures and questions (default 0)")
     parser.add_argument("--small", action="store_true", help="each picture in a quarter of a photo")
     arguments = parser.parse_args()

@@ -4,14 +4,16 @@ Its vocabulary comes from the words of the drawn world and the short general tex
 """
 
 import json
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from demo.world import CAPTION_QUESTIONS, CAPTION_TEMPLATES, CELLS, CHINESE, COLOURS, SHAPES, SIZES, WORDINGS
+from demo import wordings
+from demo.world import CAPTION_QUESTIONS, CAPTION_TEMPLATES, CELLS, CHINESE, COLOURS, SHAPES, SIZES
 
-VOCABULARY = 1200  # tokens before the three control tokens
+VOCABULARY = 2300  # tokens before the three control tokens; enough for all words of the texts
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -43,13 +45,29 @@ CHINESE_TEXT = """你 好 你们 我们 他们 请 问 请问 谢谢 今天 天�
 
 
 def world_words() -> list[str]:
-    """Return all text pieces of the world, cut at words that should become one token."""
-    pieces = [wording.replace("{}", "") for wordings in WORDINGS.values() for wording in wordings]
-    pieces += ["Is the larger than the smaller object in the top left right middle bottom"]
+    """Return all text pieces of the world, cut at words that should become one token.
+
+    Questions in Chinese are cut into characters, because people type other words with the same characters; only the
+    world's own names are one token each.
+    """
+    pieces = [re.sub(r"{.*?}", " ", text) for texts in wordings.ENGLISH.values() for text in texts]
+    pieces += wordings.OPENERS["english"]
+    inside = [*wordings.FILLS["english"].values(), wordings.THINGS["english"], wordings.FILLERS["english"]]
+    pieces += [f" {word}" for words in inside for word in words]  # a word has one token with the space before it
+    pieces += [text.lower() for text in pieces]
     names = [*COLOURS, *SHAPES, *SIZES, *CELLS, "crosses", *(f"{shape}s" for shape in SHAPES), "yes", "no"]
-    pieces += [f"{name} {name}" for name in names] + [name.title() for name in names]
+    names += [word for texts in wordings.ENGLISH_PLACES.values() for text in texts for word in text.split()]
+    names += [word for one in wordings.ENGLISH_OBJECTS for word in (one, f"{one}s")]
+    names += [word for texts in wordings.MORE["english"].values() for word in texts]
+    names = list(dict.fromkeys(names))
+    pieces += [f"{name} {name}" for name in names] + [form for name in names for form in (name.title(), name.upper())]
     pieces += [word for template in CAPTION_TEMPLATES for word in template.split("{}")]
-    pieces += ["system", "user", "assistant", "、", "，", "？", "："]
+    pieces += ["system", "user", "assistant", "、", "，", "？", "：", "！", f" {wordings.UNKNOWN['english']}"]
+    asked = wordings.CHINESE | wordings.FILLS["chinese"] | wordings.CLOSERS | wordings.FILLERS
+    asked |= {"": (*wordings.OPENERS["chinese"], *wordings.THINGS["chinese"], wordings.UNKNOWN["chinese"])}
+    characters = {character for texts in asked.values() for text in texts for character in text if character > "\x7f"}
+    places = [text for texts in wordings.CHINESE_PLACES.values() for text in texts]
+    pieces += [*sorted(characters), *places, *wordings.CHINESE_OBJECTS, "颜色", "形状", "什么"]
     return pieces + list(CHINESE.values()) + [question.removesuffix("？") for question in CAPTION_QUESTIONS]
 
 

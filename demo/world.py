@@ -1,8 +1,8 @@
-"""Drawn world of the demo: scenes, their pictures, questions with exactly one correct answer, Chinese captions.
+"""Drawn world of the demo: scenes, their pictures, facts with exactly one correct answer, Chinese captions.
 
 A scene has 2 to 5 objects in a 3x3 grid of cells. No two objects share a cell, and no two share colour and shape, so
 "the red circle" is always one object. All functions depend only on their arguments and a numpy Generator.
-Called by `demo/make_data.py` (photos and annotations) and `demo/pretrain.py` (the two backbones).
+`demo/asking.py` puts the facts in words. Called by `demo/make_data.py` and `demo/pretrain.py`.
 """
 
 from dataclasses import dataclass
@@ -34,21 +34,14 @@ CHINESE = {
     **{"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "purple": "紫色", "white": "白色"},
     **{"circle": "圆形", "square": "方形", "triangle": "三角形", "cross": "十字"},
     **{"northwest": "左上", "north": "上方", "northeast": "右上", "west": "左边", "center": "中间", "east": "右边"},
-    **{"southwest": "左下", "south": "下方", "southeast": "右下"},
+    **{"southwest": "左下", "south": "下方", "southeast": "右下", "large": "大的", "small": "小的"},
 }
 CAPTION_TEMPLATES = ("图中有{}。", "画面里有{}。", "这张图片画着{}。", "可以看到{}。", "图片上是{}。")
 CAPTION_QUESTIONS = ("这幅图像描述了什么？", "这幅图像中有什么？")
 TYPES = ("colour", "shape", "count", "position", "existence", "size", "description")
 
-WORDINGS = {
-    "colour": ("What colour is the {}?", "What color is the {}?", "Which colour does the {} have?"),
-    "shape": ("What shape is the {}?", "Which shape does the {} have?"),
-    "count": ("How many {} are there?", "How many {} can you see?"),
-    "position": ("Where is the {}?", "In which part of the picture is the {}?"),
-    "existence": ("Is there a {}?", "Can you see a {}?", "Is there a {} in the picture?"),
-    "size": ("Is the {}?",),
-    "description": ("Describe the picture.", "What is in the picture?", "Describe the following image."),
-}
+FOREIGN = "foreign"  # name of anything that the world never contains, such as a dog
+FOREIGN_SHARE = 0.1  # of the questions about existence and number
 # Small counts are possible in nearly every scene, large counts in few; these weights balance the answers.
 COUNT_WEIGHT = {0: 1.0, 1: 1.0, 2: 1.2, 3: 1.8, 4: 3.0, 5: 4.0}
 
@@ -82,6 +75,23 @@ class Thing:
 
 
 Scene = tuple[Thing, ...]  # in reading order: by cell
+Names = tuple[str, ...]  # of a colour, shape or place, in this order; () means all objects
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a question of one form (`demo/wordings.py`) asks about a scene, and its only correct answer.
+
+    Attributes:
+        subjects: what is asked about, for example (("red", "circle"),); two in a comparison.
+        answer: names, a digit, or yes or no; () for a description, which `description` and `captions` give.
+        more: "large" or "small" in a comparison, as it is asked: is it larger, is it smaller?
+    """
+
+    form: str
+    subjects: tuple[Names, ...]
+    answer: Names
+    more: str = ""
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
@@ -144,24 +154,9 @@ def _outlines(shape: str, x: int, y: int, radius: int) -> list[tuple]:
     ]
 
 
-def questions(scene: Scene, rng: np.random.Generator, per_type: int = 2) -> list[tuple[str, str, str]]:
-    """Return (type, question, answer), `per_type` of each type and one description, without repetition."""
-    rows = []
-    for kind in TYPES:
-        for subject, answer in facts(scene, rng, kind, 1 if kind == "description" else per_type):
-            rows.append((kind, _pick(WORDINGS[kind], rng).format(subject), answer))
-    return rows
-
-
-def facts(scene: Scene, rng: np.random.Generator, kind: str, number: int) -> list[tuple[str, str]]:
-    """Return up to `number` different (subject, answer) of one type, for example ("red circle", "north")."""
-    found: dict[str, str] = {}
-    for turn in range(number * 4):  # extra tries, because a small scene may give the same subject again
-        subject, answer = _ASK[kind](scene, rng, turn)
-        found.setdefault(subject, answer)
-        if len(found) == number:
-            break
-    return list(found.items())
+def fact(scene: Scene, rng: np.random.Generator, form: str, turn: int = 0) -> Fact:
+    """Draw a fact of one form; with `turn` 0, 1, 2 … the answers yes and no alternate."""
+    return _ASK[form](scene, rng, form, turn)
 
 
 def description(scene: Scene) -> str:
@@ -179,74 +174,84 @@ def _pick(options: list | tuple, rng: np.random.Generator):
     return options[int(rng.integers(len(options)))]
 
 
-def _ask_attribute(scene: Scene, rng: np.random.Generator, kind: str, key: str, key_name: str) -> tuple[str, str]:
-    """Ask for `kind` of one object, identified by its place or by its `key` if that is unique."""
+def _ask_attribute(scene: Scene, rng: np.random.Generator, form: str, turn: int) -> Fact:
+    """Ask for colour, shape or size. The object is named by its place, or by its looks if no other has the same."""
     thing = _pick(scene, rng)
-    same_key = [other for other in scene if getattr(other, key) == getattr(thing, key)]
-    by_key = len(same_key) == 1 and rng.random() < 0.6
-    referent = key_name.format(getattr(thing, key)) if by_key else f"object in the {thing.place}"
-    return referent, getattr(thing, kind)
+    key = {"colour": "shape", "shape": "colour", "size": "name"}[form]
+    alone = sum(getattr(other, key) == getattr(thing, key) for other in scene) == 1
+    names = tuple(getattr(thing, key).split()) if alone and rng.random() < 0.6 else (thing.place,)
+    return Fact(form, (names,), (getattr(thing, form),))
 
 
-def _ask_colour(scene: Scene, rng: np.random.Generator, turn: int) -> tuple[str, str]:
-    return _ask_attribute(scene, rng, "colour", "shape", "{}")
-
-
-def _ask_shape(scene: Scene, rng: np.random.Generator, turn: int) -> tuple[str, str]:
-    return _ask_attribute(scene, rng, "shape", "colour", "{} object")
-
-
-def _ask_count(scene: Scene, rng: np.random.Generator, turn: int) -> tuple[str, str]:
-    by_count: dict[int, list[str]] = {len(scene): ["objects"]}
+def _ask_count(scene: Scene, rng: np.random.Generator, form: str, turn: int) -> Fact:
+    if rng.random() < FOREIGN_SHARE:
+        return Fact(form, ((FOREIGN,),), ("0",))
+    by_count: dict[int, list[Names]] = {len(scene): [()]}
     for colour in COLOURS:
-        by_count.setdefault(sum(thing.colour == colour for thing in scene), []).append(f"{colour} objects")
+        by_count.setdefault(sum(thing.colour == colour for thing in scene), []).append((colour,))
     for shape in SHAPES:
-        plural = "crosses" if shape == "cross" else f"{shape}s"
-        by_count.setdefault(sum(thing.shape == shape for thing in scene), []).append(plural)
+        by_count.setdefault(sum(thing.shape == shape for thing in scene), []).append((shape,))
     weights = np.array([COUNT_WEIGHT[count] for count in by_count])
     count = int(rng.choice(list(by_count), p=weights / weights.sum()))
-    return _pick(by_count[count], rng), str(count)
+    return Fact(form, (_pick(by_count[count], rng),), (str(count),))
 
 
-def _ask_position(scene: Scene, rng: np.random.Generator, turn: int) -> tuple[str, str]:
+def _ask_position(scene: Scene, rng: np.random.Generator, form: str, turn: int) -> Fact:
     thing = _pick(scene, rng)
-    referents = [thing.name]
+    names: list[Names] = [(thing.colour, thing.shape)]
     if sum(other.shape == thing.shape for other in scene) == 1:
-        referents.append(thing.shape)
+        names.append((thing.shape,))
     if sum(other.colour == thing.colour for other in scene) == 1:
-        referents.append(f"{thing.colour} object")
-    return _pick(referents, rng), thing.place
+        names.append((thing.colour,))
+    return Fact(form, (_pick(names, rng),), (thing.place,))
 
 
-def _ask_existence(scene: Scene, rng: np.random.Generator, turn: int) -> tuple[str, str]:
+def _ask_at(scene: Scene, rng: np.random.Generator, form: str, turn: int) -> Fact:
+    thing = _pick(scene, rng)
+    return Fact(form, ((thing.place,),), (thing.colour, thing.shape))
+
+
+def _ask_existence(scene: Scene, rng: np.random.Generator, form: str, turn: int) -> Fact:
     """Ask for existence, yes and no alternately. A 'no' pair uses colour and shape of the scene (hard negative)."""
     yes = (turn + int(rng.integers(2))) % 2 == 0
+    if not yes and rng.random() < 2 * FOREIGN_SHARE:
+        return Fact(form, ((FOREIGN,),), ("no",))
     colours, shapes = {thing.colour for thing in scene}, {thing.shape for thing in scene}
-    form = rng.choice(["pair", "colour", "shape"], p=[0.6, 0.2, 0.2])
-    if form == "pair":
+    about = rng.choice(["pair", "colour", "shape"], p=[0.6, 0.2, 0.2])
+    options: list[Names]
+    if about == "pair":
         present = {(thing.colour, thing.shape) for thing in scene}
         absent = set(product(COLOURS, SHAPES)) - present
         hard = [pair for pair in sorted(absent) if pair[0] in colours and pair[1] in shapes]
         half = [pair for pair in sorted(absent) if (pair[0] in colours) != (pair[1] in shapes)]
-        options = [" ".join(pair) for pair in (sorted(present) if yes else hard or half)]
-    elif form == "colour":
-        options = [f"{colour} object" for colour in COLOURS if (colour in colours) == yes]
+        options = list(sorted(present) if yes else hard or half)
+    elif about == "colour":
+        options = [(colour,) for colour in COLOURS if (colour in colours) == yes]
     else:
-        options = [shape for shape in SHAPES if (shape in shapes) == yes]
+        options = [(shape,) for shape in SHAPES if (shape in shapes) == yes]
     if not options:  # the scene has all four shapes
-        return _ask_existence(scene, rng, turn)
-    return _pick(options, rng), "yes" if yes else "no"
+        return _ask_existence(scene, rng, form, turn)
+    return Fact(form, (_pick(options, rng),), ("yes" if yes else "no",))
 
 
-def _ask_size(scene: Scene, rng: np.random.Generator, turn: int) -> tuple[str, str]:
-    large = _pick([thing for thing in scene if thing.size == "large"], rng)
-    small = _pick([thing for thing in scene if thing.size == "small"], rng)
-    first, second = (large, small) if rng.random() < 0.5 else (small, large)
-    return f"{first.name} larger than the {second.name}", "yes" if first is large else "no"
+def _ask_compare(scene: Scene, rng: np.random.Generator, form: str, turn: int) -> Fact:
+    """Compare a large object with a small one: is the first one larger (smaller), or which one is?"""
+    pair = [_pick([thing for thing in scene if thing.size == size], rng) for size in ("large", "small")]
+    rng.shuffle(pair)
+    more = _pick(SIZES, rng)
+    wanted = next(thing for thing in pair if thing.size == more)
+    first, second = ((thing.colour, thing.shape) for thing in pair)
+    if form == "which":
+        return Fact(form, (first, second), (wanted.colour, wanted.shape), more)
+    return Fact(form, (first, second), ("yes" if wanted is pair[0] else "no",), more)
 
 
-def _ask_description(scene: Scene, rng: np.random.Generator, turn: int) -> tuple[str, str]:
-    return "", description(scene)
+def _ask_description(scene: Scene, rng: np.random.Generator, form: str, turn: int) -> Fact:
+    return Fact(form, (), ())
 
 
-_ASK = {kind: globals()[f"_ask_{kind}"] for kind in TYPES}
+_ASK = {
+    **dict.fromkeys(("colour", "shape", "size"), _ask_attribute),
+    **dict.fromkeys(("compare", "which"), _ask_compare),
+    **{form: globals()[f"_ask_{form}"] for form in ("count", "position", "at", "existence", "description")},
+}

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from evaluation.baselines import TRAINED
 from evaluation.intervals import Interval, mcnemar
-from evaluation.passes import TRAINED
 from evaluation.predictions import FILE, Replies, read_predictions
 from evaluation.runner import Answer, Question, make_answer
 from evaluation.scores import accuracy_difference

@@ -20,6 +20,7 @@ from answering.remote import RemoteAnswerer
 from answering.request import AnyAnswerer, PhotoSource
 from dataset.records import Entry, Photo
 from errors import UserError
+from evaluation.baselines import BASELINES, TRAINED
 from evaluation.intervals import Interval
 from evaluation.losses import answer_losses
 from evaluation.metrics import normalise
@@ -30,17 +31,10 @@ from model.checkpoint_folder import PROVENANCE_FILE, checksum
 from model.model import MMultiModal
 from model.portable import portable_config
 from model.projector import build_projector
+from qwen.half import HalfLinear
 from visual.augment import STRENGTHS, distort
 from visual.photo import load_image
 
-TRAINED = "trained"  # the pass of the model as it is, with the own photo
-BASELINES = {
-    "blind": "with another photo",
-    "text": "without any photo",
-    "untrained": "with an untrained projector",
-    "majority": "the type's most frequent answer",
-}
-NEEDS_WEIGHTS = "untrained"  # the baseline that a server cannot give
 UNTRAINED_SEED = 0
 DISTORTION_SEED = 0
 
@@ -287,10 +281,11 @@ def describe(
     files = [provenance] if provenance.is_file() else sorted(checkpoint.glob("*.bin"))
     sections = portable_config(model.config)
     parameter = next(model.feature_proj.parameters())
+    half = ", fp16 weights" if any(isinstance(layer, HalfLinear) for layer in model.LLM.modules()) else ""
     return {
         "checkpoint": checkpoint.name,
         "weights": [checksum(file)[:16] for file in files],
         **asked,
         **{name: sections[name] for name in ("prompt", "visual", "llm", "projector", "generate")},
-        "computed": f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}",
+        "computed": f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}{half}",
     }

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dataset.records import Photo
+from evaluation.baselines import TRAINED
 from evaluation.compare import Comparison
 from evaluation.intervals import Interval
-from evaluation.passes import TRAINED, Evaluation
+from evaluation.passes import Evaluation
 from evaluation.runner import Answer
 from evaluation.scores import Result, Score
 from visual.augment import STRENGTHS

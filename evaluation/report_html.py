@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from dataset.records import Photo
+from evaluation.baselines import BASELINES, TRAINED
 from evaluation.compare import Comparison
 from evaluation.intervals import Interval
-from evaluation.passes import BASELINES, TRAINED, Evaluation
+from evaluation.passes import Evaluation
 from evaluation.report import accuracy_cells, compared_line, looks_line, rows, text_columns
 from evaluation.runner import Answer
 from evaluation.web_page import paragraph, read_thumbnail, show_thumbnails, whole_page

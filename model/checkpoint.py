@@ -15,8 +15,8 @@
     trainer_state/               optimizer, scheduler, random generators, position in the data
 
 `model/parts.py` determines which weight files exist; frozen weights are not saved. The course report's published
-checkpoint can be loaded too (`model/report_layout.py`). A folder is written under a temporary name, flushed to disk and
-renamed, so a folder with its final name is complete.
+checkpoint (`model/report_layout.py`) and stock LLaVA folders (`model/stock_folder.py`) can be loaded too. A folder is
+written under a temporary name, flushed to disk and renamed, so a folder with its final name is complete.
 """
 
 import io
@@ -30,13 +30,13 @@ from typing import Any
 import orjson
 import torch
 import yaml
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from backbones.backbone import backbone_fingerprint, same_backbone
-from config import Config, load_config
 from errors import UserError, file_error
-from model import report_layout
+from model import report_layout, stock_folder
 from model.checkpoint_folder import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
@@ -49,13 +49,15 @@ from model.checkpoint_folder import (
     checksum,
     flush,
     put_in_place,
+    read_config,
     read_provenance,
     required_files,
 )
 from model.model import MMultiModal
 from model.parts import ADAPTER_FILE, PROJECTOR_FILE, Part
 from model.portable import portable_config
-from model.precision import DTYPES, pick_device, pick_precision
+from model.precision import answering_weights, pick_device
+from qwen.half import halve
 
 
 def load_checkpoint(
@@ -63,30 +65,39 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     overrides: dict[str, Any] | None = None,
+    merge_lora: bool = True,
 ) -> MMultiModal:
     """Load a checkpoint folder for answering.
 
     Args:
         folder: as `save_checkpoint` wrote it, or the course report's published checkpoint.
         device: default as `model.precision.pick_device`.
-        dtype: of all weights that are not quantised; default bf16 on a GPU that has it, else float32.
+        dtype: of all weights that are not quantised; default as `answering_weights`.
         overrides: config values by dotted key, for example `{"llm.path": "/models/Qwen2.5-0.5B"}`; the values are
-            used unchanged.
+            used unchanged. Only here, `train.precision` is that of the answers.
+        merge_lora: add LoRA to the weights where that loses nothing (`qwen.lora.merge_lora`), so that answers take no
+            time for it. False: leave it apart, as in training.
 
     Raises:
         UserError: not a complete checkpoint, or its backbones are missing or differ from those in training.
     """
     folder = check_complete(Path(folder))
     device = pick_device(device)
-    if dtype is None:
-        dtype = DTYPES[pick_precision("auto", device)] if device.type == "cuda" else torch.float32
     config = read_config(folder, overrides)
+    halves = False
+    if dtype is None:
+        asked = config.train.precision if "train.precision" in (overrides or {}) else None
+        dtype, halves = answering_weights(asked, device)
     model = MMultiModal.from_config(config, device, dtype, run_folder=folder.parent)
     restore_weights(model, folder)
     # only the parts: `.to(dtype)` on the model would also round the frequencies of the rotary embedding
     for part in model.parts:
         for parameter in part.parameters.values():
             parameter.data = parameter.data.to(dtype)
+    if merge_lora:
+        model.merge_lora()
+    if halves and not isinstance(model.LLM, PeftModel):
+        halve(model.LLM)
     return model.eval()
 
 
@@ -171,15 +182,6 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
 
 
-def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read the training config of a checkpoint, with `overrides` by dotted key; errors as `check_complete`."""
-    folder = check_complete(folder)
-    if report_layout.is_report_checkpoint(folder):
-        return report_layout.read_report_config(folder, overrides or {})
-    read_provenance(folder)  # first: a newer version may have other keys in its config
-    return load_config(folder / CONFIG_FILE, overrides)
-
-
 def restore_weights(model: MMultiModal, folder: Path, other_prompt: bool = False, new_run: bool = False) -> list[str]:
     """Load the trained parts of a checkpoint into `model`; check backbones, prompt and transform.
 
@@ -198,7 +200,9 @@ def restore_weights(model: MMultiModal, folder: Path, other_prompt: bool = False
     notes = []
     folder = check_complete(folder)
     checksums: dict[str, str] = {}
-    if not report_layout.is_report_checkpoint(folder):
+    if stock_folder.is_stock_folder(folder):
+        stock_folder.check_run(model, folder)
+    elif not report_layout.is_report_checkpoint(folder):
         checksums = read_provenance(folder).get("checksums", {})
         _check_fingerprints(model, folder)
         notes += _check_prompt(model, folder, other_prompt)
@@ -262,6 +266,8 @@ def _read_weights(folder: Path) -> dict[str, _Weights]:
             ADAPTER_FILE: _Weights(report_layout.ADAPTER_FILE, adapter, report_layout.lora_settings(folder)),
             PROJECTOR_FILE: _Weights(report_layout.PROJECTOR_FILE, projector, None),
         }
+    if stock_folder.is_stock_folder(folder):
+        return {PROJECTOR_FILE: _Weights("projector", stock_folder.read_stock_projector(folder), None)}
     weights = {}
     for name in required_files(folder):
         if name.endswith(".safetensors"):
@@ -311,6 +317,9 @@ def _check_fingerprints(model: MMultiModal, folder: Path) -> None:
                 f"{folder} was trained on another '{key}': its backbone has the fingerprint {expected[part]}, "
                 f"{backbone} has {backbone_fingerprint(backbone)}. Set {key}=FOLDER to the model it was trained with"
             )
+    feature = read_config(folder).visual.feature
+    if model.config.visual.feature != feature:
+        raise UserError(f"{folder} was trained with visual.feature={feature}: set it so")
     if model.processor.transform.fingerprint() != expected["transform"]:
         raise UserError(f"{folder} was trained with other preprocessor settings than {model.visual_folder} has now")
 

@@ -12,8 +12,9 @@ from typing import Any
 import orjson
 import yaml
 
+from config import Config, load_config
 from errors import UserError, file_error, shortened
-from model import report_layout
+from model import report_layout, stock_folder
 from model.parts import ADAPTER_FILE, PROJECTOR_FILE
 from paths import REPO_ROOT, nearest_name_hint
 
@@ -139,7 +140,7 @@ def changed(folder: Path, name: str, checksums: dict[str, str]) -> str | None:
 
 
 def check_complete(folder: Path) -> Path:
-    """Return `folder` if it is a complete checkpoint.
+    """Return `folder` if it is a complete checkpoint, or a stock model.
 
     Raises:
         UserError: it does not exist or lacks files; names them.
@@ -147,6 +148,8 @@ def check_complete(folder: Path) -> Path:
     folder = REPO_ROOT / folder
     if not os.path.isdir(folder):  # unlike Path.is_dir, it accepts names that are too long
         raise UserError(f"checkpoint folder not found: {shortened(folder)}. {nearest_name_hint(folder)}".rstrip())
+    if stock_folder.is_stock_folder(folder):
+        return folder
     in_report = report_layout.is_report_checkpoint(folder)
     required = report_layout.REQUIRED_FILES if in_report else required_files(folder)
     missing = [name for name in required if not (folder / name).is_file()]
@@ -162,3 +165,18 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     # isdecimal, because isdigit accepts characters that int rejects, such as '²'
     folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def read_config(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read the training config of a checkpoint, with `overrides` by dotted key; errors as `check_complete`."""
+    folder = check_complete(folder)
+    if report_layout.is_report_checkpoint(folder):
+        return report_layout.read_report_config(folder, overrides or {})
+    if stock_folder.is_stock_folder(folder):
+        return stock_folder.read_stock_config(folder, overrides or {})
+    read_provenance(folder)  # first: a newer version may have other keys in its config
+    config = load_config(folder / CONFIG_FILE, overrides)
+    if config.projector.kind == "pixel_shuffle" and "mean_share" not in config.projector.model_fields_set:
+        # written before the key, so it was trained with none of the mean
+        config = load_config(folder / CONFIG_FILE, {**(overrides or {}), "projector.mean_share": 0.0})
+    return config

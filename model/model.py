@@ -27,6 +27,7 @@ from model.processor import Processor
 from model.projector import build_projector
 from qwen.chat import IGNORE_INDEX, ChatFormat
 from qwen.loading import load_language_model
+from qwen.lora import merge_lora
 from qwen.Mqwen import LOSS_ROWS, supervised_positions
 from qwen.tokenizer import image_token_id, load_tokenizer
 from visual.encoder import load_encoder
@@ -106,7 +107,7 @@ class MMultiModal(nn.Module):
         dtype = DTYPES[pick_precision(config.train.precision, device)] if dtype is None else dtype
         visual_folder = locate_backbone(config.visual.path, config.model_root, "visual.path", config.hub, run_folder)
         llm_folder = locate_backbone(config.llm.path, config.model_root, "llm.path", config.hub, run_folder)
-        encoder = load_encoder(visual_folder, dtype, config.visual.drop).to(device)
+        encoder = load_encoder(visual_folder, dtype, config.visual.drop, config.visual.feature).to(device)
         tokenizer = load_tokenizer(llm_folder)
         LLM = load_language_model(
             llm_folder,
@@ -129,6 +130,14 @@ class MMultiModal(nn.Module):
         """The language model without peft's wrapper; LoRA is inside its layers."""
         return self.LLM.get_base_model() if isinstance(self.LLM, PeftModel) else self.LLM
 
+    def merge_lora(self) -> None:
+        """Add LoRA to the weights where `qwen.lora.merge_lora` can; it can then be neither trained nor saved."""
+        merge_lora(self.encoder)
+        if merge_lora(self.LLM):
+            self.LLM = self.language_model
+        left = {id(weight) for weight in self.parameters()}
+        self.parts = [part for part in self.parts if all(id(weight) in left for weight in part.parameters.values())]
+
     @property
     def device(self) -> torch.device:
         return self.feature_proj.device
@@ -136,7 +145,7 @@ class MMultiModal(nn.Module):
     @property
     def suppressed_ids(self) -> list[int]:
         """Ids excluded from answers: the placeholder, and the unused spare rows of the embedding."""
-        rows = self.LLM.get_output_embeddings().weight.shape[0]
+        rows = self.LLM.get_output_embeddings().out_features
         return [self.processor.chat.image_token_id, *range(len(self.processor.tokenizer), rows)]
 
     @property

@@ -4,9 +4,10 @@ from typing import Literal
 
 import torch
 
-from compat import onednn_has_bf16
+from compat import has_fp16_product, onednn_has_bf16
 from errors import UserError
 
+Precision = Literal["auto", "bf16", "fp16", "float32"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,7 +35,7 @@ def cpu_has_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
-def pick_precision(precision: Literal["auto", "bf16", "fp16", "float32"], device: torch.device) -> str:
+def pick_precision(precision: Precision, device: torch.device) -> str:
     """Return the precision; `auto` is bf16 if the device computes in it, fp16 on older GPUs, else float32.
 
     Raises:
@@ -51,3 +52,22 @@ def pick_precision(precision: Literal["auto", "bf16", "fp16", "float32"], device
     if precision == "fp16" and device.type != "cuda":
         raise UserError("'train.precision': fp16 needs a CUDA GPU; use auto, bf16 or float32")
     return best if precision == "auto" else precision
+
+
+def answering_weights(precision: Precision | None, device: torch.device) -> tuple[torch.dtype, bool]:
+    """Return the dtype of the weights for answering, and whether `qwen.half` then makes those of the LLM fp16.
+
+    Args:
+        precision: as in `pick_precision`, with its errors. None: `auto`, but float32 on a CPU, where LoRA can be merged
+            into float32 weights only, and answers do then not depend on the kind of CPU.
+
+    Raises:
+        UserError: fp16 on a CPU without products for it.
+    """
+    if device.type == "cpu" and precision == "fp16":
+        if not has_fp16_product():
+            raise UserError("'train.precision': on a CPU, fp16 needs an x86 build of torch; use auto, bf16 or float32")
+        return torch.float32, True
+    if precision is None:
+        precision = "float32" if device.type == "cpu" else "auto"
+    return DTYPES[pick_precision(precision, device)], False

@@ -128,8 +128,10 @@ class PixelShuffle(Mlp):
     Tokens are in row order, like the patches. With f the factor, token (i, j) joins the patches (f·i + y, f·j + x) in
     the order of y, then x: columns Dv·(f·y + x) to Dv·(f·y + x + 1) of its row.
 
-    The mean of the crop's rows is subtracted from each first: otherwise a row holds factor² times what all patches have
-    in common and once what one patch shows, and training does not get past guessing for a long time.
+    Of the mean of the crop's rows, only `projector.mean_share` stays in each, by default 1 / factor: the squares of
+    what all patches have in common then add up to one patch's. With all of it, a row holds factor² times what is common
+    and once what one patch shows, and training does not get past guessing for a long time. With none, a row does not
+    know what the photo is about, which the mean of a ViT's patches says.
 
     Zeros, the mean patch, replace a dropped first patch to complete the grid. If the factor does not divide a side,
     zeros fill the last squares at the bottom and on the right: 14 × 14 patches become 5 × 5 tokens at factor 3.
@@ -141,6 +143,7 @@ class PixelShuffle(Mlp):
     def __init__(self, settings: Projector, grid: Grid, width: int, out_width: int) -> None:
         super().__init__(settings, grid, width * settings.factor**2, out_width)
         self.factor = settings.factor
+        self.mean_share = 1 / settings.factor if settings.mean_share is None else settings.mean_share
         self.tokens(grid)  # raises for an unsupported grid, before training starts
 
     def tokens(self, grid: Grid) -> int:
@@ -156,7 +159,8 @@ class PixelShuffle(Mlp):
 
     def squares(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
         """`(C, R, Dv)` → `(C, M, factor² · Dv)`."""
-        patches = nn.functional.pad(rows - rows.mean(1, keepdim=True), (0, 0, max(-grid.extra, 0), 0))
+        rows = rows - (1 - self.mean_share) * rows.mean(1, keepdim=True)
+        patches = nn.functional.pad(rows, (0, 0, max(-grid.extra, 0), 0))
         patches = patches.unflatten(1, (grid.height, grid.width))  # (C, height, width, Dv)
         patches = nn.functional.pad(patches, (0, 0, 0, -grid.width % self.factor, 0, -grid.height % self.factor))
         patches = patches.unflatten(2, (-1, self.factor)).unflatten(1, (-1, self.factor))  # (C, i, y, j, x, Dv)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,12 @@ LANGUAGE_MODELS = {
     "qwen3": MQwen3ForCausalLM,
     "llama": MLlamaForCausalLM,
 }
+
+
+# tensors of a LLaVA model: those of its language model, in the names of all versions of transformers, and the others
+STOCK = "llava"
+STOCK_NAMES = {r"^language_model\.lm_head\.": "lm_head.", r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
+STOCK_OTHERS = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 def loading_options(
@@ -78,7 +85,9 @@ def load_language_model(
         UserError: an unsupported architecture, tensors that are missing, left over or of the wrong shape, or
             quantisation without bitsandbytes.
     """
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stock = raw.get("model_type") == STOCK  # a whole model as `export.py` writes it
+    model_type = raw["text_config"].get("model_type", "llama") if stock else raw.get("model_type")
     if model_type not in LANGUAGE_MODELS:
         known = ", ".join(LANGUAGE_MODELS)
         raise UserError(f"'llm.path': {folder} is of type '{model_type}'; supported: {known}")
@@ -88,6 +97,10 @@ def load_language_model(
         qwen1.register_names(model_class.__name__)
     else:
         config, ours = AutoConfig.from_pretrained(folder), attention
+    if stock:
+        tied = raw.get("tie_word_embeddings", raw["text_config"].get("tie_word_embeddings", False))
+        config = config.text_config
+        config.tie_word_embeddings = tied
     ours.register_attention()
     language_model, info = model_class.from_pretrained(
         folder,
@@ -95,9 +108,11 @@ def load_language_model(
         attn_implementation=ours.ATTENTION,
         ignore_mismatched_sizes=True,  # require_complete names these tensors; transformers would not
         output_loading_info=True,
+        key_mapping=STOCK_NAMES if stock else None,
         **loading_options(dtype, placement, quantization),
     )
-    require_complete(info, "llm.path", folder)
+    others = {name for name in info["unexpected_keys"] if stock and STOCK_OTHERS.search(name)}
+    require_complete({**info, "unexpected_keys": info["unexpected_keys"] - others}, "llm.path", folder)
     if quantization == "nf4":
         _keep_4bit_layout(language_model)
     language_model.image_token_id = image_token_id

@@ -2,12 +2,16 @@
 
 peft computes `W x + (B A x) · s` with one tensor per term, in the forward and the backward pass. Here the second
 product is added to the first during its computation. Used by `model/parts.py` for weights that are not quantised.
+For answering, `merge_lora` adds B A to W once.
 
 Shapes: T tokens, I and O inputs and outputs of the layer, r rank.
 """
 
+from collections import Counter
+
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -83,3 +87,25 @@ class LoraLinear(Linear):
         else:  # for one new token, autograd's function takes longer than the products
             output, _ = _products(flat, mask, weight, bias, *matrices, scaling)
         return output.view(*x.shape[:-1], -1)
+
+
+def merge_lora(model: nn.Module) -> bool:
+    """Add all LoRA in `model` to the float32 weights it belongs to, and put plain layers in its place.
+
+    Returns:
+        Whether none is left. All stays as it is if any of these weights
+
+        * is bf16, fp16 or quantised: LoRA changes a weight by less than the distance to the next value that these
+          formats have, so the change would be lost;
+        * is also another layer's, as an output matrix that is the input matrix;
+        * is not in memory (`llm.device_map: auto` with too little of it).
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    weights = [layer.get_base_layer().weight for layer in layers.values()]
+    if any(weight.dtype != torch.float32 or weight.is_meta or uses[id(weight)] > 1 for weight in weights):
+        return False
+    for name, layer in layers.items():
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    return True

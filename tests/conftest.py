@@ -2,6 +2,9 @@
 
 import shutil
 import signal
+import subprocess
+import sys
+import traceback
 from pathlib import Path
 
 import hypothesis
@@ -9,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
+from exporting import stock_check
 from paths import REPO_ROOT
 from tests.raw_world import World
 from tests.tiny import tiny_config, write_qwen, write_qwen1, write_records, write_siglip
@@ -101,3 +105,18 @@ def configure(workshop, tmp_path):
         )
 
     return build
+
+
+@pytest.fixture
+def same_process(monkeypatch):
+    """Compare an export in this process, because starting another takes seconds."""
+
+    def run(command, **_):
+        monkeypatch.setattr(sys, "argv", command[2:])
+        try:
+            stock_check.main()
+        except Exception:
+            return subprocess.CompletedProcess(command, 1, "", traceback.format_exc())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)

@@ -114,3 +114,15 @@ def test_pillow_processors_have_the_settings_that_are_read():
 
 def test_onednn_says_yes_or_no():
     assert compat.onednn_has_bf16() in (True, False)
+
+
+@pytest.mark.skipif(not compat.has_fp16_product(), reason="torch has no products with fp16 weights here")
+@pytest.mark.parametrize("bias", [None, torch.arange(5.0)])
+def test_products_with_fp16_weights(bias):
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 3, generator=generator) for rows in (5, 4))
+    packed = compat.fp16_pack(weight, bias)
+    assert torch.equal(compat.fp16_unpack(packed)[0], weight.half().float())
+    expected = torch.nn.functional.linear(x, weight.half().float(), bias)
+    torch.testing.assert_close(compat.fp16_product(x, packed), expected)
+    torch.testing.assert_close(compat.fp16_product(x.view(2, 2, 3), packed), expected.view(2, 2, 5))

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import predict
+from answering.question_file import answer_file
 from answering.request import Reply, ReplyStream
 from errors import UserError
 from visual.transform import load_image
@@ -64,8 +65,8 @@ def loaded(monkeypatch):
         calls.append((folder, overrides))
         return SimpleNamespace()
 
-    monkeypatch.setattr(predict, "load_checkpoint", load)
-    monkeypatch.setattr(predict, "Answerer", FakeAnswerer)
+    monkeypatch.setattr("model.checkpoint.load_checkpoint", load)
+    monkeypatch.setattr("answering.answer.Answerer", FakeAnswerer)
     return calls
 
 
@@ -132,7 +133,7 @@ def test_rows_with_photos_of_several_turns(folder, row, expected):
     Image.new("RGB", (1, 2)).save(folder / "a.png")
     Image.new("RGB", (3, 4)).save(folder / "b.png")
     (folder / "in.jsonl").write_text(json.dumps(row))
-    assert predict.answer_file(FakeAnswerer(None), folder / "in.jsonl", folder / "out.jsonl") == (1, 0)
+    assert answer_file(FakeAnswerer(None), folder / "in.jsonl", folder / "out.jsonl") == (1, 0)
     answer = json.loads((folder / "out.jsonl").read_text())["answer"]
     assert answer.replace("[photo]\n", "[photo]") == expected
 
@@ -187,7 +188,7 @@ def test_answers_are_on_disk_before_the_next_is_asked_for(folder):
             lines_before.append(len((folder / "out.jsonl").read_text().splitlines()))
             return super().pieces(photos, messages)
 
-    assert predict.answer_file(Watching(None), folder / "in.jsonl", folder / "out.jsonl") == (2, 0)
+    assert answer_file(Watching(None), folder / "in.jsonl", folder / "out.jsonl") == (2, 0)
     assert lines_before == [0, 1]
 
 
@@ -256,7 +257,7 @@ ODD_ROWS = [
 
 def test_every_row_is_answered_or_says_why_not(folder):
     (folder / "in.jsonl").write_text("\n".join([*ODD_ROWS, '{"question": "last"}']), encoding="utf-8")
-    answered, failed = predict.answer_file(ChoosyAnswerer(None), folder / "in.jsonl", folder / "out.jsonl")
+    answered, failed = answer_file(ChoosyAnswerer(None), folder / "in.jsonl", folder / "out.jsonl")
     rows = [
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
         for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()
@@ -276,7 +277,7 @@ def test_out_of_memory_and_ctrl_c_end_at_once_and_keep_what_was_answered(folder,
     questions = ["one", question, "three"]
     (folder / "in.jsonl").write_text("\n".join(json.dumps({"question": text}) for text in questions))
     with pytest.raises(error):
-        predict.answer_file(ChoosyAnswerer(None), folder / "in.jsonl", folder / "out.jsonl")
+        answer_file(ChoosyAnswerer(None), folder / "in.jsonl", folder / "out.jsonl")
     assert [json.loads(line)["answer"] for line in (folder / "out.jsonl").read_text().splitlines()] == ["one no photo"]
 
 
@@ -284,7 +285,7 @@ def test_out_of_memory_and_ctrl_c_end_at_once_and_keep_what_was_answered(folder,
 def test_a_full_disk_is_said(folder):
     (folder / "in.jsonl").write_text('{"question": "one"}\n{"question": "two"}\n')
     with pytest.raises(UserError, match="/dev/full: No space left on device"):
-        predict.answer_file(FakeAnswerer(None), folder / "in.jsonl", Path("/dev/full"))
+        answer_file(FakeAnswerer(None), folder / "in.jsonl", Path("/dev/full"))
 
 
 @pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])

@@ -73,7 +73,7 @@ def answer_word(answerer, folder):
     ],
 )
 def test_mistakes_are_said_before_the_model_is_loaded(folder, monkeypatch, options, problem):
-    monkeypatch.setattr(predict, "load_checkpoint", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("model.checkpoint.load_checkpoint", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match=problem):
         run(folder / "run" / "checkpoint", folder, *options)
 

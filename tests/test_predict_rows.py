@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-import predict
 from answering.answer import Answerer
+from answering.question_file import answer_file
 from answering.request import Reply
 from dataset.image_caption_dataset import entry_messages
 from dataset.raw import process_coco
@@ -40,7 +40,7 @@ def test_a_row_of_the_training_data_gets_its_prompt(tiny_checkpoint, tmp_path, m
     monkeypatch.setattr(answerer, "answer_many", lambda requests: asked.extend(requests) or iter([reply]))
     (tmp_path / "in.jsonl").write_text(json.dumps(row))
     shutil.copytree(root / "photos", tmp_path, dirs_exist_ok=True)
-    assert predict.answer_file(answerer, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == (1, 0)
+    assert answer_file(answerer, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == (1, 0)
 
     image_map, captions = process_coco([row], tmp_path, 0)
     (tmp_path / "map.json").write_text(json.dumps(image_map))

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from answering.answer import Answerer
 from dataset.image_caption_dataset import ImageCaptionDataset, entry_messages
@@ -18,7 +19,7 @@ from errors import UserError
 from evaluation import screenshots
 from model.checkpoint import load_checkpoint
 from paths import REPO_ROOT
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, write_qwen
 
 
 def script(*arguments):
@@ -104,10 +105,14 @@ def test_eval_vqa(tiny_checkpoint, workshop, tmp_path):
 
 
 def test_export(tiny_checkpoint, workshop, tmp_path):
-    done = script("export.py", "--checkpoint", tiny_checkpoint, "--output", tmp_path / "out", f"model_root={workshop}")
+    data = [f"data.image_map={workshop}/image_map.json", f"data.captions={workshop}/captions.json"]
+    done = script(
+        "export.py", "--checkpoint", tiny_checkpoint, "--output", tmp_path / "out", f"model_root={workshop}", *data
+    )
     assert done.returncode == 0, done.stderr
-    assert "same greedy answer" in done.stdout
+    assert "8 of 8 greedy answers are the same" in done.stdout  # four of its validation photos, and four drawn ones
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "out" / "export_report.json").read_text())["passed"]
 
 
 def test_outputs_that_cannot_be_written_are_said_before_the_model_is_loaded(tiny_checkpoint, tmp_path, monkeypatch):
@@ -129,16 +134,34 @@ def test_outputs_that_cannot_be_written_are_said_before_the_model_is_loaded(tiny
         screenshots.main(["--checkpoint", "c", "--photo", "x" * 300, "--output", str(tmp_path)])
 
 
-def test_a_full_disk_while_exporting_is_said(tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_full_disk_while_exporting_is_said(tiny_checkpoint, workshop, tmp_path, monkeypatch):
     export = importlib.import_module("export")
-    monkeypatch.setattr(export, "load_checkpoint", lambda *_, **__: None)
 
-    def full(model, output):
-        raise OSError(28, "No space left on device")
+    def full(tensors, file, **_):
+        file.write_bytes(b"part")
+        raise SafetensorError("Error while serializing: IoError: No space left on device (os error 28)")
 
-    monkeypatch.setattr(export, "export_checkpoint", full)
-    with pytest.raises(UserError, match=r"out: No space left on device"):
-        export.main(["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "out")])
+    monkeypatch.setattr("exporting.folder.save_file", full)
+    with pytest.raises(UserError, match=r"out: .*No space left on device"):
+        export.main(["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "out"), f"model_root={workshop}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_said(tiny_checkpoint, workshop, tmp_path):
+    export = importlib.import_module("export")
+    cut = shutil.copytree(tiny_checkpoint, tmp_path / "cut")
+    (cut / "feature_proj.safetensors").unlink()
+    for folder, override, message in (
+        (cut, f"model_root={workshop}", "not a complete checkpoint"),
+        (tiny_checkpoint, f"llm.path={tmp_path}/nowhere", "'llm.path': no folder"),
+        (tiny_checkpoint, f"llm.path={write_qwen(tmp_path / 'qwen', 'qwen3')}", "trained on another 'llm.path'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export.main(["--checkpoint", str(folder), "--output", str(tmp_path / "out"), override])
+    with pytest.raises(SystemExit) as end:
+        export.main(["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "out"), "--format", "onnx"])
+    assert end.value.code == 2
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["with #2", "with: colon", "中文 空格"])
@@ -190,3 +213,18 @@ def test_help_and_a_wrong_key(name, tiny_checkpoint, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"unknown key 'llm\.pth', did you mean 'llm\.path'\?") as caught:
         main([*options, "llm.pth=x"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["process_image", "train", "predict", "eval_vqa", "serve"])
+def test_help_does_not_wait_for_torch(name):
+    code = f"""
+import runpy, sys
+sys.argv = ["{name}.py", "--help"]
+try:
+    runpy.run_path("{name}.py", run_name="__main__")
+except SystemExit as end:
+    sys.exit(f"{{end.code}} {{sorted({{'torch', 'transformers'}} & sys.modules.keys())}}")
+"""
+    done = script("-c", code)
+    assert done.stderr == "0 []\n"
+    assert done.stdout.startswith("usage: ")

@@ -1,5 +1,6 @@
 """The project's commands: what they keep of earlier runs, and what they say about the machine."""
 
+import json
 import shutil
 
 import pytest
@@ -42,6 +43,14 @@ def test_another_run_is_moved_aside(run, capsys, change):
     assert "demo.old-2" in capsys.readouterr().out
 
 
+def test_the_page_shows_the_newest_checkpoint_else_the_shipped_one(run, monkeypatch):
+    monkeypatch.setattr(tasks, "ROOT", run.parents[1])
+    (run / "checkpoint-80").mkdir()
+    assert tasks.newest_checkpoint() == run / "checkpoint-240"
+    shutil.rmtree(run)
+    assert tasks.newest_checkpoint() == run.parents[1] / tasks.SHIPPED
+
+
 @pytest.mark.parametrize(("smi", "cuda", "told"), [(True, False, True), (True, True, False), (False, False, False)])
 def test_a_gpu_without_cuda_is_told(tmp_path, monkeypatch, capsys, smi, cuda, told):
     (tmp_path / ".venv").mkdir()
@@ -59,3 +68,20 @@ def test_a_gpu_without_cuda_is_told(tmp_path, monkeypatch, capsys, smi, cuda, to
     output = capsys.readouterr().out
     assert ("pytorch.org" in output) == told
     assert ("torch==9.9.9 with CUDA" in output) == told
+
+
+@pytest.mark.parametrize("low", [None, "count_zh", "unknown", "dialogue"])
+def test_every_type_of_the_demo_must_reach_its_score(tmp_path, low):
+    kinds = ["count", "count_zh", "description", "dialogue", "unknown", "unknown_zh"]
+    by_type = {kind: {"accuracy": 0.7 if kind in (low, "description") else 0.98} for kind in kinds}
+    passes = {
+        "trained": {"by_type": by_type, "overall": {"accuracy": 0.95}},
+        "blind": {"overall": {"accuracy": 0.3}},
+    }
+    file = tmp_path / "metrics.json"
+    file.write_text(json.dumps({"passes": passes}))
+    if low is None:
+        tasks.check_scores(file)
+    else:
+        with pytest.raises(SystemExit, match=low):
+            tasks.check_scores(file)

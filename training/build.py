@@ -23,8 +23,8 @@ from compat import send_no_gradients_of, set_activation_checkpointing
 from config import Config, Train
 from dataset.image_caption_dataset import ImageCaptionDataset
 from errors import UserError
-from model.checkpoint import fingerprints, read_config, restore_weights
-from model.checkpoint_folder import check_complete
+from model.checkpoint import fingerprints, restore_weights
+from model.checkpoint_folder import check_complete, read_config
 from model.model import LossOf, MMultiModal
 from model.parts import check_part_name
 from model.precision import DTYPES, pick_device, pick_precision

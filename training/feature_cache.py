@@ -199,6 +199,8 @@ def _digest(model: MMultiModal, photos: list[Photo], config: Config) -> str:
         f"{backbone_fingerprint(model.visual_folder)} {model.processor.transform.fingerprint()} "
         f"{model.encoder.grid} {config.visual.tiles} {model.encoder.dtype}".encode()
     )
+    if config.visual.feature != "output":
+        digest.update(config.visual.feature.encode())
     inside = {id(weight) for weight in model.encoder.parameters()}
     for part in model.parts:  # weights of an encoder that an earlier run trained differ from the backbone file
         for name, weight in part.parameters.items():

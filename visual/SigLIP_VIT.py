@@ -36,5 +36,7 @@ class SigLIPViT(ConfigTower, SiglipVisionModel):
         return load_pretrained(cls, folder, dtype, cls.unread, config=config)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """`(C, 3, H, W)` → `(C, N, Dv)`, after the post layer norm."""
-        return SiglipVisionModel.forward(self, pixels).last_hidden_state
+        """`(C, 3, H, W)` → `(C, N, Dv)`, after the post layer norm; before it unless `feature` is `output`."""
+        if self.feature == "output":
+            return SiglipVisionModel.forward(self, pixels).last_hidden_state
+        return self.encoder(inputs_embeds=self.embeddings(pixels)).last_hidden_state

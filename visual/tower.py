@@ -14,9 +14,11 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from errors import UserError
 from visual_plan import Grid
 
 Drop = Literal["first", "leading", "none"]
+Feature = Literal["output", "last", "penultimate"]
 
 
 class Tower(nn.Module):
@@ -29,6 +31,7 @@ class Tower(nn.Module):
         patch_size: (height, width) of a patch in pixels.
         drop: rows that `forward` leaves out: `first`, row 0 (for SigLIP the top-left patch), `leading`, all rows in
             front of the patches, or `none`.
+        feature: what `encode` returns: the tower's own output, or the hidden states of its last or last but one layer.
     """
 
     leading: int
@@ -36,6 +39,7 @@ class Tower(nn.Module):
     size: tuple[int, int]
     patch_size: tuple[int, int]
     drop: Drop = "none"
+    feature: Feature = "output"
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> tuple[Self, dict[str, Any]]:
@@ -45,6 +49,18 @@ class Tower(nn.Module):
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """`(C, 3, H, W)` pixels → `(C, leading + patches, Dv)`: the library's own output, nothing dropped."""
         raise NotImplementedError
+
+    def select(self, feature: Feature) -> None:
+        """Set `feature`; layers behind it are removed.
+
+        Raises:
+            UserError: the tower has only its own output.
+        """
+        if feature != "output":
+            raise UserError(
+                f"'visual.feature' is {feature}, and only SigLIP and CLIP encoders give the states of a layer: set "
+                "visual.feature=output"
+            )
 
     @property
     def library_model(self) -> nn.Module:
@@ -88,6 +104,14 @@ class ConfigTower(Tower):
     """Tower that is a transformers model of a fixed picture size; its config has width and sizes."""
 
     config: Any
+    encoder: nn.Module  # transformers' own, with `layers`
+
+    def select(self, feature: Feature) -> None:
+        """As the parent's; the last layer is removed for `penultimate`."""
+        if feature == "penultimate":
+            del self.encoder.layers[-1]
+            self.config.num_hidden_layers -= 1
+        self.feature = feature
 
     @property
     def width(self) -> int:
@@ -108,6 +132,11 @@ def check_drop(drop: str) -> None:
         raise ValueError(f"drop is {drop!r}, not one of {', '.join(get_args(Drop))}")
 
 
+# tensors of a LLaVA model: those of its vision tower, in the names of all versions of transformers, and the others
+STOCK_TOWER = {r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": ""}
+STOCK_OTHERS = r"^((model\.)?(language_model|multi_modal_projector)\.|lm_head\.)"
+
+
 def load_pretrained(
     model_class: Any, folder: Path, dtype: torch.dtype, unread: Collection[str] = (), **settings: Any
 ) -> tuple[Any, dict[str, Any]]:
@@ -124,13 +153,15 @@ def load_pretrained(
             folder,
             dtype=dtype,
             attn_implementation="sdpa",
+            key_mapping=STOCK_TOWER,
             ignore_mismatched_sizes=True,  # to list them with the others
             output_loading_info=True,
             **settings,
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
-    left_over = {name for name in info["unexpected_keys"] if not any(re.search(known, name) for known in unread)}
+    known = (*unread, STOCK_OTHERS)
+    left_over = {name for name in info["unexpected_keys"] if not any(re.search(names, name) for names in known)}
     return model, {**info, "unexpected_keys": left_over}
 
 

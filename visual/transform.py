@@ -21,6 +21,7 @@ from visual.processors import DINOv3ImageProcessor, TimmImageProcessor
 __all__ = ["MAX_PIXELS", "PHOTO_FORMATS", "ImageTransform", "load_image"]
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"  # holds the same for a whole model that transformers 5 saved
 LONGEST_ASPECT = 100  # largest long edge / short edge for a center crop: 34 MB a copy at 336 px
 
 PROCESSORS = {
@@ -64,9 +65,11 @@ class ImageTransform:
         Raises:
             UserError: the file is missing, not JSON, has an unsupported processor, or gives no fixed output size.
         """
-        file = Path(folder) / PREPROCESSOR_FILE
-        if file.is_file():
+        file, whole = Path(folder) / PREPROCESSOR_FILE, Path(folder) / PROCESSOR_FILE
+        if file.is_file() or whole.is_file():
+            file = file if file.is_file() else whole
             settings = _read_object(file)
+            settings = settings.get("image_processor", settings)
             kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
             if kind not in PROCESSORS:
                 raise UserError(f"{file}: image processor {kind!r} is not supported, only {', '.join(PROCESSORS)}")

@@ -1,11 +1,9 @@
 """A server in place of a model: what it is sent, what comes back, and one sentence for each way in which it fails."""
 
 import base64
-import contextlib
 import io
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from PIL import ExifTags, Image
@@ -13,10 +11,11 @@ from PIL import ExifTags, Image
 import predict
 from answering import connection
 from answering.connection import ServerGoneError
-from answering.remote import RemoteAnswerer, data_url, server_config
-from answering.request import Request
+from answering.remote import AT_ONCE, RemoteAnswerer, data_url, server_config
+from answering.request import Reply, Request
 from config import Generate, changed
 from errors import UserError
+from tests.answering.scripted import WHOLE, delta, events, refusal, scripted, whole
 from tests.telling import NAME, TellingEngine, running
 
 RED = Image.new("RGB", (4, 3), "red")
@@ -124,52 +123,6 @@ def test_a_photo_is_sent_upright(tmp_path):
         data_url(tmp_path / "text.jpg")
 
 
-@contextlib.contextmanager
-def scripted(*answers):
-    """A server with these answers, the last one for ever: (status, headers, body), and "cut" to break off after it."""
-    asked, left = [], list(answers)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            asked.append((self.path, dict(self.headers), json.loads(body or "null")))
-            status, headers, content, *cut = left.pop(0) if len(left) > 1 else left[0]
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content.encode()) + len(cut)))
-            self.end_headers()
-            self.wfile.write(content.encode())
-
-        do_GET = do_POST  # noqa: N815
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def events(*contents):
-    return "".join(f"data: {content if isinstance(content, str) else json.dumps(content)}\n\n" for content in contents)
-
-
-def delta(content=None, reason=None):
-    return {"choices": [{"delta": {"content": content}, "finish_reason": reason}]}
-
-
-def refusal(message, **more):
-    return json.dumps({"error": {"message": message} | more})
-
-
-WHOLE = json.dumps({"choices": [{"message": {"content": "yes"}, "finish_reason": "content_filter"}], "more": 1})
-
-
 def ask_stream(answerer):
     return "".join(answerer.stream(None, [{"role": "user", "content": "?"}]))
 
@@ -249,6 +202,63 @@ def test_a_busy_server_is_asked_again(monkeypatch):
     assert len(asked) == 4
 
 
+def numbered(answerer, count, taken):
+    for number in range(count):
+        taken.append(number)
+        yield Request([], [answerer.chat.question(str(number), 0)])
+
+
+def test_several_requests_are_under_way_at_once_and_answers_keep_their_order():
+    everyone, last = threading.Barrier(AT_ONCE, timeout=60), threading.Event()
+    inside, most = set(), []
+
+    def answer(body):
+        question = body["messages"][-1]["content"]
+        inside.add(question)
+        most.append(len(inside))
+        everyone.wait()  # so none is answered before as many have come
+        if question == str(AT_ONCE - 1):
+            last.set()
+        assert question != "0" or last.wait(60)  # the first is answered last
+        inside.discard(question)
+        return (400, {}, refusal("never")) if question in ("1", "9") else (200, {}, whole(f"of {question}"))
+
+    taken = []
+    with scripted(answer) as (url, asked):
+        answerer = RemoteAnswerer(url, model="gpt")
+        replies = answerer.answer_many(numbered(answerer, 2 * AT_ONCE, taken))
+        found = [next(replies)]
+        assert taken == list(range(AT_ONCE))  # it takes no more requests than it asks
+        found += replies
+    wanted = [f"of {number}" for number in range(2 * AT_ONCE)]
+    wanted[1] = wanted[9] = f"{url}/v1 refuses: never"
+    assert [reply.text if isinstance(reply, Reply) else str(reply) for reply in found] == wanted
+    assert len(asked) == 2 * AT_ONCE
+    assert max(most) == AT_ONCE
+
+
+def test_a_server_without_room_for_several_is_asked_one_by_one(monkeypatch):
+    engine = TellingEngine()
+    # the first answer holds the only place, and ends when another request has been refused
+    monkeypatch.setattr(connection.time, "sleep", lambda _: engine.permits.release(50))
+    with running(engine, queue=0) as address:
+        answerer = RemoteAnswerer(address)
+        requests = [Request([], [answerer.chat.question("wait", 0)]), *numbered(answerer, 2 * AT_ONCE, [])]
+        replies = list(answerer.answer_many(requests))
+    assert [reply.text for reply in replies[1:]] == [str(number) for number in range(2 * AT_ONCE)]
+    assert replies[0].text.startswith("0 1 2 ")
+
+
+def test_a_broken_photo_is_an_error_of_its_row(address, photo, tmp_path):
+    (tmp_path / "text.jpg").write_text("text")
+    answerer = RemoteAnswerer(address)
+    question = answerer.chat.question("<|extra_0|>\nWhat?", 1)
+    requests = [Request([file], [question]) for file in (photo, tmp_path / "text.jpg", photo)]
+    first, broken, last = answerer.answer_many(requests)
+    assert "text.jpg: not an image" in str(broken)
+    assert first.text == last.text == "(30, 20) What?"
+
+
 @pytest.mark.parametrize("names", [[], ["a", "b"]])
 def test_one_of_several_models_must_be_named(names):
     message = f"has {len(names)} models, name one with --model: {', '.join(names)}"
@@ -300,12 +310,16 @@ def test_predict_asks_a_server(address, photo, capsys):
 def test_a_server_that_goes_ends_the_file_at_once(photo, capsys):
     source, target = photo.parent / "in.jsonl", photo.parent / "out.jsonl"
     source.write_text('{"question": "1"}\n{"question": "2"}\n{"question": "3"}\n')
+
+    def answer(body):
+        first = body["messages"][-1]["content"] == "1"
+        return (200, {}, WHOLE) if first else (401, {}, refusal("expired"))
+
     with (
-        scripted((200, {}, WHOLE), (401, {}, refusal("expired"))) as (url, asked),
+        scripted(answer) as (url, _),
         pytest.raises(ServerGoneError, match="refuses the key .expired."),
     ):
         predict.main(["--server", url, "--model", "m", "--input", str(source), "--output", str(target)])
-    assert len(asked) == 2
     assert [json.loads(line) for line in target.read_text().splitlines()] == [{"question": "1", "answer": "yes"}]
 
 

@@ -1,6 +1,7 @@
 """Pretraining of the demo's language model: packed rows of scenes against transformers' own Qwen2."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2ForCausalLM
 
 from batch import sample_positions
-from demo.language import IMAGE_TOKENS, SceneReader, SceneWriter, _store, score
+from dataset.image_caption_dataset import ImageCaptionDataset
+from dataset.records import Entry, Photo, Turn
+from demo.language import IMAGE_TOKENS, NOISE, SceneReader, SceneWriter, _store, score
 from demo.pretrain import BACKBONES
+from demo.world import random_scene
 from qwen.attention import ATTENTION
 from qwen.chat import IGNORE_INDEX
 from qwen.tokenizer import load_tokenizer
@@ -68,7 +72,7 @@ def plain_loss(reader, batch):
     return cross_entropy(logits[:-1], batch.labels[0, 1:])  # leaves out labels of -100
 
 
-@pytest.mark.parametrize("kind", ["questions", "sentences", "caption first", "text"])
+@pytest.mark.parametrize("kind", ["questions", "dialogues", "sentences", "caption first", "text"])
 def test_loss_and_gradients_equal_the_definition(tokenizer, kind):
     reader = make_reader(tokenizer)
     batch, types = SceneWriter(tokenizer, np.random.default_rng(1)).batch(kind, 2, PATCHES)
@@ -126,7 +130,7 @@ def test_score_asks_each_question_by_itself(tokenizer):
         with torch.inference_mode():
             best = stock(input_ids=ids).logits[:, :-1].argmax(-1)
         hits = (best == labels[:, 1:]) | (labels[:, 1:] == IGNORE_INDEX)
-        for name, hit in zip(names, hits.all(1).tolist(), strict=True):
+        for (name,), hit in zip(names, hits.all(1).tolist(), strict=True):
             right[name] = right.get(name, 0) + hit
             total[name] = total.get(name, 0) + 1
     scores = score(reader, tokenizer, 3, 16, PATCHES, "text")
@@ -148,3 +152,58 @@ def test_stored_folder_is_a_stock_checkpoint(tokenizer, tmp_path):
     assert not any(info.values())
     written = stock.state_dict()
     assert all(weight.bfloat16().equal(written[name]) for name, weight in reader.language.state_dict().items())
+
+
+def test_each_answer_of_a_dialogue_is_scored(tokenizer):
+    """The shares are those of the answers that a search from each end token backwards finds."""
+    reader = make_reader(tokenizer)
+    stock = Qwen2ForCausalLM.from_pretrained(BACKBONES / "qwen", dtype=torch.float32)
+    reader.language.load_state_dict(stock.state_dict())
+    writer = SceneWriter(tokenizer, np.random.default_rng(4))
+    batch, types = writer.batch("dialogues", 16, PATCHES)
+    right, total = {}, {}
+    torch.manual_seed(1)  # of the noise of the soft scenes
+    with torch.inference_mode():
+        hits = reader.hits(batch, NOISE)
+    start = 0
+    for lengths, branches in zip(batch.lengths, types, strict=True):
+        parts = torch.arange(start, start := start + sum(lengths)).split(lengths)
+        for places, names in zip(parts[1:], branches, strict=True):
+            ends = [place for place in places.tolist() if batch.labels[0, place] == writer.formats[0].answer_end_id]
+            assert len(ends) == len(names)
+            for turn, end in enumerate(ends):
+                first = end
+                while batch.labels[0, first - 1] != IGNORE_INDEX:
+                    first -= 1
+                name = "follow-up" if turn else names[0]
+                right[name] = right.get(name, 0) + bool(hits[first : end + 1].all())
+                total[name] = total.get(name, 0) + 1
+    torch.manual_seed(1)
+    scores = score(reader, tokenizer, 4, 16, PATCHES, "dialogues")
+    assert {name: scores[name] for name in total} == {name: round(right[name] / total[name], 4) for name in total}
+    assert total["follow-up"] == sum(len(names) - 1 for branches in types for names in branches)
+
+
+def test_dialogues_are_rendered_as_in_training(tokenizer):
+    """A scene with its dialogues = the sample that the product makes of the same dialogues on a photo."""
+    writer = SceneWriter(tokenizer, np.random.default_rng(5))
+    state = writer.rng.bit_generator.state
+    batch, types = writer.batch("dialogues", 1, IMAGE_TOKENS)
+    writer.rng.bit_generator.state = state
+    branches = writer._branches(random_scene(writer.rng), "dialogues")
+    chat = writer.formats[int(writer.rng.integers(len(writer.formats)))]
+    assert types == [[[name for name, _, _ in branch] for branch in branches]]
+    assert {len(branch) for branch in branches} <= {2, 3, 4}
+    entries = []
+    for branch in branches:
+        texts = [(question, (answer,)) for _, question, answer in branch]
+        turns = (Turn(*text, images=() if number else (0,)) for number, text in enumerate(texts))
+        entries.append(Entry("drawn", "dialogue", tuple(turns)))
+    photo = Photo(0, "photo", "photo.jpg", Path("photo.jpg"))
+    dataset = ImageCaptionDataset({0: photo}, entries, chat, lambda photo, epoch: torch.zeros(1), max_questions=16)
+    (sample,) = [dataset.tokens(index) for index in range(len(dataset))]
+    assert batch.input_ids[0].equal(sample.input_ids)
+    assert batch.labels[0].equal(sample.labels)
+    assert batch.lengths == (sample.lengths,)
+    answers = sum(len(chat.encode_text(answer)) + 1 for branch in branches for _, _, answer in branch)
+    assert (batch.labels != IGNORE_INDEX).sum() == answers  # every answer is supervised

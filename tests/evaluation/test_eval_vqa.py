@@ -99,7 +99,7 @@ def test_two_evaluations_side_by_side(score, tmp_path, capsys):
 def test_a_baseline_with_the_trained_weights_after_it_leaves_the_model_as_it_was(score, tiny_checkpoint, monkeypatch):
     models = []
     monkeypatch.setattr(
-        eval_vqa, "load_checkpoint", lambda *a, **k: models.append(load_checkpoint(*a, **k)) or models[0]
+        "evaluation.run.load_checkpoint", lambda *a, **k: models.append(load_checkpoint(*a, **k)) or models[0]
     )
     score("--baselines", "untrained")
     fresh = load_checkpoint(tiny_checkpoint, overrides={"model_root": tiny_checkpoint.parent.parent})
@@ -108,7 +108,7 @@ def test_a_baseline_with_the_trained_weights_after_it_leaves_the_model_as_it_was
 
 
 def test_mistakes_are_said_before_the_model_is_loaded(score, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_vqa, "load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("evaluation.run.load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "file").touch()
     wrong = {
         "nothing to evaluate.*val_fraction": ["data.val_fraction=0"],
@@ -197,7 +197,7 @@ def test_a_test_set_gets_answers_but_no_scores(score, standard_files, tmp_path):
 )
 def test_mistakes_with_standard_files(score, standard_files, monkeypatch, options, message):
     monkeypatch.chdir(standard_files)
-    monkeypatch.setattr(eval_vqa, "load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("evaluation.run.load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=message):
         score(*options)
 

@@ -31,7 +31,7 @@ def folder(model, tmp_path):
 
 
 def load(folder, backbones, **overrides):
-    return load_checkpoint(folder, overrides={"model_root": backbones} | overrides)
+    return load_checkpoint(folder, overrides={"model_root": backbones} | overrides, merge_lora=False)
 
 
 @torch.no_grad()

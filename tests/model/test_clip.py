@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from answering.answer import Answerer
-from exporting.vipllava import export_checkpoint
+from exporting import vipllava
 from model.model import MMultiModal
 from tests.tiny import IMAGE_SIZE, fill_trained, tiny_config, write_clip
 from visual.transform import load_image
@@ -81,9 +81,9 @@ def test_equals_stock_llava(backbones, clip_folder):
     torch.testing.assert_close(ours, other(pixel_values=pixels, input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_export_says_that_it_cannot(backbones, clip_folder, tmp_path):
-    with pytest.raises(ValueError, match="'visual.path' is not a SigLIP encoder: .* only models with a SigLIP encoder"):
-        export_checkpoint(build(backbones, clip_folder), tmp_path / "out")
+def test_the_class_with_a_layer_norm_in_front_is_refused(backbones, clip_folder):
+    with pytest.raises(ValueError, match="the encoder is CLIPViT .* SigLIP's last one .*: use --format llava"):
+        vipllava.TARGET.check(build(backbones, clip_folder))
 
 
 def test_summary_counts(backbones, clip_folder):

@@ -10,6 +10,7 @@ import yaml
 from answering.answer import Answerer
 from errors import UserError
 from model.checkpoint import load_checkpoint
+from model.checkpoint_folder import read_config
 from tests.tiny import tiny_config
 from tests.training.runs import losses, same
 from training.loop import Trainer
@@ -17,12 +18,13 @@ from training.loop import Trainer
 QUESTIONS = ["Which colour?", "Which number?", "Is it red?", "Say hello.", "Why?"]
 
 
-def configured(backbones, output, drop="first", lora_rate=1e-2):
+def configured(backbones, output, drop="first", lora_rate=1e-2, **projector):
     settings = {"output_dir": str(output), "save_steps": 2, "log_steps": 1, "trackers": []}
     return tiny_config(
         backbones,
         visual={"path": str(backbones / "siglip"), "drop": drop},
         llm={"path": str(backbones / "qwen"), "lora": {"r": 4, "alpha": 8, "dropout": 0.2}},
+        projector=projector,
         train=settings | {"projector_lr": 2e-2, "lora_lr": lora_rate},
     ).model_copy(update={"model_root": str(backbones)})
 
@@ -34,7 +36,7 @@ def turn_back(folder, version):
     visual, train, parts = config["visual"], config["train"], config["train"].pop("parts")
     for key in ("tiles", "lora"):  # of what came with version 3
         del visual[key]
-    for key in ("kind", "factor", "queries", "heads"):
+    for key in ("kind", "factor", "mean_share", "queries", "heads"):
         del config["projector"][key]
     del config["data"]["augment"]
     visual["drop_first_token"] = {"first": True, "none": False}[visual.pop("drop")]
@@ -87,3 +89,17 @@ def test_version_2_resumes_bit_by_bit(backbones, tmp_path, lora_rate):
     assert losses(tmp_path / "part") == {step: curve[step] for step in (3, 4)}
     states = [torch.load(path / "trainer_state" / "state.pt", weights_only=True) for path in (folder, whole)]
     assert states[0]["optimizer"]["param_groups"] == states[1]["optimizer"]["param_groups"]
+
+
+def test_joined_patches_without_the_later_key_answer_as_before(backbones, tmp_path):
+    """A checkpoint of `pixel_shuffle` from before `projector.mean_share` was trained with none of the mean."""
+    shuffle = {"kind": "pixel_shuffle", "factor": 2, "mean_share": 0.0}
+    trainer = Trainer(configured(backbones, tmp_path / "run", **shuffle))
+    folder, photo = trainer.run(), trainer.train_set.photos[0].path
+    expected = answers(folder, backbones, photo)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["projector"]["mean_share"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert read_config(folder).projector.mean_share == 0
+    assert answers(folder, backbones, photo) == expected
+    assert read_config(folder, {"projector.mean_share": 0.5}).projector.mean_share == 0.5

@@ -12,7 +12,7 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
-from exporting.vipllava import text_config
+from exporting.folder import text_config
 from model.model import MMultiModal
 from tests.batches import as_packed
 from tests.tiny import IMAGE_SIZE, fill_trained, tiny_config

@@ -169,7 +169,7 @@ def test_log_and_checkpoint_name_the_parts(run):
 @torch.no_grad()
 def test_the_same_logits_after_loading(run, backbones):
     _, trainer, _, folder = run
-    loaded = load_checkpoint(folder, overrides={"model_root": backbones})
+    loaded = load_checkpoint(folder, overrides={"model_root": backbones}, merge_lora=False)
     model = trainer.model.eval()
     pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     ids = torch.tensor([model.processor.chat.render([model.processor.chat.typed_question("What?", 1)])[0]])

@@ -8,6 +8,9 @@ import sys
 import pytest
 import torch
 
+from errors import UserError
+from model import precision
+from model.checkpoint import load_checkpoint
 from model.precision import cpu_has_bf16, pick_precision
 from paths import REPO_ROOT
 from tasks import CPU_LINE, WITHOUT_BF16
@@ -32,6 +35,24 @@ def test_auto_is_bf16_where_the_cpu_has_it(onednn, capabilities, expected, monke
     assert pick_precision("auto", CPU) == expected
     assert pick_precision("bf16", CPU) == "bf16"
     assert pick_precision("float32", CPU) == "float32"
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_answering_is_float32_on_a_cpu_unless_told_otherwise(has_bf16, monkeypatch, tiny_checkpoint):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: has_bf16)
+
+    def dtypes(**overrides):
+        root = {"model_root": tiny_checkpoint.parent.parent}
+        model = load_checkpoint(tiny_checkpoint, "cpu", overrides=root | overrides)
+        return {parameter.dtype for parameter in model.parameters()}
+
+    best = torch.bfloat16 if has_bf16 else torch.float32
+    assert dtypes() == {torch.float32}
+    assert dtypes(**{"train.precision": "auto"}) == {best}
+    assert dtypes(**{"train.precision": "bf16"}) == {torch.bfloat16}
+    monkeypatch.setattr(precision, "has_fp16_product", lambda: False)
+    with pytest.raises(UserError, match=r"'train\.precision': on a CPU, fp16 needs an x86 build of torch; use auto"):
+        dtypes(**{"train.precision": "fp16"})
 
 
 def test_torch_without_onednn(monkeypatch):

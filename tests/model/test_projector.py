@@ -122,11 +122,11 @@ def test_kinds_without_a_stock_class(kind):
         build(kind).llava_tensors()
 
 
-def squares_one_by_one(rows, grid, factor):
+def squares_one_by_one(rows, grid, factor, share):
     """The rule of `PixelShuffle`, patch by patch."""
     height, width = math.ceil(grid.height / factor), math.ceil(grid.width / factor)
     wide = torch.zeros(len(rows), height * width, factor**2 * WIDTH, dtype=rows.dtype)
-    rows = rows - sum(rows[:, row : row + 1] for row in range(grid.rows)) / max(grid.rows, 1)
+    rows = rows - (1 - share) * sum(rows[:, row : row + 1] for row in range(grid.rows)) / max(grid.rows, 1)
     for crop, row, column in itertools.product(range(len(rows)), range(grid.height), range(grid.width)):
         index = row * grid.width + column + grid.extra
         if index < 0:
@@ -138,12 +138,13 @@ def squares_one_by_one(rows, grid, factor):
 
 
 @pytest.mark.parametrize("extra", [0, -1])
-@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize(("factor", "share"), [(2, None), (3, None), (3, 0.0), (2, 1.0)])
 @pytest.mark.parametrize("sides", [(6, 6), (6, 12), (7, 9), (8, 5), (1, 1)])
-def test_pixel_shuffle_equals_patch_by_patch(sides, factor, extra):
+def test_pixel_shuffle_equals_patch_by_patch(sides, factor, share, extra):
     grid = Grid(*sides, extra)
-    projector, rows = build("pixel_shuffle", grid, factor=factor, init_std=0.1).double(), random_rows(grid).double()
-    wide = squares_one_by_one(rows, grid, factor)
+    projector = build("pixel_shuffle", grid, factor=factor, mean_share=share, init_std=0.1).double()
+    rows = random_rows(grid).double()
+    wide = squares_one_by_one(rows, grid, factor, 1 / factor if share is None else share)
     assert torch.allclose(projector.squares(rows, grid), wide, rtol=0, atol=1e-13)  # float64, sums in another order
     hidden = wide @ projector[0].weight.T + projector[0].bias
     hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2  # GELU by its definition
@@ -315,6 +316,8 @@ def test_default_heads_fit_every_language_model(width):
     ("overrides", "message"),
     [
         (["projector.factor=2"], "'projector': 'factor' does nothing with kind: mlp; .* set kind: pixel_shuffle"),
+        (["projector.mean_share=0"], "'mean_share' does nothing with kind: mlp; .* set kind: pixel_shuffle"),
+        (["projector.kind=pixel_shuffle", "projector.mean_share=2"], "'projector.mean_share' = 2: Input should"),
         (["projector.kind=resampler", "projector.factor=2"], "'factor' does nothing with kind: resampler"),
         (["projector.kind=pixel_shuffle", "projector.queries=9"], "'queries' does nothing .* set kind: resampler"),
         (["projector.heads=8"], "'heads' does nothing with kind: mlp"),

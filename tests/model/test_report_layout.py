@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from export import main as export_main
-from model.checkpoint import load_checkpoint, read_config
+from model.checkpoint import load_checkpoint
+from model.checkpoint_folder import read_config
 from predict import main as predict_main
 from tests.tiny import IMAGE_SIZE, tiny_config, write_qwen, write_qwen1, write_records, write_siglip
 from training.loop import Trainer
@@ -59,7 +60,7 @@ def folder(tmp_path):
 
 def load(folder, **overrides):
     bases = {"visual.path": folder / "siglip", "llm.path": folder / "qwen", "visual.image_tokens": 15}
-    return load_checkpoint(folder / "report", device="cpu", overrides=bases | overrides)
+    return load_checkpoint(folder / "report", device="cpu", overrides=bases | overrides, merge_lora=False)
 
 
 @pytest.mark.parametrize("targets", [("c_attn", "w1", "w2"), ("c_attn", "c_proj", "w1", "w2")])
@@ -122,7 +123,7 @@ def test_training_goes_on_from_it(folder):
     checkpoint = trainer.run()
     after = {name: tensor for name, tensor in trainer.model.named_parameters() if tensor.requires_grad}
     assert all(not torch.equal(tensor, before[name]) for name, tensor in after.items())
-    again = load_checkpoint(checkpoint, overrides={"model_root": folder})
+    again = load_checkpoint(checkpoint, overrides={"model_root": folder}, merge_lora=False)
     assert all(torch.equal(tensor, after[name]) for name, tensor in again.named_parameters() if name in after)
 
 

@@ -65,7 +65,7 @@ def model(folder):
 
 def from_report(folder: Path) -> MMultiModal:
     overrides = {"visual.path": folder / "siglip", "llm.path": folder / "qwen"}
-    return load_checkpoint(folder / "checkpoint-36000", device="cpu", overrides=overrides)
+    return load_checkpoint(folder / "checkpoint-36000", "cpu", overrides=overrides, merge_lora=False)
 
 
 def check_logits(logits: torch.Tensor, stored, name: str) -> None:

@@ -215,6 +215,6 @@ def test_a_signal_ends_at_once_in_words(number, status, monkeypatch, capsys):
     ],
 )
 def test_wrong_options_are_said_before_the_model_is_loaded(options, message, monkeypatch):
-    monkeypatch.setattr(serve, "load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("model.checkpoint.load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=message):
         serve.main(["--checkpoint", "c", *options])

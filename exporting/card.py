@@ -1,0 +1,164 @@
+"""The model card of an exported folder: README.md with the hub's head. Called by `export.py` and `write.py`."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+
+from config import Config
+from model.model import MMultiModal
+from model.portable import portable_config
+
+METRICS = "metrics.json"
+NOT_STATED = "not stated in its folder"
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
+
+TEXT = """
+# {name}
+
+Answers questions about photos. An image encoder looks at a photo, a projector turns what it saw into {tokens} tokens,
+and a language model reads them in place of `<|extra_0|>`. This folder is a stock `{stock_class}` in {dtype}:
+
+    from transformers import pipeline
+
+    ask = pipeline("image-text-to-text", model="FOLDER")
+    question = [{{"type": "image", "image": "photo.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
+    print(ask(text=[{{"role": "user", "content": question}}], return_full_text=False)[0]["generated_text"])
+
+The tokenizer is the stock one: control tokens that users type, such as `<|im_end|>`, are control tokens to it. Remove
+them from untrusted text.
+
+## Parts
+
+| part | from | licence | training |
+|---|---|---|---|
+| image encoder | {visual} | {visual_licence} | {vision_mode} |
+| projector | this project | | {projector_mode} |
+| language model | {llm} | {llm_licence} | {llm_mode} |
+
+The licences are those of the parts. That of this model follows from them and from the licences of the data.
+
+## Data
+
+{data}
+
+## Settings
+
+{settings}
+
+## Scores
+
+{scores}
+
+## Comparison with the trained model
+
+{comparison}
+"""
+
+
+def card_facts(model: MMultiModal, checkpoint: Path, trained: Config) -> dict[str, Any]:
+    """Return what the card says about a loaded checkpoint; `trained` is the config of its training."""
+    config, parts = portable_config(trained), trained.train.parts
+    modes = {"lora": f"LoRA, rank {trained.llm.lora.r}, merged", "full": "all weights", "frozen": "frozen"}
+    llm_mode = modes[parts.llm.mode]
+    if parts.llm.layers is not None:
+        llm_mode += f"; all weights of the layers {', '.join(map(str, parts.llm.layers))}"
+    modes |= {"lora": f"LoRA, rank {trained.visual.lora.r}, merged"}
+    return {
+        "name": f"{checkpoint.parent.name}, {checkpoint.name}",
+        "tokens": model.processor.chat.plan.crop_tokens,
+        "dtype": str(model.encoder.dtype).removeprefix("torch."),
+        "visual": config["visual"]["path"],
+        "visual_licence": licence(model.visual_folder),
+        "vision_mode": modes[parts.vision.mode],
+        "projector_mode": modes["full" if parts.projector.lr else "frozen"],
+        "llm": config["llm"]["path"],
+        "llm_licence": licence(model.llm_folder),
+        "llm_mode": llm_mode,
+        "data": _data(trained),
+        "settings": _settings(config, checkpoint),
+        "scores": _scores(checkpoint),
+    }
+
+
+def licence(folder: Path) -> str:
+    """Return the licence that a backbone's folder states: `license` in its model card, or the name of a file."""
+    card = folder / "README.md"
+    if card.is_file():
+        pieces = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+        if len(pieces) == 3 and not pieces[0].strip():
+            try:
+                head = yaml.safe_load(pieces[1])
+            except yaml.YAMLError:
+                head = None
+            if isinstance(head, dict) and head.get("license"):
+                return str(head.get("license_name") or head["license"])
+    return next((f"see its {name}" for name in LICENCE_FILES if (folder / name).is_file()), NOT_STATED)
+
+
+def write_card(folder: Path, facts: dict[str, Any], report: dict[str, Any]) -> None:
+    """Write README.md; `report` is that of the comparison."""
+    stock_class = orjson.loads((folder / "config.json").read_bytes())["architectures"][0]
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    bases = [facts[key] for key in ("visual", "llm") if facts[key].count("/") == 1]  # ids of a hub
+    if bases:
+        head["base_model"] = bases
+    questions = report.get("questions", [])
+    same = sum(question["same"] for question in questions)
+    comparison = "not the same as the trained model: " + "; ".join(report["problems"][:3])
+    if report["passed"]:
+        worst = {key: max(question.get(key) or 0.0 for question in questions) for key in ("features", "logits")}
+        comparison = (
+            f"Loaded with transformers {report['versions']['transformers']} in a fresh process, on {report['photos']}: "
+            f"{same} of {len(questions)} greedy answers are the same, the features differ by at most "
+            f"{worst['features']:.1e} (relative), the logits by {worst['logits']:.1e}. `export_report.json` has more."
+        )
+    text = TEXT.format(**facts, stock_class=stock_class, comparison=comparison)
+    front = yaml.safe_dump(head, allow_unicode=True, sort_keys=False)
+    (folder / "README.md").write_text(f"---\n{front}---\n{text}", encoding="utf-8")
+
+
+def _data(config: Config) -> str:
+    lines = [f"* {source.name} (format `{source.format}`, weight {source.weight:g})" for source in config.data.sources]
+    return "\n".join(lines) or "Not stated in the checkpoint."
+
+
+def _settings(config: dict[str, Any], checkpoint: Path) -> str:
+    """The settings that shape the answers, as YAML, and the library versions of the training."""
+    train = config["train"]
+    shown = {
+        "prompt": config["prompt"],
+        "visual": {key: config["visual"][key] for key in ("drop", "feature")},
+        "train": {key: train[key] for key in ("epochs", "max_steps", "parts", "seed", "precision")},
+        "data": {key: config["data"][key] for key in ("val_fraction", "seed", "max_length", "answers", "augment")},
+    }
+    provenance = _read(checkpoint / "provenance.json")
+    if "versions" in provenance:
+        shown["versions"] = provenance["versions"]
+    text = yaml.safe_dump(shown, allow_unicode=True, sort_keys=False)
+    return "".join(f"    {line}\n" for line in text.splitlines()).rstrip()
+
+
+def _scores(checkpoint: Path) -> str:
+    """Loss and steps of the training, and the overall scores of every `eval_*/metrics.json` beside the checkpoint."""
+    lines, metrics = [], _read(checkpoint / METRICS)
+    for key in ("step", "samples", "loss", "val_loss"):
+        if isinstance(metrics.get(key), int | float):
+            lines.append(f"| training | {key} | {metrics[key]:.4g} |")
+    for file in sorted(checkpoint.glob(f"eval_*/{METRICS}")):
+        overall = _read(file).get("passes", {}).get("trained", {}).get("overall", {})
+        for key, value in overall.items():
+            if isinstance(value, int | float):
+                lines.append(f"| {file.parent.name} | {key} | {value:.4g} |")
+    table = "\n".join(["| where | what | value |", "|---|---|---|", *lines])
+    return table if lines else "None beside the checkpoint; `eval_vqa.py` writes them."
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Content of a JSON file that may be missing."""
+    try:
+        content = orjson.loads(file.read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,7 @@
+"""The table of export formats. A new one is a module with an `ExportTarget`, and a line here."""
+
+from exporting import llava, vipllava
+from exporting.stock import ExportTarget
+
+# value of --format → target; the first is the default
+TARGETS: dict[str, ExportTarget] = {"llava": llava.TARGET, "vipllava": vipllava.TARGET}

@@ -1,0 +1,57 @@
+"""The chat template of an exported folder: Jinja with the same output as `qwen/chat.py`. Called by `folder.py`."""
+
+from config import IMAGE_TAG
+from model.model import MMultiModal
+
+PLACEHOLDER = "<image>"  # what data in LLaVA's format writes for a photo
+
+
+def chat_template(model: MMultiModal) -> str:
+    """Return the template; a photo is one `<|extra_0|>`, which a processor repeats.
+
+    A message's content is a list of parts, whose photos go before the texts, or a string with `<image>` at the places
+    of its photos. A system message at the beginning replaces the model's own sentence.
+    """
+    prompt = model.config.prompt
+    think = model.processor.chat.think
+    assistant = _text(f"<|im_start|>assistant\n{think}")
+    prefix, tag, placeholder = _text(prompt.question_prefix), _text(IMAGE_TAG), _text(PLACEHOLDER)
+    # Qwen v1 has a system block for an empty sentence too
+    shown = "true" if model.processor.chat.first_generation else "system"
+    if prompt.image_first:
+        of_string = (
+            "{%- set photos = message.content.split(" + placeholder + ") | length - 1 %}"
+            "{%- if photos %}{{- " + tag + " * photos + '\\n' }}{%- endif %}"
+            "{{- " + prefix + f" + message.content.replace({_text(PLACEHOLDER + chr(10))}, '')"
+            f".replace({placeholder}, '') }}}}"
+        )
+        before, after = "''", prefix
+    else:
+        of_string = "{{- " + prefix + f" + message.content.replace({placeholder}, {tag}) }}}}"
+        before, after = prefix, "''"
+    texts = "{%- for part in message.content if part.type == 'text' %}{{- part.text }}{%- endfor %}"
+    return (
+        f"{{%- set system = {_text(prompt.system)} %}}"
+        "{%- if messages[0].role == 'system' %}"
+        "{%- set system = messages[0].content if messages[0].content is string else messages[0].content[0].text %}"
+        "{%- set messages = messages[1:] %}{%- endif %}"
+        f"{{%- if {shown} %}}{{{{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}}}{{%- endif %}}"
+        "{%- for message in messages %}{%- if message.role == 'user' %}{{- '<|im_start|>user\\n' }}"
+        "{%- if message.content is string %}" + of_string + "{%- else %}"
+        "{%- set photos = message.content | selectattr('type', 'equalto', 'image') | list | length %}"
+        f"{{{{- {before} + {tag} * photos }}}}"
+        "{%- if photos %}{{- '\\n' }}{%- endif %}"
+        f"{{{{- {after} }}}}" + texts + "{%- endif %}"
+        "{{- '<|im_end|>\\n' }}"
+        "{%- elif message.role == 'assistant' %}"
+        f"{{{{- {assistant} }}}}"
+        "{%- if message.content is string %}{{- message.content | trim }}{%- else %}" + texts + "{%- endif %}"
+        f"{{{{- {_text(prompt.end_token + chr(10))} }}}}"
+        "{%- endif %}{%- endfor %}"
+        f"{{%- if add_generation_prompt %}}{{{{- {assistant} }}}}{{%- endif %}}"
+    )
+
+
+def _text(text: str) -> str:
+    """`text` as a Jinja string."""
+    return repr(text)

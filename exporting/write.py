@@ -1,0 +1,95 @@
+"""Export a model: write the folder, compare it, put it in its place. Called by `export.py`.
+
+Two steps, because the second loads the folder in another process, and the first model must be out of memory by then.
+"""
+
+import itertools
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from errors import UserError
+from exporting.card import write_card
+from exporting.folder import write_folder
+from exporting.parity import Reference, compare, store_reference
+from exporting.targets import TARGETS
+from model.model import MMultiModal
+
+REPORT_FILE = "export_report.json"
+
+
+@dataclass
+class Written:
+    """A written folder that was not compared yet.
+
+    Attributes:
+        folder: under a temporary name.
+        output: its final name.
+        target: format, a key of `TARGETS`.
+        reference: our outputs.
+        feature_error: that the conversion makes.
+        card: what the model card says, without the comparison.
+    """
+
+    folder: Path
+    output: Path
+    target: str
+    reference: Reference
+    feature_error: float
+    card: dict[str, Any]
+
+
+def write_export(model: MMultiModal, output: Path, target: str, card: dict[str, Any]) -> Written:
+    """Write `model` (on the CPU, in the dtype of the export) beside `output`; its weights are changed.
+
+    Raises:
+        UserError: the stock class cannot hold this model.
+    """
+    TARGETS[target].check(model)
+    folder, outputs = (output.with_name(f"{output.name}.{kind}") for kind in ("tmp", "outputs.tmp"))
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(outputs, ignore_errors=True)
+    folder.mkdir(parents=True)
+    outputs.mkdir()
+    try:
+        reference = store_reference(model, outputs)
+        stock = TARGETS[target].convert(model, reference.pixels)
+        write_folder(model, stock, folder)
+    except BaseException:  # a partial folder is of no use and may have filled the disk
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(outputs, ignore_errors=True)
+        raise
+    return Written(folder, output, target, reference, stock.feature_error, card)
+
+
+def check_export(written: Written) -> dict[str, Any]:
+    """Compare the folder in a fresh process, write its report and model card, and give it its final name.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: it differs by more than allowed. It is kept under the name `<output>.failed-<number>`.
+    """
+    start = time.monotonic()
+    report: dict[str, Any] = {"format": written.target, "passed": False}
+    report |= compare(written.reference, written.folder, written.feature_error)
+    report |= {"passed": not report["problems"], "seconds": round(time.monotonic() - start, 1)}
+    (written.folder / REPORT_FILE).write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
+    write_card(written.folder, written.card, report)
+    shutil.rmtree(written.reference.folder, ignore_errors=True)
+    if report["passed"]:
+        os.replace(written.folder, written.output)
+        return report
+    names = (written.output.with_name(f"{written.output.name}.failed-{number}") for number in itertools.count(1))
+    failed = next(name for name in names if not os.path.lexists(name))
+    os.replace(written.folder, failed)
+    raise UserError(
+        f"the exported model is not the same ({'; '.join(report['problems'][:3])}): do not use {failed}, its "
+        f"{REPORT_FILE} has all figures"
+    )

@@ -1,0 +1,71 @@
+"""The table in docs/carrying.md of what can be exported is what the code does."""
+
+import re
+
+import pytest
+import torch
+
+from errors import UserError
+from exporting.targets import TARGETS
+from paths import REPO_ROOT
+from tests.tiny import write_clip, write_siglip
+from tests.visual.test_vit import write as write_tower
+
+PAGES = ["docs/carrying.md", "docs/carrying_zh.md"]
+ROW = re.compile(
+    r"^\| (?P<encoder>SigLIP|CLIP|ViT|DINOv2)(?:, (?P<settings>`[^|]+`))? \| (?P<cells>.+) \|$", re.MULTILINE
+)
+
+
+def rows(page):
+    """Encoder, settings → words of each format; `no` stands for a refusal."""
+    text = (REPO_ROOT / page).read_text(encoding="utf-8")
+    return {
+        (row["encoder"], tuple(re.findall(r"`([^`]+)`", row["settings"] or ""))): row["cells"].split(" | ")
+        for row in ROW.finditer(text)
+    }
+
+
+def test_both_languages_have_the_same_rows():
+    first, second = map(rows, PAGES)
+    assert len(first) > 10
+    assert first.keys() == second.keys()
+    refused = {"no": True, "否": True}
+    for row, cells in first.items():
+        assert [refused.get(cell, False) for cell in cells] == [refused.get(cell, False) for cell in second[row]], row
+
+
+def test_the_table_names_every_format():
+    for page in PAGES:
+        for target in TARGETS:
+            assert f"`--format {target}`" in (REPO_ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("row", rows(PAGES[0]), ids=str)
+def test_a_row(make, tmp_path, row):
+    encoder, settings = row
+    writers = {"SigLIP": write_siglip, "CLIP": write_clip}
+    folder = tmp_path / "encoder"
+    if encoder in writers:
+        writers[encoder](folder)
+    else:
+        write_tower(folder, encoder.lower())
+    sections = {"visual": {"path": str(folder), "drop": "first"}}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        section, _, name = key.partition(".")
+        if key == "train.parts.vision.mode":
+            sections["parts"] = {"vision": {"mode": value, "lr": 1e-3}}
+        else:
+            sections.setdefault(section, {})[name] = int(value) if value.isdigit() else value
+    if sections.get("projector"):
+        sections["projector"] |= {"heads": 4} if sections["projector"]["kind"] == "resampler" else {}
+    model = make(**sections)
+    for target, cell in zip(TARGETS, rows(PAGES[0])[row], strict=True):
+        if cell == "no":
+            with pytest.raises(UserError, match=r"(train|use|export).+"):  # the way out
+                TARGETS[target].check(model)
+            continue
+        TARGETS[target].check(model)
+        stock = TARGETS[target].convert(model, torch.rand(1, 3, *model.encoder.size))
+        assert (stock.feature_error > 0) == (cell == "folded")
