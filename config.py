@@ -15,6 +15,7 @@ from config_messages import explain
 from errors import UserError, shortened
 
 IMAGE_TAG = "<|extra_0|>"  # placeholder of the photo in questions; a spare token of Qwen v1, as in the report
+MISTAKES = 3  # most mistakes in one message
 
 # Steps, samples, tokens: the limit is above any real run, and a product of two counts still fits 64 bits.
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -347,6 +348,3 @@ def validated(schema: type[S], raw: dict[str, Any], where: str) -> S:
         raise UserError(f"{where}: sections are nested too deeply") from None
     more = f"; and {len(items) - MISTAKES} more mistakes" if len(items) > MISTAKES else ""
     raise UserError(f"{where}: " + "; ".join(explain(item, key_paths()) for item in items[:MISTAKES]) + more)
-
-
-MISTAKES = 3  # most mistakes in one message

@@ -148,7 +148,6 @@ def _answered(shared: Shared, caller: Caller, work: Work, history: History, sett
         if not work.stopped:
             (engine,) = shared.engines.get(caller.checkpoint)
             stream = engine.stream(None, sent(history, engine, shared.folder, caller.settings["system"]), settings)
-            work.begin(stream)
             for text in growing(stream, work):
                 yield Step([*history, {"role": "assistant", "content": text}], say(language, "working"))
             assert stream.reply is not None, "the stream has ended"
@@ -204,12 +203,13 @@ def sent(history: History, engine: AnyAnswerer, folder: Path, system: Any) -> li
     return messages
 
 
-def growing(stream: ReplyStream, work: Work | None = None) -> Iterator[str]:
+def growing(stream: ReplyStream, work: Work) -> Iterator[str]:
     """Yield the text so far, at most every `REFRESH_SECONDS` and once at the end, without what comes after a stop."""
+    work.begin(stream)
     shown, text = time.perf_counter(), ""
     with contextlib.closing(stream):
         for piece in stream:
-            if work is not None and work.stopped:  # the stream gives the token that was on its way
+            if work.stopped:  # the stream gives the token that was on its way
                 break
             text += piece
             if time.perf_counter() - shown >= REFRESH_SECONDS:

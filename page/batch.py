@@ -66,7 +66,9 @@ def answer_rows(
     Args:
         system: system message; empty: that of the training.
     """
-    by_name = {Path(photo.name).name: photo.path for photo in photos}
+    by_name: dict[str, set[str]] = {}
+    for photo in photos:
+        by_name.setdefault(_last_name(photo.name), set()).add(photo.path)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         done, requests = [], []
         for row in rows[start : start + ROWS_AT_ONCE]:
@@ -84,11 +86,15 @@ def answer_rows(
         ]
 
 
-def _request(engine: AnyAnswerer, row: Row, by_name: dict[str, str], system: str) -> Request:
+def _last_name(path: str) -> str:
+    return Path(path.replace("\\", "/")).name
+
+
+def _request(engine: AnyAnswerer, row: Row, by_name: dict[str, set[str]], system: str) -> Request:
     """Return the request of a row.
 
     Raises:
-        UserError: it has no question, a wrong box, or a photo that was not uploaded.
+        UserError: it has no question, a wrong box, or a name that no upload or several have.
     """
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
@@ -96,9 +102,11 @@ def _request(engine: AnyAnswerer, row: Row, by_name: dict[str, str], system: str
     check_text(question, '"question"')
     photos: list[PhotoSource] = []
     for name in image_names(row):
-        if not isinstance(name, str) or Path(name.replace("\\", "/")).name not in by_name:
-            raise UserError(f"the photo {shortened(repr(name))} was not uploaded: add it to the files")
-        photos.append(by_name[Path(name.replace("\\", "/")).name])
+        paths = by_name.get(_last_name(name), set()) if isinstance(name, str) else set()
+        if len(paths) != 1:
+            reason = "is the name of several uploads: rename them" if paths else "was not uploaded: add it to the files"
+            raise UserError(f"the photo {shortened(repr(name))} {reason}")
+        photos += paths
     if row.get("box") is not None:
         add_region(photos, checked_box(row["box"]))
     messages = [Message("system", (system,))] if system else []

@@ -26,6 +26,8 @@ class BatchTab:
             file_count="multiple", file_types=["image", ".jsonl"], label=label("batch_files"), elem_id="batch-files",
             height=160,
         )  # fmt: skip
+        folder = gr.Button(label("batch_folder"), size="sm", elem_id="batch-folder")
+        folder.click(None, js="() => vqa.choose_folder()")
         self.question = gr.Textbox("", label=label("batch_question"), lines=1, elem_id="batch-question")
         with gr.Row():
             self.run = gr.Button(label("batch_run"), variant="primary", min_width=80, elem_id="batch-run")

@@ -89,8 +89,7 @@ class BesidePanel:
                     return
                 messages = sent(history[:-1], engine, self._shared.folder, values["system"])
                 stream = engine.stream(None, messages, settings)
-                work.begin(stream)
-                for text in growing(stream):
+                for text in growing(stream, work):
                     shown[side] = text
                     yield say(language, "working")
                 assert stream.reply is not None

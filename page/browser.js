@@ -95,6 +95,15 @@ const vqa = {
 
   // ---- files
 
+  choose_folder() {  // by the field that takes files one by one, so that they join those that are there
+    const field = document.querySelector("#batch-files input[type=file]")
+    const one_by_one = () => field.webkitdirectory = false
+    field.addEventListener("change", one_by_one, {once: true})
+    field.addEventListener("cancel", one_by_one, {once: true})
+    field.webkitdirectory = true
+    field.click()
+  },
+
   download(file) {
     if (!file) return
     const link = document.createElement("a")

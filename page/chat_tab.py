@@ -1,5 +1,6 @@
 """The chat of the page: its components, and what its buttons do."""
 
+import secrets
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +9,7 @@ import gradio as gr
 
 from page.asking import Caller, Shared, Step, answer
 from page.chat import History, answered, as_shown, as_upload, in_box, photos_of, typed, typed_files
+from page.kept import to_keep
 from page.settings import as_settings
 from page.texts import label, language_of, say
 
@@ -21,11 +23,13 @@ class ChatTab:
     Attributes:
         messages: state: `History` of the session; the chat also shows failed questions.
         chat_id: state: of the chat in the browser's storage; empty before its first answer.
+        kept: what the browser stores; it changes together with the last words of an answer, so that no reload comes
+            between them.
     """
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self.messages, self.chat_id = gr.State([]), gr.State("")
+        self.messages, self.chat_id, self.kept = gr.State([]), gr.State(""), gr.JSON(visible="hidden")
         self.shown = gr.Chatbot(
             label=label("chat"),
             height=480,
@@ -72,7 +76,7 @@ class ChatTab:
             self.download = gr.Button(label("download"), min_width=80, elem_id="download")
 
     def connect(self, checkpoint: Any, settings: list[Any], box: Any) -> None:
-        """Connect the buttons; sets `answering` and `changes`, events after which the chat has another last answer.
+        """Connect the buttons; sets `changes`, the events after which the chat has another last answer.
 
         Args:
             checkpoint, settings: of `page/settings.py`.
@@ -81,25 +85,24 @@ class ChatTab:
         self.box = box
         self.outputs = [
             self.messages, self.chat_id, self.shown, self.status, self.question, self.where, self.ask, self.stop,
-            self.again, self.edit, self.clear, self.editing, box,
+            self.again, self.edit, self.clear, self.editing, box, self.kept,
         ]  # fmt: skip
         # preprocess=False: Gradio would raise a traceback for a file that is not an upload
         options = {"preprocess": False, "show_progress": "hidden", "concurrency_limit": None}
         how = [checkpoint, *settings]
         asking = gr.on(
             [self.ask.click, self.question.submit], self.on_ask,
-            [self.messages, self.question, self.where, self.editing, box, *how], self.outputs,
+            [self.messages, self.chat_id, self.question, self.where, self.editing, box, *how], self.outputs,
             api_name="on_ask", api_visibility="undocumented", **options,
         )  # fmt: skip
         options["api_visibility"] = "private"
-        again = self.again.click(self.on_again, [self.messages, *how], self.outputs, **options)
+        again = self.again.click(self.on_again, [self.messages, self.chat_id, *how], self.outputs, **options)
         self.edit.click(self.on_edit, self.messages, self.outputs, **options)
         self.editing.input(self.on_choose, [self.messages, self.editing], self.outputs, **options)
         self.stop.click(self.on_stop, None, None, **options)
         cleared = gr.on([self.clear.click, self.shown.clear], self.on_clear, self.question, self.outputs, **options)
         cleared.then(None, js="() => sessionStorage.removeItem('vqa-chat')")
-        self.answering = [asking, again]
-        self.changes = [*self.answering, cleared]
+        self.changes = [asking, again, cleared]
 
     def show(self, step: Step, language: str) -> Updates:
         """Return the updates for a step of an answer."""
@@ -117,7 +120,7 @@ class ChatTab:
     def complain(self, request: gr.Request, key: str) -> Updates:
         """Return the update that shows a sentence."""
         sentence = say(language_of(request), key)
-        gr.Warning(sentence, title=say(language_of(request), "notice"))
+        gr.Warning(sentence)
         return {self.status: sentence}
 
     def is_busy(self, request: gr.Request) -> bool:
@@ -128,7 +131,9 @@ class ChatTab:
         hidden = {self.where: gr.update(visible=False, value="add"), self.box: ""}
         return hidden | {self.editing: gr.update(visible=False, value=NONE)}
 
-    def on_ask(self, request: gr.Request, history, payload, where, place, box_text, name, *values) -> Iterator[Updates]:
+    def on_ask(
+        self, request: gr.Request, history, chat_id, payload, where, place, box_text, name, *values
+    ) -> Iterator[Updates]:
         history, (text, uploads) = answered(history), typed(payload)
         editing = _is_question(place, history)
         before = history[:place] if editing else history
@@ -139,23 +144,24 @@ class ChatTab:
         else:
             emptied = self.closed() | {self.question: in_box("")}
             if where == "new" and uploads and before and not editing:
-                history, before, emptied = [], [], emptied | {self.chat_id: ""}
+                history, before, chat_id, emptied = [], [], "", emptied | {self.chat_id: ""}
             yield emptied
             box_text = box_text.strip() if isinstance(box_text, str) else ""
-            yield from self._run(request, history, before, text, uploads, name, as_settings(values), box_text)
+            caller = Caller(request.session_hash or "", language_of(request), str(name), as_settings(values), box_text)
+            yield from self._run(caller, chat_id, history, [*before, {"role": "user", "content": text}], uploads)
 
-    def on_again(self, request: gr.Request, history, name, *values) -> Iterator[Updates]:
+    def on_again(self, request: gr.Request, history, chat_id, name, *values) -> Iterator[Updates]:
         history, settings = answered(history), as_settings(values)
         if self.is_busy(request) or not history:
             yield self.complain(request, "busy" if history else "nothing_to_repeat")
             return
         if settings["temperature"] == 0:
-            gr.Info(say(language_of(request), "same_answer"), title=say(language_of(request), "notice"))
+            gr.Info(say(language_of(request), "same_answer"))
         settings["seed"] = time.time_ns() % 2**31
-        question = history[-2]
-        uploads = [as_upload(photo) for photo in question["photos"]]
-        text, box = question["content"], _box_text(question)
-        yield from self._run(request, history, history[:-2], text, uploads, name, settings, box)
+        question, uploads = history[-2], [as_upload(photo) for photo in history[-2]["photos"]]
+        caller = Caller(request.session_hash or "", language_of(request), str(name), settings, _box_text(question))
+        asked = [*history[:-2], {"role": "user", "content": question["content"]}]
+        yield from self._run(caller, chat_id, history, asked, uploads)
 
     def on_edit(self, request: gr.Request, history: Any) -> Updates:
         """Offer the questions of the chat, the last one first of all."""
@@ -187,17 +193,18 @@ class ChatTab:
         return self.show(Step([], "", busy=False), language_of(request)) | self.closed() | {self.chat_id: ""}
 
     def _run(
-        self, request: gr.Request, whole: History, before: History, text: str, uploads: list[Any], name: Any,
-        settings: dict[str, Any], box: str,
-    ) -> Iterator[Updates]:  # fmt: skip
-        """Ask a question after the messages `before`; if it gets no answer, the chat is the `whole` one again."""
-        language = language_of(request)
-        caller = Caller(request.session_hash or "", language, str(name), settings, box)
-        for step in answer(self._shared, caller, [*before, {"role": "user", "content": text}], uploads):
-            if step.question is None:
-                yield self.show(step, language)
+        self, caller: Caller, chat_id: str, whole: History, asked: History, uploads: list[Any]
+    ) -> Iterator[Updates]:
+        """Answer the last question of `asked`; if it gets no answer, the chat is the `whole` one again."""
+        for step in answer(self._shared, caller, asked, uploads):
+            if step.question is not None:
+                yield self.show(step._replace(history=whole), caller.language) | {self.box: caller.box}
+            elif step.busy:
+                yield self.show(step, caller.language)
             else:
-                yield self.show(step._replace(history=whole), language) | {self.box: box}
+                chat_id = chat_id or secrets.token_hex(8)
+                kept = {self.chat_id: chat_id, self.kept: to_keep(step.history, chat_id)}
+                yield self.show(step, caller.language) | kept
 
 
 def _is_question(place: Any, history: History) -> bool:

@@ -88,10 +88,11 @@ def opened(stored: Any, folder: Path) -> tuple[History, str]:
 def _small_copy(path: str) -> str:
     """Return a photo as a data URL; empty: it is gone."""
     try:
-        image = load_image(path)
+        image = decoded(path)
     except UserError:
         return ""
-    image.thumbnail((COPY_PX, COPY_PX), Image.Resampling.LANCZOS)
+    small = min(1.0, COPY_PX / max(image.size))
+    image = image.resize([max(1, round(edge * small)) for edge in image.size], Image.Resampling.LANCZOS, reducing_gap=2)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,6 +1,5 @@
 """Earlier chats that the browser keeps, and the download of the chat."""
 
-import secrets
 from typing import Any
 
 import gradio as gr
@@ -9,7 +8,7 @@ from errors import UserError
 from page.asking import Shared, Step
 from page.chat import answered, files_of, typed_files
 from page.chat_tab import ChatTab, Updates
-from page.kept import opened, to_keep, zipped
+from page.kept import opened, zipped
 from page.texts import label, language_of, say
 from page.uploads import store
 
@@ -26,7 +25,6 @@ class KeptPanel:
             with gr.Row():
                 forget = gr.Button(label("forget"), size="sm", min_width=80)
                 forget_all = gr.Button(label("forget_all"), size="sm", min_width=80, elem_id="forget-all")
-        self._saved = gr.JSON(visible="hidden")
         self._file = gr.File(visible="hidden")
         forget.click(None, self.list, self.list, js="id => vqa.forget(id)")
         forget_all.click(None, None, self.list, js="() => vqa.forget(null)")
@@ -34,10 +32,7 @@ class KeptPanel:
     def connect(self, page: gr.Blocks, checkpoint: Any) -> None:
         """Keep the chat after each answer; open chats, also the one before a reload."""
         chat = self._chat
-        for event in chat.answering:
-            event.then(self.on_answer, [chat.messages, chat.chat_id], [self._saved, chat.chat_id], **PRIVATE).then(
-                None, self._saved, self.list, js="chat => vqa.keep(chat)"
-            )
+        chat.kept.change(None, chat.kept, self.list, js="chat => vqa.keep(chat)")
         # the browser sends the stored chat in place of its id
         loaded = page.load(None, None, self.list, js="() => vqa.choices(vqa.kept())")
         for listener in (self.list.input, loaded.then):
@@ -49,10 +44,6 @@ class KeptPanel:
         chat.download.click(self.on_download, [chat.messages, checkpoint], [self._file, chat.status], **PRIVATE).then(
             None, self._file, None, js="file => vqa.download(file)"
         )
-
-    def on_answer(self, history: Any, chat_id: Any) -> tuple[dict[str, Any], str]:
-        chat_id = chat_id or secrets.token_hex(8)
-        return to_keep(answered(history), chat_id), chat_id
 
     def on_open(self, request: gr.Request, stored: Any, open_id: Any, payload: Any) -> Updates:
         """Show a stored chat; photos that wait in the question box stay."""
@@ -76,7 +67,7 @@ class KeptPanel:
         history = answered(history)
         if not history:
             sentence = say(language_of(request), "nothing_to_save")
-            gr.Warning(sentence, title=say(language_of(request), "notice"))
+            gr.Warning(sentence)
             return None, sentence
         path = store(self._shared.folder, zipped(history, str(name)), "chat.zip")
         self._shared.files.hold(request.session_hash or "", path)

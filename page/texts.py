@@ -119,6 +119,7 @@ TEXTS = {
         '上传照片并输入一个问题，逐张回答；或上传 .jsonl 文件（每行 `{"image": 文件名, "question": 问题}`）及其照片。',
     ),
     "batch_files": ("Photos, or a .jsonl file and its photos", "照片，或 .jsonl 文件及其照片"),
+    "batch_folder": ("Add a whole folder", "添加整个文件夹"),
     "batch_question": ("Question for every photo", "对每张照片提的问题"),
     "batch_run": ("Answer all", "全部回答"),
     "cancel": ("Cancel", "取消"),
@@ -129,7 +130,6 @@ TEXTS = {
     "batch_state": ("{done} of {all} answered", "已回答 {done} / {all}"),
     "batch_failed": ("{failed} with an error", "{failed} 个出错"),
     # complaints
-    "notice": ("Notice", "提示"),
     "no_photo": ("No photo yet: add one to the question.", "还没有照片，请先添加一张。"),
     "no_question": ("The question is empty: type one first.", "问题是空的，请先输入问题。"),
     "nothing_to_repeat": ("There is no answer to repeat yet.", "还没有可以重新回答的内容。"),
