@@ -23,7 +23,8 @@ def examples_panel(question: gr.MultimodalTextbox, samples: dict[str, bytes], sh
     with gr.Row(elem_id="examples"):
         for key in QUESTIONS:
             button = gr.Button(label(key), size="sm", min_width=60)
-            button.click(None, [button, question], question, js="(text, box) => ({...box, text})")
+            # not ...box: after an answer, Gradio leaves a mark of its own in it
+            button.click(None, [button, question], question, js="(text, box) => ({text, files: box.files})")
 
     def add(request: gr.Request, payload: Any, photo: UploadedPhoto) -> dict[str, Any]:
         text, uploads = typed(payload)

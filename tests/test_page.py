@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 import test_gui
+from answering.question_file import answer_file
 from config import Generate, Gui
 from evaluation import screenshots
 from page.checkpoints import Engines
 from page.texts import TEXTS
-from predict import answer_file
 from tests.page.driver import (
     THUMBNAILS,
     SpokenEngine,
@@ -238,6 +238,10 @@ def test_a_photo_that_is_gone_is_said(page, photos, uploads):
 
 
 def test_an_example_leaves_the_photos_in_the_box_and_a_sample_joins_them(page, photos):
+    upload(page, photos / "red.png")
+    ask(page, "first")
+    expect_text(page, "#status", FIGURES)
+    fresh(page)
     upload(page, photos / "red.png", photos / "蓝色 blue.jpg")
     page.get_by_role("button", name=EXAMPLE).click()
     expect(page, "#question textarea").to_have_value(EXAMPLE)

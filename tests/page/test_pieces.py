@@ -240,6 +240,14 @@ def test_rows_of_a_file_keep_their_fields_and_a_bad_row_fails_alone(tmp_path, up
     assert as_table(batch)[2][2].startswith("⚠ not valid JSON")
 
 
+def test_a_name_that_two_different_uploads_have_is_refused(tmp_path, uploaded):
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (3, 1)).save(tmp_path / "other" / "1.png")
+    photos = [*uploaded, UploadedPhoto(str(tmp_path / "other" / "1.png"), "1.png"), uploaded[1]]
+    (batch,) = answer_rows(SpokenEngine(), read_rows(photos, [], "What?"), photos, Generate(), "")
+    assert ["several uploads" in row.get("error", "") for row in batch] == [True, False, True, False]
+
+
 def test_many_rows_come_in_batches(uploaded):
     rows = [{"image": "1.png", "question": str(number)} for number in range(40)]
     batches = list(answer_rows(SpokenEngine(), rows, uploaded, Generate(), ""))
