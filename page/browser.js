@@ -19,7 +19,7 @@ const vqa = {
     "Copy message": "复制", "Copy conversation": "复制对话", "Copied conversation": "已复制", "Fullscreen": "全屏",
     "chatbot conversation": "对话", "Exit fullscreen mode": "退出全屏", "Remove file": "移除文件",
     "Click to Access Webcam": "点击启用摄像头", "Upload a file": "上传文件", "Clear": "清除",
-    "grant webcam access": "允许使用摄像头", "Multimedia input field": "问题和照片", "Close": "关闭",
+    "grant webcam access": "允许使用摄像头", "capture photo": "拍照", "select input source": "选择摄像头", "Multimedia input field": "问题和照片", "Close": "关闭",
     "Info": "提示", "Warning": "提示", "Error": "出错", "Reset to default value": "恢复默认值",
     "a component of type image": "照片",
     // these are followed by more, often by one of the others
@@ -154,7 +154,8 @@ const vqa = {
     const frame = photo.parentElement
     const edges = field.value.split(",").map(Number)
     let drawn = frame.querySelector(".drawn-box")
-    if (edges.length !== 4 || !edges.every(edge => edge >= 0 && edge <= 1)) {
+    const [left, top, right, bottom] = edges
+    if (edges.length !== 4 || !edges.every(edge => edge >= 0 && edge <= 1) || left >= right || top >= bottom) {
       drawn?.remove()
       return
     }
@@ -164,7 +165,6 @@ const vqa = {
       frame.style.position = "relative"
       frame.append(drawn)
     }
-    const [left, top, right, bottom] = edges
     Object.assign(drawn.style, {
       left: `${photo.offsetLeft + left * photo.offsetWidth}px`, width: `${(right - left) * photo.offsetWidth}px`,
       top: `${photo.offsetTop + top * photo.offsetHeight}px`, height: `${(bottom - top) * photo.offsetHeight}px`,

@@ -32,6 +32,7 @@ class ChatTab:
         self.messages, self.chat_id, self.kept = gr.State([]), gr.State(""), gr.JSON(visible="hidden")
         self.shown = gr.Chatbot(
             label=label("chat"),
+            show_label=False,  # would lie over the messages
             height=480,
             elem_id="chat",
             placeholder=label("hello"),

@@ -52,16 +52,15 @@ TEXTS = {
     "waiting": ("Waiting: {ahead} before you in the queue", "排队中：前面还有 {ahead} 个"),
     "stopped": ("Stopped.", "已停止。"),
     "figures": (
-        "first token after {first:.2f} s · {speed:.1f} tokens/s · {new} tokens of the prompt read, {reused} reused · "
-        "{out} tokens answered",
-        "首词 {first:.2f} 秒 · {speed:.1f} 词元/秒 · 提示词读取 {new} 词元，复用 {reused} 词元 · 回答 {out} 词元",
+        "first token after {first:.2f} s · {speed:.1f} tokens/s · tokens: {new} read, {reused} reused, {out} written",
+        "首词 {first:.2f} 秒 · {speed:.1f} 词元/秒 · 词元：读取 {new}，复用 {reused}，回答 {out}",
     ),
     "memory": ("{gib:.1f} GiB in use", "占用内存 {gib:.1f} GiB"),
     "cut_off": ("cut off: raise 'Longest answer' for more", "已截断：调大“最长回答”可以看到更多"),
     # settings
     "settings": ("Settings", "设置"),
     "checkpoint": ("Checkpoint", "检查点"),
-    "checkpoint_info": ("step · validation loss · date", "步数 · 验证损失 · 日期"),
+    "checkpoint_info": ("name · validation loss · date", "名称 · 验证损失 · 日期"),
     "greedy": ("Greedy", "贪心解码"),
     "greedy_info": ("Always the likeliest word; off: draw words", "总选最可能的词；关闭后随机抽取"),
     "temperature": ("Temperature", "温度"),

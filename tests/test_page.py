@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio"),  # Gradio uses what pandas 3 calls old
 ]
 EXAMPLE = TEXTS["example_2"][0]
-FIGURES = "first token after 0.25 s · 8.5 tokens/s · 19 tokens of the prompt read, 11 reused"
+FIGURES = "first token after 0.25 s · 8.5 tokens/s · tokens: 19 read, 11 reused"
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +406,7 @@ def test_a_chat_comes_back_from_the_browsers_storage(page, photos):
     expect_text(page, "#chat", "(64, 48) kept <b>one</b>")
     expect(page, "#chat .user-row img").to_have_count(1)
     page.evaluate("""() => new MutationObserver(() => {
-        if (document.querySelector('#status').textContent.includes('tokens answered')) location.reload()
+        if (document.querySelector('#status').textContent.includes('tokens: ')) location.reload()
     }).observe(document.querySelector('#status'), {childList: true, subtree: true})""")
     with page.expect_event("load"):  # as soon as the answer is there; the same tab shows its chat again
         ask(page, "more")
@@ -443,7 +443,7 @@ def test_empty_answer_is_shown_as_such(page, photos):
     upload(page, photos / "red.png")
     ask(page, "nothing")
     expect_text(page, "#chat", "(no answer)")
-    expect_text(page, "#status", "0 tokens answered")
+    expect_text(page, "#status", "0 written")
 
 
 def test_screenshots_of_a_real_checkpoint(tmp_path, photos, browser, tiny_checkpoint):

@@ -51,7 +51,7 @@ def test_side_by_side_obeys_stop_and_takes_its_turn(panels, history):
     *_, (state, left, right, figures, none) = steps
     assert state == say("en", "stopped")
     assert (left, right, none) == (shown, "", "")
-    assert "tokens answered" in figures
+    assert "tokens: " in figures
     assert engine.closed_early
     assert engine.at_work == 0
     *_, last = other

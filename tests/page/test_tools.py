@@ -161,4 +161,14 @@ def test_many_photos_and_one_question(page, photo, tmp_path):
         page.click("#batch-jsonl")
     lines = [json.loads(line) for line in download.value.path().read_text(encoding="utf-8").splitlines()]
     assert [line["answer"] for line in lines] == [rows[1][2], rows[2][2]]
+    (tmp_path / "folder").mkdir()
+    shutil.copy(photo, tmp_path / "folder" / "third.png")
+    (tmp_path / "folder" / "notes.txt").write_text("no photo")
+    with page.expect_file_chooser() as chooser:
+        page.click("#batch-folder")
+    chooser.value.set_files(str(tmp_path / "folder"))
+    expect_text(page, "#batch-files", "third")
+    expect_text(page, "body", "notes.txt. Only")  # the browser says what it leaves out
+    page.click("#batch-run")
+    expect_text(page, "#batch-state", "3 of 3 answered")
     page.get_by_role("tab", name="Chat").click()
