@@ -233,7 +233,7 @@ def _trained_step(backbones: Path, quantization: str) -> dict[str, Any]:
     model = build_model(backbones, options, quantization=quantization).train()
     dataset = build_dataset(model, 2, 2, max_questions=2)
     set_activation_checkpointing(model.language_model, True)
-    batch = as_batch([dataset[index] for index in range(len(dataset))]).to(DEVICE)
+    batch = as_batch([dataset[index] for index in range(len(dataset))]).to(torch.device(DEVICE))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     count, losses, seconds = supervised_tokens(batch), [], 0.0
     if GPU:
