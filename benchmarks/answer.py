@@ -62,7 +62,7 @@ def build_models(shape: str, precision: str, device: str) -> tuple[MMultiModal, 
     with tempfile.TemporaryDirectory() as folder:
         backbones = write_backbones(Path(folder), shape)
         sections = {
-            "visual": {"path": str(backbones / "siglip")},
+            "visual": {"path": str(backbones / "siglip"), "feature": "last"},  # what every version's LLaVA computes
             "llm": {"path": str(backbones / "qwen")},
             "train": {"precision": precision, "parts": {"llm": {"mode": "frozen"}}},
         }

@@ -117,7 +117,9 @@ def main() -> None:
         "name": args.name,
         "note": args.note,
         "command": shlex.join(["python", "train.py", "--config", str(args.config), *args.overrides]),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name()
+        if pick_device().type == "cuda"
+        else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "precision": pick_precision(config.train.precision, pick_device()),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),

@@ -106,12 +106,18 @@ def build(backbones: Path, options: argparse.Namespace, questions: int) -> tuple
     return model, build_dataset(model, options.photos, questions)
 
 
-def build_model(backbones: Path, options: argparse.Namespace, dropout: float = 0.0) -> MMultiModal:
+def build_model(
+    backbones: Path, options: argparse.Namespace, dropout: float = 0.0, quantization: str = "none"
+) -> MMultiModal:
     """Build our model with new LoRA and projector weights."""
     config = parse_config(
         {
-            "visual": {"path": str(backbones / "siglip")},
-            "llm": {"path": str(backbones / "qwen"), "lora": LORA | {"dropout": dropout}},
+            "visual": {"path": str(backbones / "siglip"), "feature": "last"},  # what every version's LLaVA computes
+            "llm": {
+                "path": str(backbones / "qwen"),
+                "lora": LORA | {"dropout": dropout},
+                "quantization": quantization,
+            },
             "train": {"precision": options.precision},
         },
         "benchmark",
@@ -229,7 +235,7 @@ def naive_step(backbones: Path, options: argparse.Namespace, questions: int) -> 
 def as_llava(model: MMultiModal, language_model: torch.nn.Module, device: str) -> LlavaForConditionalGeneration:
     """Load the weights of our model, with `language_model` in place of one with LoRA, into transformers' class."""
     vision_config = SiglipVisionConfig(**model.encoder.config.to_dict())
-    vision_config.tie_last_hidden_states = True  # otherwise LLaVA omits SigLIP's post layer norm
+    vision_config.tie_last_hidden_states = False
     text_config = Qwen2Config(**language_model.config.to_dict())
     config = LlavaConfig(
         vision_config=vision_config,

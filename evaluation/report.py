@@ -1,5 +1,6 @@
 """Reports of an evaluation: text tables, the content of `metrics.json`, and a PNG with eight held-out photos."""
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -195,7 +196,7 @@ def text_font(size: int) -> tuple[Font, bool]:
 
 
 def draw_gallery(file: Path, answers: list[Answer], photos: dict[int, Photo]) -> None:
-    """Draw a PNG of eight photos with question, truth, answer, and a green tick or a red cross.
+    """Draw a PNG of up to eight photos with question, truth, answer, and a green tick or a red cross.
 
     Without a Chinese font, questions with non-ASCII text are left out.
     """
@@ -203,8 +204,10 @@ def draw_gallery(file: Path, answers: list[Answer], photos: dict[int, Photo]) ->
     answers = [answer for answer in answers if answer.images]
     if not chinese:
         answers = [a for a in answers if "".join([a.question, a.references[0], a.answer]).isascii()]
-    page = Image.new("RGB", (_COLUMNS * (_PHOTO + _GAP) + _GAP, _ROWS * (_PHOTO + _TEXT_HEIGHT + _GAP) + _GAP), _PAPER)
-    for cell, answer in enumerate(_choose(answers, _COLUMNS * _ROWS)):
+    chosen = _choose(answers, _COLUMNS * _ROWS)
+    rows = math.ceil(len(chosen) / _COLUMNS)
+    page = Image.new("RGB", (_COLUMNS * (_PHOTO + _GAP) + _GAP, rows * (_PHOTO + _TEXT_HEIGHT + _GAP) + _GAP), _PAPER)
+    for cell, answer in enumerate(chosen):
         row, column = divmod(cell, _COLUMNS)
         corner = (_GAP + column * (_PHOTO + _GAP), _GAP + row * (_PHOTO + _TEXT_HEIGHT + _GAP))
         photo = load_image(photos[answer.images[0]].picture)

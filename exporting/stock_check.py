@@ -44,7 +44,7 @@ def own(tensors: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor
 
 @torch.no_grad()
 def compare(model: Any, processor: Any, case: dict[str, Any], reference: Path, ours: dict[str, Any]) -> dict[str, Any]:
-    """Return the differences of one case; each is None where there is nothing to compare."""
+    """Return the differences of one case; without photos, those of pixels and features are left out."""
     text = processor.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=True)
     photos = [Image.open(reference / name) for name in case["photos"]]
     inputs = processor(text=[text], images=photos or None, return_tensors="pt")

@@ -1,7 +1,7 @@
 """fp16 weights for answering on a CPU, with float32 activations.
 
 Choosing a token reads every weight once, so half the bytes take half the time. fp16 holds the weights of published
-models, which are bf16, without rounding them. Called by `model/checkpoint.py`.
+models, which are bf16, and rounds only those below 8e-6. Called by `model/checkpoint.py`.
 """
 
 import torch

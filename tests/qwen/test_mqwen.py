@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import modeling_utils
 
 from compat import set_activation_checkpointing
+from qwen.attention import register_attention
 from qwen.loading import load_language_model
 from qwen.Mqwen import LOSS_ROWS, fuse_image_features
 from qwen.Mqwen import supervised_loss as loss_of_rows
@@ -114,6 +115,12 @@ def test_strict_loading_names_the_tensor(tmp_path, kind):
     save_file(missing, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"'llm.path'.*missing: model.layers.1.mlp.up_proj.weight"):
         load_language_model(folder, torch.float32, image_token_id(tokenizer), len(tokenizer))
+
+
+def test_cudnn_plans_no_attention():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    register_attention()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_unknown_architecture_is_refused(tmp_path):
