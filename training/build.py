@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -34,13 +35,13 @@ from training.agreement import all_or_none
 from training.batches import checked
 from training.costs import Arithmetic, PeakMemory, matrix_peak
 from training.data import (
+    MicroBatches,
     build_datasets,
     data_hash,
     epoch_order,
     micro_batches,
     read_split,
     sample_lengths,
-    source_weights,
     validation_sample,
 )
 from training.estimate import Estimate, Setting, Trial, choose_setting, longest_sample, usable_memory
@@ -115,7 +116,7 @@ class Run:
         # on each disk, the first process writes the feature cache; the other processes read it
         with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
             self.train_set, self.val_set = build_datasets(config, self.model, photos, train, val, encode=not dry_run)
-        self.weights = source_weights(config, {entry.source for entry in [*train, *val]})
+        self.weights = {source.name: source.weight for source in config.data.sources}
         self.val_samples = validation_sample(self.val_set, config.train.eval_samples, config.train.seed)
 
         self.wrapped = wrap(self.accelerator, self.model)
@@ -197,14 +198,14 @@ class Run:
             set_activation_checkpointing(encoder, on)
 
     def cut(
-        self, dataset: ImageCaptionDataset, order: list[int], processes: int = 1, start: int = 0
-    ) -> list[list[int]]:
+        self, dataset: ImageCaptionDataset, order: Sequence[int], processes: int = 1, start: int = 0
+    ) -> MicroBatches:
         """Cut the sample indices from position `start` of `order` into micro-batches; see `micro_batches`."""
         train = self.config.train
         lengths = None if train.tokens_per_batch is None else sample_lengths(dataset, train.workers)
         return micro_batches(order, self.setting.micro_batch, processes, lengths, train.tokens_per_batch, start)
 
-    def epoch_batches(self, epoch: int, samples: int = 0) -> list[list[int]]:
+    def epoch_batches(self, epoch: int, samples: int = 0) -> MicroBatches:
         """Return the micro-batches of an epoch after its first `samples` samples; they alternate between processes."""
         self.train_set.set_epoch(epoch)
         order = epoch_order(self.train_set, self.weights, self.config.train.seed, epoch)

@@ -26,8 +26,7 @@ class Watch:
         if not self.main:
             return
         self.log = RunLog(run.output_dir, step, config.train.trackers, config.model_dump())
-        train = [] if len(run.val_set) else list(run.train_set.entries)
-        val, photos = list(run.val_set.entries), run.train_set.photos
+        train, val, photos = run.train_set.entries, run.val_set.entries, run.train_set.photos
         self.sheet = SampleSheet(run.output_dir, train, val, photos, config.data.seed, step)
         if step == 0:
             run.say(describe_sample(run.train_set, run.epoch_batches(0)[0][0]))
