@@ -199,6 +199,7 @@ class Train(Section):
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     gradient_checkpointing: Literal["auto", "on", "off"] = "off"
     compile: bool = False
+    shard: bool = False
     seed: Seed = 0
     workers: int = Field(2, ge=0, le=1024)
     log_steps: Count = 10

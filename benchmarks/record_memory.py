@@ -84,7 +84,7 @@ def run_stage(stage: str, config: Path) -> None:
     from training.stages import stages
 
     picture = Image.new("RGB", (96, 96), "grey")
-    feature_cache.load_image = lambda photo: picture
+    feature_cache.load_image = lambda file, max_pixels=0: picture
     steps = 3 if stage == "train" else 4
     began = time.perf_counter()
     for trainer in stages(load_config(config, [f"train.max_steps={steps}"]), None if stage == "train" else "auto"):

@@ -120,9 +120,7 @@ class ImageCaptionDataset(Dataset):
         keep_apart: Callable[[str], Hashable] | None = None,
         replace_broken: bool = False,
     ) -> None:
-        self.photos = (
-            compact([photos[ID] for ID in range(len(photos))]) if isinstance(photos, dict) else compact(photos)
-        )
+        self.photos = compact([photos[ID] for ID in range(len(photos))]) if isinstance(photos, dict) else photos
         self.entries = compact(entries)
         self.chat = chat
         self.load_photo = load_photo

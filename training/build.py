@@ -48,6 +48,7 @@ from training.estimate import Estimate, Setting, Trial, choose_setting, longest_
 from training.movement import sample_weights
 from training.optimizer import build_optimizer, build_schedule
 from training.run_log import check_trackers
+from training.sharding import check_shardable, shard
 from training.signals import StopSignals
 
 # keys that determine the setting; if none has changed, a resumed run keeps the values that `auto` chose
@@ -86,6 +87,8 @@ class Run:
         self, config: Config, resume: str | None = None, accept_changes: bool = False, dry_run: bool = False
     ) -> None:
         assert not config.train.stages, "training.stages.stages runs them"
+        if dry_run and config.train.shard:
+            raise UserError("--dry-run measures a process that has all weights: set train.shard=false for it")
         check_trackers(config.train)
         for key, _ in config.train.parts:
             check_part_name(key)
@@ -101,7 +104,7 @@ class Run:
             accepted = state.accepted_changes(resumed, self.provenance["shape"], accept_changes)
             self.provenance["accepted_changes"] = accepted
 
-        self.model = MMultiModal.from_config(config, self.accelerator.device)
+        self.model = load_model(config, self.accelerator.device, self.precision)
         notes: list[str] = []
         if resumed is not None:
             notes = restore_weights(self.model, resumed, other_prompt=accept_changes)
@@ -245,11 +248,23 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(f"{launched} processes were launched but {accelerator.num_processes} joined the run")
+    if config.train.shard:
+        check_shardable(config, launched, precision)
     return accelerator, precision
 
 
+def load_model(config: Config, device: torch.device, precision: str) -> MMultiModal:
+    """Load the model; a language model that will be sharded stays on the CPU, as it may be larger than the device."""
+    model = MMultiModal.from_config(config, "cpu" if config.train.shard else device, DTYPES[precision])
+    model.encoder.to(device)
+    model.feature_proj.to(device)
+    return model
+
+
 def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Module:
-    """Wrap the loss for several processes. Frozen tensors are equal on all processes and are not sent.
+    """Wrap the loss for several processes, each with all weights or, with `train.shard`, with its share of them.
+
+    Frozen tensors are equal on all processes; whole ones are not sent.
 
     Raises:
         UserError: all tensors are frozen.
@@ -257,6 +272,8 @@ def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Mo
     loss = LossOf(model)
     if not any(parameter.requires_grad for parameter in loss.parameters()):
         raise UserError("'train.parts': nothing is trained: give a part a learning rate above 0")
+    if model.config.train.shard:
+        return shard(accelerator, loss)
     frozen = [name for name, parameter in loss.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in loss.named_buffers()]
     send_no_gradients_of(loss, [*frozen, *buffers])

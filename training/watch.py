@@ -51,8 +51,11 @@ class Watch:
         self.log.write(step, line)
 
     def ask(self, run: Run) -> None:
-        """Answer the questions of `samples.html`; on the first process, the model is in eval mode afterwards."""
-        if self.main:
+        """Answer the questions of `samples.html`; on the first process, the model is in eval mode afterwards.
+
+        With `train.shard` there are no answers, because the first process alone has only its share of the weights.
+        """
+        if self.main and not run.config.train.shard:
             with run.accelerator.autocast():  # trained parts are float32, frozen parts may have another dtype
                 self.sheet.update(run.model.eval(), run.progress.step)
 
