@@ -40,13 +40,18 @@ def on_disk(image_map: Path, captions: Path) -> bool:
     return forms == {True}
 
 
+def sqlite_error(error: sqlite3.Error, file: Path, remedy: str) -> UserError:
+    """Return a UserError that names the file and what to do."""
+    return UserError(f"{file}: {error}; {remedy}")
+
+
 @contextmanager
 def sqlite_errors(file: Path, remedy: str) -> Iterator[None]:
-    """Convert errors of SQLite into UserErrors that name the file and what to do."""
+    """Convert errors of SQLite as `sqlite_error` does."""
     try:
         yield
     except sqlite3.Error as error:
-        raise UserError(f"{file}: {error}; {remedy}") from error
+        raise sqlite_error(error, file, remedy) from error
 
 
 class DiskTable:

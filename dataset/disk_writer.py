@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from dataset.disk_records import sqlite_errors
+from dataset.disk_records import sqlite_error, sqlite_errors
 from dataset.entries import TEXT_KEY
 from dataset.records import temporary_name, write_files
 from errors import file_error
@@ -70,8 +70,10 @@ class DiskRecords:
             self._database.execute("BEGIN")
 
     def _run(self, statement: str, *values: Any) -> tuple[Any, ...] | None:
-        with sqlite_errors(self.file, REMEDY):
+        try:  # not `sqlite_errors`, which would take as long as the statement
             return self._database.execute(statement, values).fetchone()
+        except sqlite3.Error as error:
+            raise sqlite_error(error, self.file, REMEDY) from error
 
     def find(self, place: str) -> int | None:
         found = self._run("SELECT ID FROM names WHERE digest = ?", _digest("path", place))
