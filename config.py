@@ -83,9 +83,8 @@ class Data(Section):
     @model_validator(mode="after")
     def _source_names_differ(self) -> "Data":
         names = [source.name for source in self.sources]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two sources are called '{name}': give each its own name")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two sources are called '{twice[0]}': give each its own name")
         return self
 
 
@@ -200,6 +199,7 @@ class Train(Section):
     precision: Literal["auto", "bf16", "fp16", "float32"] = "auto"
     gradient_checkpointing: Literal["auto", "on", "off"] = "off"
     compile: bool = False
+    shard: bool = False
     seed: Seed = 0
     workers: int = Field(2, ge=0, le=1024)
     log_steps: Count = 10

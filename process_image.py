@@ -8,10 +8,14 @@ Prints what was kept, what was rejected and why. Beside the captions it writes t
 every rejected row whole to `rejected.jsonl`, one JSON object a line: source, file, place, reason, detail and the row.
 `dataset/formats.py` says what a row of each format is.
 
+If `data.image_map` and `data.captions` end in `.sqlite`, the records stay on the disk while they are made
+(`dataset/disk_records.py`): for millions of rows, in the format jsonl, which is read line by line.
+
 If a source loses a larger share of its rows than `data.max_rejected`, only these two files are written and the exit
 status is 1, so that nothing is trained on incomplete data unnoticed.
 """
 
+import contextlib
 import gc
 import itertools
 import math
@@ -24,10 +28,13 @@ from cli import run_script, script_arguments
 from tqdm import tqdm
 
 from config import Data, load_data
+from dataset.disk_records import on_disk
+from dataset.disk_writer import DiskRecords
 from dataset.json_files import read_json
 from dataset.photo_check import photo_check
-from dataset.raw import READERS, merge_captions, process_ali, process_coco
+from dataset.raw import READERS, process_ali, process_coco
 from dataset.records import Captions, ImageMap, json_pieces, write_files, write_records
+from dataset.register import MemoryRecords
 from dataset.rows import Report, report_text
 from errors import UserError, file_error
 from paths import existing_path, resolve_path
@@ -46,26 +53,33 @@ def main(arguments: list[str] | None = None) -> None:
     outputs = output_files(data)
     refuse_writing_over_inputs(outputs, data, resolve_path(args.config))
 
-    image_map, captions, reports = process_sources(data)
-    print(report_text(reports))
-    empty = [report.source for report in reports if report.kept == 0]
-    if empty:
-        raise UserError(f"no row was kept of {', '.join(empty)}, see the reasons above; nothing was written")
-    excess = too_many_rejected(reports, data.max_rejected)
-    if args.check:
-        if excess:
-            raise UserError(f"{excess} --check: nothing was written")
-        print("--check: nothing was written")
-        return
     image_map_path, captions_path, report_path, rejected_path = outputs.values()
-    beside: dict[Path, Iterable[bytes]] = {
-        report_path: json_pieces([report.figures() for report in reports]),
-        rejected_path: itertools.chain.from_iterable(report.rejected_lines() for report in reports),
-    }
-    if excess:
-        write_files(beside)
-        raise UserError(f"{excess} Only {rejected_path} and {report_path} were written")
-    write_records(image_map, captions, image_map_path, captions_path, beside)
+    with contextlib.ExitStack() as opened:
+        disk = None
+        if on_disk(image_map_path, captions_path):
+            disk = opened.enter_context(DiskRecords(None if args.check else captions_path.parent))
+        image_map, captions, reports = process_sources(data, disk)
+        print(report_text(reports))
+        empty = [report.source for report in reports if report.kept == 0]
+        if empty:
+            raise UserError(f"no row was kept of {', '.join(empty)}, see the reasons above; nothing was written")
+        excess = too_many_rejected(reports, data.max_rejected)
+        if args.check:
+            if excess:
+                raise UserError(f"{excess} --check: nothing was written")
+            print("--check: nothing was written")
+            return
+        beside: dict[Path, Iterable[bytes]] = {
+            report_path: json_pieces([report.figures() for report in reports]),
+            rejected_path: itertools.chain.from_iterable(report.rejected_lines() for report in reports),
+        }
+        if excess:
+            write_files(beside)
+            raise UserError(f"{excess} Only {rejected_path} and {report_path} were written")
+        if disk is None:
+            write_records(image_map, captions, image_map_path, captions_path, beside)
+        else:
+            disk.write(image_map_path, captions_path, beside)
     print(f"written: {', '.join(map(str, outputs.values()))}")
 
 
@@ -100,8 +114,10 @@ def refuse_writing_over_inputs(outputs: dict[str, Path], data: Data, config: Pat
                 raise UserError(f"{name} would be written over {input_name}, {other}: choose another name for it")
         if os.path.isdir(file):
             raise UserError(f"{name}: {file} is a folder: name a file in it")
-        if os.path.isfile(file) and not _holds_json(file):  # a photo, for example
-            raise UserError(f"{name}: {file} exists and is not a JSON file, so it is not written over: choose another")
+        if os.path.isfile(file) and not _holds_records(file):  # a photo, for example
+            raise UserError(
+                f"{name}: {file} exists and is not a file of records, so it is not written over: choose another"
+            )
 
 
 def _same_file(file: Path, other: Path) -> bool:
@@ -111,25 +127,28 @@ def _same_file(file: Path, other: Path) -> bool:
         return os.path.realpath(file) == os.path.realpath(other)
 
 
-def _holds_json(file: Path) -> bool:
+def _holds_records(file: Path) -> bool:
     try:
         with open(file, "rb") as opened:
             beginning = opened.read(100).lstrip()
     except OSError as error:
         raise file_error(error, file) from error
-    return beginning[:1] in (b"", b"{", b"[")
+    return beginning[:1] in (b"", b"{", b"[") or beginning.startswith(b"SQLite format 3")
 
 
-def process_sources(data: Data) -> tuple[ImageMap, Captions, list[Report]]:
+def process_sources(data: Data, disk: DiskRecords | None = None) -> tuple[ImageMap, Captions, list[Report]]:
     """Read all sources in the order of the config and merge them into one image map and one set of captions.
+
+    Args:
+        disk: takes photos, entries and rejected rows; the image map and the captions are then empty.
 
     Raises:
         UserError: no sources, or a file or folder of a source is missing or not of its format.
     """
     if not data.sources:
         raise UserError("'data.sources' is empty: name at least one source with name, format, annotations and images")
-    image_map: ImageMap = {}
-    captions: Captions = {}
+    memory = MemoryRecords()
+    records = memory if disk is None else disk
     reports = []
     for index, source in enumerate(data.sources):
         key = f"data.sources.{index}"
@@ -139,22 +158,20 @@ def process_sources(data: Data) -> tuple[ImageMap, Captions, list[Report]]:
         if data.check_images != "none":
             existing_path(source.images, f"{key}.images", "folder")
         reader = READERS[source.format]
-        report = Report(source.name, str(annotations))
+        report = Report(source.name, str(annotations), spill=None if disk is None else disk.spill())
         rows = reader.load(annotations, questions, images, report.encodings)
-        new_photos, new_captions = reader.process(
+        reader.process(
             tqdm(rows, desc=f"{source.name}: rows", unit="row"),
             source.images,
-            len(image_map),
-            image_map=image_map,
+            records.photos,
+            into=records,
             seed=data.seed,
             source=source.name,
             report=report,
             check=photo_check(data.check_images, source.name),
         )
-        image_map |= new_photos
-        merge_captions(captions, new_captions)
         reports.append(report)
-    return image_map, captions, reports
+    return memory.image_map, memory.captions, reports
 
 
 def too_many_rejected(reports: list[Report], most: float) -> str:

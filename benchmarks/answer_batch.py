@@ -72,7 +72,7 @@ def data_requests(model: MMultiModal, split: str) -> list[Request]:
     photos, entries = read_records(resolve_path(data.image_map), resolve_path(data.captions))
     if split == "val":
         entries = split_entries(photos, entries, data.val_fraction)[1]
-    entries.sort(key=lambda entry: entry.images)
+    entries = sorted(entries, key=lambda entry: entry.images)
     chat = model.processor.chat
     return [
         turn_request(entry, number, [photos[ID].path for ID in entry.images], chat)

@@ -28,3 +28,8 @@ class CompactList(Sequence):
             raise IndexError(index)
         start = self.ends[index - 1] if index else 0
         return pickle.loads(self.block[start : self.ends[index]])
+
+
+def compact(items: Sequence[Any]) -> Sequence[Any]:
+    """Return a list as a CompactList; anything else is in a form that workers share already."""
+    return CompactList(items) if isinstance(items, list | tuple) else items

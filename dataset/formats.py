@@ -3,7 +3,7 @@
 Definition of a row, with kept + rejected = read:
 
 * `ai_challenger`, `llava`: an item of the list.
-* `jsonl`: a line that is not blank.
+* `jsonl`: a line that is not blank. The only format that is read line by line and can be larger than the memory.
 * `coco_captions`: an item of `annotations`, that is, a caption. Also an item of `images` that has no caption, has no
   id or repeats an earlier id. All captions of a photo become one entry with several answers. A file without
   `annotations` is a test set: each of its photos is a row without references.
@@ -13,18 +13,20 @@ Definition of a row, with kept + rejected = read:
 `dataset/turns.py` has examples of `llava` and `jsonl` rows with several turns and photos.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.json_files import parse_json, read_content
+from dataset.json_files import parse_json, read_content, utf8_start
 from dataset.rows import DropRowError, Row, RowPart, check_text, shown
-from errors import UserError, shortened
+from errors import UserError, file_error, shortened
 
 # Arguments: paths of annotations, questions (vqav2 only) and photos, and a dict for the encoding of each file that is
 # not UTF-8. Returns `Row`s, or the unchanged items of a list, which are row 1, row 2, …
-Loader = Callable[[Path, Path | None, Path, dict[str, str]], list[Any]]
+Loader = Callable[[Path, Path | None, Path, dict[str, str]], Iterable[Any]]
+
+WHOLE = 64 * 2**20  # bytes; a longer file of jsonl is read line by line, and its encoding judged by this beginning
 
 
 def load_list(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> list[Any]:
@@ -34,23 +36,49 @@ def load_list(annotations: Path, questions: Path | None, images: Path, encodings
     return rows
 
 
-def load_jsonl(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> list[Row]:
-    rows = []
-    for number, line in enumerate(_text(annotations, encodings).split(b"\n"), start=1):
+def load_jsonl(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> Iterable[Row]:
+    if annotations.is_file() and annotations.stat().st_size > WHOLE:
+        start = utf8_start(annotations, WHOLE)
+        if start is not None:
+            return _LongFile(annotations, start)
+    return list(_json_lines(_text(annotations, encodings).split(b"\n"), annotations))
+
+
+class _LongFile:
+    """Rows of a jsonl file in UTF-8 that are read and parsed one by one, each time they are iterated."""
+
+    def __init__(self, file: Path, start: int) -> None:
+        self.file, self.start = file, start
+
+    def __iter__(self) -> Iterator[Row]:
+        try:
+            with open(self.file, "rb") as lines:
+                lines.seek(self.start)
+                yield from _json_lines(lines, self.file)
+        except OSError as error:
+            raise file_error(error, self.file) from error
+
+
+def _json_lines(lines: Iterable[bytes], file: Path) -> Iterator[Row]:
+    problem, usable = "", False
+    for number, line in enumerate(lines, start=1):
+        line = line.removesuffix(b"\n")
         if not line.strip():
             continue
         place = f"line {number}"
         try:
-            value = parse_json(line, str(annotations), number)
+            value = parse_json(line, str(file), number)
         except UserError as error:
             broken = RowPart(place, line.decode("utf-8", errors="backslashreplace"))
-            rows.append(Row(None, (broken,), DropRowError("line is not JSON", error)))
+            row = Row(None, (broken,), DropRowError("line is not JSON", error))
         else:
-            rows.append(Row(value, (RowPart(place, value),)))
-    if not any(isinstance(row.value, dict) for row in rows):
-        first = rows[0].problem.detail if rows[0].problem else f"the first is {shortened(shown(rows[0].value))}"
-        raise UserError(f"{annotations}: no line holds a JSON object ({first}): is 'format' right?")
-    return rows
+            row = Row(value, (RowPart(place, value),))
+            usable = usable or isinstance(value, dict)
+        if not usable and not problem:
+            problem = row.problem.detail if row.problem else f"the first is {shortened(shown(row.value))}"
+        yield row
+    if not usable:
+        raise UserError(f"{file}: no line holds a JSON object ({problem}): is 'format' right?")
 
 
 @dataclass(slots=True)

@@ -14,16 +14,18 @@ Shapes: T tokens, C crops of a photo, R rows of a crop, Dv encoder width.
 
 import itertools
 import random
+from array import array
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch.utils.data import Dataset
 
 from batch import Batch, sample_positions
-from config import IMAGE_TAG
-from dataset.compact import CompactList
+from dataset.compact import compact
+from dataset.grouping import group_entries
 from dataset.records import Entry, Photo
 from errors import UserError
 from qwen.chat import IGNORE_INDEX, ChatFormat, Message, MessageFormat
@@ -101,7 +103,8 @@ class ImageCaptionDataset(Dataset):
 
     Attributes:
         groups: the entry numbers of each sample.
-        sources: names of the sources; `source(index)` is the source of a sample.
+        sources: names of the sources of samples; `source(index)` is the source of a sample.
+        entry_sources: names of the sources of all entries.
     """
 
     def __init__(
@@ -114,24 +117,25 @@ class ImageCaptionDataset(Dataset):
         max_length: int = 2048,
         max_questions: int = 1,
         seed: int = 0,
-        keep_apart: Mapping[str, Hashable] | None = None,
+        keep_apart: Callable[[str], Hashable] | None = None,
         replace_broken: bool = False,
     ) -> None:
-        by_ID = photos if isinstance(photos, CompactList) else CompactList(photos[ID] for ID in range(len(photos)))
-        self.photos = by_ID
-        self.entries = entries if isinstance(entries, CompactList) else CompactList(entries)
+        self.photos = compact([photos[ID] for ID in range(len(photos))]) if isinstance(photos, dict) else photos
+        self.entries = compact(entries)
         self.chat = chat
         self.load_photo = load_photo
         self.plan_photo = plan_photo
         self.max_length = max_length
         self.seed = seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes outlive an epoch
-        groups = group_entries(entries, chat.prompt.image_first, max_questions, keep_apart)
-        self.groups = CompactList(groups)
-        by_group = [entries[group[0]].source for group in groups]
-        self.sources = sorted(set(by_group))
-        number_of = {source: number for number, source in enumerate(self.sources)}
-        self._source_numbers = torch.tensor([number_of[source] for source in by_group], dtype=torch.int64)
+        self.groups, by_group, self.entry_sources = group_entries(
+            entries, chat.prompt.image_first, max_questions, keep_apart
+        )
+        present = {name: number for number, name in enumerate(self.entry_sources) if (by_group == number).any()}
+        self.sources = sorted(present)
+        self._source_numbers = numpy.zeros(len(self.groups), numpy.int32)
+        for number, source in enumerate(self.sources):
+            self._source_numbers[by_group == present[source]] = number
         self.replace_broken = replace_broken
 
     def set_epoch(self, epoch: int) -> None:
@@ -143,14 +147,14 @@ class ImageCaptionDataset(Dataset):
 
     def source(self, index: int) -> str:
         """Return the source of sample `index`, which is the source of its first entry."""
-        return self.sources[int(self._source_numbers[index])]
+        return self.sources[self._source_numbers[index]]
 
-    def samples_by_source(self) -> dict[str, list[int]]:
+    def samples_by_source(self) -> "dict[str, array[int]]":
         """Return the sample indices of each source, in ascending order."""
-        return {
-            source: (self._source_numbers == number).nonzero().flatten().tolist()
-            for number, source in enumerate(self.sources)
-        }
+        return {source: self._samples_of(number) for number, source in enumerate(self.sources)}
+
+    def _samples_of(self, source: int) -> "array[int]":
+        return array("q", numpy.flatnonzero(self._source_numbers == source).tobytes())
 
     def __getitem__(self, index: int) -> Sample | str:
         """Return sample `index` with its photos.
@@ -181,8 +185,8 @@ class ImageCaptionDataset(Dataset):
         """
         if not self.replace_broken:
             return
-        numbers = (self._source_numbers == self._source_numbers[index]).nonzero().flatten().tolist()
-        others = [number for number in numbers if number != index]
+        others = self._samples_of(self._source_numbers[index])
+        others.remove(index)
         choose = random.Random(f"{self.seed} {int(self.epoch)} replacement {index}")
         drawn = choose.sample(others, min(REPLACEMENTS, len(others)))
         excess = {other: max(self._length(other) - self._length(index), 0) for other in drawn}
@@ -249,36 +253,6 @@ class ImageCaptionDataset(Dataset):
             )
         shown = tuple(ID for turn in entry.turns[:turns] for ID in turn.images)
         return Rendered(input_ids, labels, shown)
-
-
-def group_entries(
-    entries: Sequence[Entry],
-    image_first: bool,
-    max_questions: int,
-    keep_apart: Mapping[str, Hashable] | None = None,
-) -> list[list[int]]:
-    """Group the entries that can share one sequence; return their indices.
-
-    Entries of a group have the same photos in the first turn, and the same text before the last of these photos.
-    Entries without a photo in the first turn stay alone, because packing would save nothing.
-
-    Args:
-        keep_apart: a value for each source; entries with different values are in different groups.
-    """
-    groups: list[list[int]] = []
-    open_groups: dict[tuple, list[int]] = {}
-    for number, entry in enumerate(entries):
-        images = entry.turns[0].images
-        if not images:
-            groups.append([number])
-            continue
-        before = () if image_first else tuple(entry.turns[0].question.split(IMAGE_TAG, len(images))[:-1])
-        key = (images, before, None if keep_apart is None else keep_apart[entry.source])
-        if key not in open_groups or len(open_groups[key]) >= max_questions:
-            open_groups[key] = []
-            groups.append(open_groups[key])
-        open_groups[key].append(number)
-    return groups
 
 
 def pack(samples: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], tuple[int, ...]]:

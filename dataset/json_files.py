@@ -65,6 +65,24 @@ def read_content(path: str | Path) -> Content:
     return Content(text, encoding)
 
 
+def utf8_start(file: Path, judged: int) -> int | None:
+    """Return where the text of a file in UTF-8 starts, behind a byte order mark; None: it may be another encoding.
+
+    Args:
+        judged: number of bytes at its beginning that decide.
+    """
+    try:
+        with open(file, "rb") as opened:
+            beginning = opened.read(judged)
+    except OSError as error:
+        raise file_error(error, file) from error
+    for mark, encoding in BYTE_ORDER_MARKS:
+        if beginning.startswith(mark):
+            return len(mark) if encoding == "UTF-8" else None
+    whole_lines = beginning[: beginning.rfind(b"\n") + 1] or beginning
+    return 0 if _is_utf8(whole_lines) or _gb18030(whole_lines) is None else None
+
+
 def parse_json(text: bytes, name: str, line: int = 1) -> Any:
     """Parse a UTF-8 text, for example one line of a file; `line` is the line number of its start.
 

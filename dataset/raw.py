@@ -4,19 +4,18 @@
 `Report` stores every rejected row with a reason; no row is lost silently.
 """
 
-import functools
 import itertools
-import os
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import IMAGE_TAG
 from dataset.formats import Loader, load_coco_captions, load_jsonl, load_list, load_vqav2
 from dataset.photo_check import Check
-from dataset.records import TEXT_KEY, Captions, ImageMap
+from dataset.records import Captions, ImageMap
+from dataset.register import MemoryRecords, Records, Register
 from dataset.rows import DropRowError, Report, Row, RowPart, shown
 from dataset.turns import (
     Notes,
@@ -30,12 +29,13 @@ from dataset.turns import (
     place_photos,
     turn_of,
 )
-from paths import resolve_path
-from visual.region import Box
 
 CHINESE_QUESTIONS = (f"这幅图像描述了什么？{IMAGE_TAG}", f"{IMAGE_TAG}这幅图像中有什么？")
 ENGLISH_QUESTIONS = (f"What does this picture show?{IMAGE_TAG}", f"{IMAGE_TAG}What is in this picture?")
 CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
+CHUNK = 50_000  # usable rows in memory at a time, about 150 MB; their photos are checked together
+
+ParsedRow = tuple[int, Any, Turns, Notes | None]  # number, row, turns, notes
 
 
 def process_ali(
@@ -48,6 +48,7 @@ def process_ali(
     source: str = "ai_challenger",
     report: Report | None = None,
     check: Check | None = None,
+    into: Records | None = None,
     questions: tuple[str, str] | None = CHINESE_QUESTIONS,
 ) -> tuple[ImageMap, Captions]:
     """Read rows of captioned photos: photos under `image_id` or `image`, texts under `caption` or `conversations`.
@@ -62,11 +63,12 @@ def process_ali(
         seed: seed of the choice of questions.
         source: name in each entry, and prefix of a key that another photo already has.
         report: filled with the counts and the rejected rows.
-        check: called once with the paths of the new photos; rows with a photo in its result are dropped.
+        check: called with the paths of new photos; rows with a photo in its result are dropped.
+        into: takes photos and entries, after those of earlier sources; the results are then empty.
         questions: the two questions; None: in the language of the captions, Chinese or English.
 
     Returns:
-        The new photos only, and the captions of these rows (`merge_captions` adds them to those of other sources).
+        The new photos only, and the captions of these rows.
 
     Raises:
         ValueError: `start_ID` is not the number of photos in `image_map`.
@@ -85,7 +87,7 @@ def process_ali(
         question = language[choice.random() < 0.5]
         return [{"q": question.replace(IMAGE_TAG, IMAGE_TAG * len(names)), "a": answers, "images": names}]
 
-    return _process(parse, rows, image_path, start_ID, image_map, source, report, check)
+    return _process(parse, rows, image_path, start_ID, image_map, source, report, check, into)
 
 
 def process_captions(
@@ -105,6 +107,7 @@ def process_coco(
     source: str = "coco",
     report: Report | None = None,
     check: Check | None = None,
+    into: Records | None = None,
 ) -> tuple[ImageMap, Captions]:
     """Read rows with `conversations` (LLaVA), with `turns`, or with `question`/`q` and `answer`/`a`.
 
@@ -120,13 +123,7 @@ def process_coco(
         turns[0] |= box_of(row)
         return place_photos(turns, names, notes)
 
-    return _process(parse, rows, image_path, start_ID, image_map, source, report, check)
-
-
-def merge_captions(captions: Captions, new: Captions) -> None:
-    """Add `new` to `captions` in place; a photo in both keeps all its entries."""
-    for key, entries in new.items():
-        captions.setdefault(key, []).extend(entries)
+    return _process(parse, rows, image_path, start_ID, image_map, source, report, check, into)
 
 
 def _process(
@@ -138,42 +135,49 @@ def _process(
     source: str,
     report: Report | None,
     check: Check | None,
+    into: Records | None,
 ) -> tuple[ImageMap, Captions]:
-    if image_map is not None and start_ID != len(image_map):
-        raise ValueError(f"source '{source}': start_ID is {start_ID} but {len(image_map)} photos stand before it")
+    known = None if image_map is None else len(image_map)
+    before = into.photos if into is not None else known
+    if before not in (None, start_ID):
+        raise ValueError(f"source '{source}': start_ID is {start_ID} but {before} photos stand before it")
     report = Report(source) if report is None else report
-    register = _Register(image_path, source, start_ID, image_map or {})
+    memory = MemoryRecords(image_map, start_ID)
+    register = Register(image_path, source, memory if into is None else into)
     parsed = _parse_rows(parse, rows, report)
+    while chunk := list(itertools.islice(parsed, CHUNK)):
+        _enter(chunk, register, report, check)
+    report.photos += register.records.photos - start_ID
+    return memory.image_map, memory.captions
+
+
+def _enter(chunk: list[ParsedRow], register: Register, report: Report, check: Check | None) -> None:
+    """Check the photos of the rows, then add photos and entries to the records; the report gets unusable rows."""
     problems = {}
     if check is not None:
-        named = dict.fromkeys(path for _, _, turns, _ in parsed for path in register.paths(turns))
+        named = dict.fromkeys(path for _, _, turns, _ in chunk for path in register.paths(turns))
         problems = check([path for path in named if not register.knows(path)])
-
-    captions: Captions = {}
-    for number, row, turns, notes in parsed:
+    for number, row, turns, notes in chunk:
         bad = next((path for path in register.paths(turns) if path in problems), None)
         if bad is not None:
             report.drop(_parts(number, row), *problems[bad])
             continue
-        entry = {"source": source} | kind_of(row.value if isinstance(row, Row) else row)
+        entry = {"source": register.source} | kind_of(row.value if isinstance(row, Row) else row)
         key = register.enter(turns, entry)
         entry |= turns[0] if len(turns) == 1 else {"turns": turns}
-        captions.setdefault(key, []).append(entry)
+        register.records.add_entry(key, entry)
         if report.kept_rows is not None:
             report.kept_rows.setdefault(key, []).append(row)
         report.kept += len(row.parts) if isinstance(row, Row) else 1
         report.questions += len(turns)
         for name, count in (notes or {}).items():
             setattr(report, name, getattr(report, name) + count)
-    report.photos += len(register.new)
-    return register.new, captions
 
 
 def _parse_rows(
     parse: Callable[[dict[str, Any], Notes], Turns], rows: Iterable[Any], report: Report
-) -> list[tuple[int, Any, Turns, Notes | None]]:
-    """Return (number, row, turns, notes) of each usable row; the report gets the other rows."""
-    parsed = []
+) -> Iterator[ParsedRow]:
+    """Yield (number, row, turns, notes) of each usable row; the report gets the other rows."""
     for number, row in enumerate(rows, start=1):
         report.rows += len(row.parts) if isinstance(row, Row) else 1
         notes: Notes = {}
@@ -183,84 +187,15 @@ def _parse_rows(
             value = row.value if isinstance(row, Row) else row
             if not isinstance(value, dict):
                 raise DropRowError("row is not an object", shown(value))
-            parsed.append((number, row, parse(value, notes), notes or None))
+            turns = parse(value, notes)
         except DropRowError as problem:
             report.drop(_parts(number, row), problem.reason, problem.detail)
-    return parsed
+        else:
+            yield number, row, turns, notes or None
 
 
 def _parts(number: int, row: Any) -> tuple[RowPart, ...]:
     return row.parts if isinstance(row, Row) else (RowPart(f"row {number}", row),)
-
-
-class _Register:
-    """IDs and keys of the photos and regions of a source. Absolute path and box identify a known one, not its key."""
-
-    def __init__(self, image_path: str | Path, source: str, start_ID: int, known: ImageMap) -> None:
-        self.folder = Path(image_path).as_posix()
-        self.folder_name = Path(os.path.abspath(resolve_path(image_path))).name or source
-        self.source = source
-        self.start_ID = start_ID
-        self.known = known
-        self.new: ImageMap = {}
-        self.ID_of_known_file = {
-            (_absolute(photo["path"]), _suffix(photo.get("box"))): photo["ID"] for photo in known.values()
-        }
-        self.ID_of_path: dict[tuple[str, str], int] = {}
-
-    def paths(self, turns: Turns) -> list[str]:
-        """Return the photo files of a row, in reading order."""
-        return [f"{self.folder}/{name}" for turn in turns for name in turn.get("images", ())]
-
-    def enter(self, turns: Turns, entry: dict[str, Any]) -> str:
-        """Replace photo names by IDs, as `write_records` describes; return the key of `entry` in captions."""
-        IDs: list[list[int]] = []
-        path = ""
-        for turn in turns:
-            IDs.append([self.get(path := own) for own in self.paths([turn])])
-            if "box" in turn:
-                IDs[-1].append(self.get(path, turn.pop("box")))
-        first = next(itertools.chain.from_iterable(IDs), None)
-        if first is not None and IDs[0] != [first]:
-            entry["images"] = IDs[0]
-        for turn in turns:
-            turn.pop("images", None)
-        for turn, own in zip(turns[1:], IDs[1:], strict=True):
-            if own:
-                turn["images"] = own
-        return TEXT_KEY if first is None else str(first)
-
-    def knows(self, path: str) -> bool:
-        return (_absolute(path), "") in self.ID_of_known_file
-
-    def get(self, path: str, box: Box | None = None) -> int:
-        """Return the ID of a photo, or of the region `box` of it."""
-        suffix = _suffix(box)
-        ID = self.ID_of_path.get((path, suffix), self.ID_of_known_file.get((_absolute(path), suffix)))
-        if ID is None:
-            ID = self.start_ID + len(self.new)
-            name = path[len(self.folder) + 1 :]
-            key = f"{self.folder_name}/{name}{suffix}"
-            while key in self.known or key in self.new:
-                key = f"{self.source}/{key}"
-            self.ID_of_path[path, suffix] = ID
-            self.new[key] = {"ID": ID, "image_file": name, "path": path} | ({} if box is None else {"box": [*box]})
-        return ID
-
-
-def _suffix(box: Sequence[float] | None) -> str:
-    """Return what the key of a region has after that of its photo; as text, since (0, 0, 1, 1) equals (0.0, …)."""
-    return "" if box is None else f"#{','.join(map(str, box))}"
-
-
-def _absolute(path: str) -> str:
-    folder, _, name = path.rpartition("/")
-    return f"{_absolute_folder(folder)}/{name}"
-
-
-@functools.cache
-def _absolute_folder(folder: str) -> str:
-    return os.path.abspath(resolve_path(folder))
 
 
 class Reader(NamedTuple):

@@ -1,72 +1,48 @@
-"""Writing, reading and checking of the two files of a prepared data set, `image_map.json` and `captions.json`.
+"""Writing, reading and splitting of the two files of a prepared data set, `image_map.json` and `captions.json`.
 
-`process_image.py` writes them; training and evaluation read them. `write_records` describes their form.
+`process_image.py` writes them; training and evaluation read them. `write_records` describes their form. Names that end
+in `.sqlite` mean the same records in the form of `dataset/disk_records.py`, for data sets larger than the memory.
 """
 
 import contextlib
 import errno
 import hashlib
+import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import numpy
 import orjson
 
-from config import IMAGE_TAG
+from dataset.disk_records import DiskEntries, DiskPhotos, SelectedEntries, on_disk
+from dataset.entries import TEXT_KEY, UNNAMED_SOURCE, Entry, Photo, Turn, entries_of, photos_of
 from dataset.json_files import read_json
 from errors import UserError, file_error
-from paths import REPO_ROOT
-from visual.region import Box, Region, checked_box
 
-TEXT_KEY = "text"  # key in captions.json of the entries without a photo
-UNNAMED_SOURCE = "unnamed"  # source of entries in the report's form, which have no source
+__all__ = [
+    "TEXT_KEY",
+    "UNNAMED_SOURCE",
+    "Captions",
+    "Entry",
+    "ImageMap",
+    "Photo",
+    "Turn",
+    "entries_of",
+    "json_pieces",
+    "photos_of",
+    "read_records",
+    "split_entries",
+    "temporary_name",
+    "write_files",
+    "write_json_files",
+    "write_records",
+]
 
 ImageMap = dict[str, dict[str, Any]]
 Captions = dict[str, list[dict[str, Any]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Photo:
-    ID: int
-    key: str
-    image_file: str
-    path: Path  # absolute
-    box: Box | None = None  # of a region; None: the whole photo
-
-    @property
-    def picture(self) -> Path | Region:
-        """What `visual.photo` reads."""
-        return self.path if self.box is None else Region(self.path, self.box)
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A question with its answers. `images` belong to its first tags, in order; later tags are text."""
-
-    question: str
-    answers: tuple[str, ...]  # each is correct; () only in a test set without references, see evaluation/standard.py
-    type: str = ""  # question type, for the scores; "": the type of the entry
-    images: tuple[int, ...] = ()  # photo IDs; (): a turn without a photo of its own
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One entry of captions.json: a question or a dialogue."""
-
-    source: str
-    type: str
-    turns: tuple[Turn, ...]
-    id: int | str | None = None  # of the question or photo in a standard file, see evaluation/standard.py
-
-    @property
-    def images(self) -> tuple[int, ...]:
-        """Photo IDs of all turns in reading order, with repetitions; () for text only."""
-        if len(self.turns) == 1:
-            return self.turns[0].images
-        return tuple(ID for turn in self.turns for ID in turn.images)
 
 
 def write_records(
@@ -109,22 +85,30 @@ def json_pieces(value: Any) -> Iterator[bytes]:
     yield orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
-def write_files(contents: dict[Path, Iterable[bytes]]) -> None:
+def temporary_name(path: Path) -> Path:
+    """Return the name under which `write_files` writes a file before it renames it."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def write_files(contents: Mapping[Path, Iterable[bytes] | None]) -> None:
     """Write all files under temporary names, then rename them.
+
+    Args:
+        contents: the pieces of each file; None: the file is there already, under its temporary name.
 
     Raises:
         UserError: the disk is full, a folder is not writable or a path is a folder. The old files are unchanged, and
             no temporary file is left.
     """
-    temporary = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in contents}
+    temporary = {path: temporary_name(path) for path in contents}
     path = None
     try:
         for path, pieces in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():  # renaming would fail after other files are renamed
                 raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-            with open(temporary[path], "wb") as file:
-                file.writelines(pieces)
+            with open(temporary[path], "r+b" if pieces is None else "wb") as file:
+                file.writelines(pieces or ())
                 file.flush()
                 os.fsync(file.fileno())
         for path in contents:
@@ -137,8 +121,8 @@ def write_files(contents: dict[Path, Iterable[bytes]]) -> None:
                 unfinished.unlink()
 
 
-def read_records(image_map: Path, captions: Path) -> tuple[dict[int, Photo], list[Entry]]:
-    """Read and check both files.
+def read_records(image_map: Path, captions: Path) -> tuple[Mapping[int, Photo], Sequence[Entry]]:
+    """Read and check both files; records on the disk (`.sqlite`) stay there and are checked when they are used.
 
     It also accepts the report's form of captions, where a value is one `{"q", "a"}`, and a single text for `"a"`. It
     does not check that the photos exist: `process_image.py` did, and `visual.transform.load_image` will.
@@ -149,118 +133,16 @@ def read_records(image_map: Path, captions: Path) -> tuple[dict[int, Photo], lis
     Raises:
         UserError: a file is missing, is not JSON or has a wrong form. The message has file, ID or key, and the remedy.
     """
+    if on_disk(image_map, captions):
+        photos_on_disk = DiskPhotos(image_map)
+        return photos_on_disk, DiskEntries(captions, photos_on_disk)
     photos = photos_of(read_json(image_map), Path(image_map))
     return photos, entries_of(read_json(captions), Path(captions), photos, Path(image_map))
 
 
-def entries_of(content: Any, file: Path, photos: dict[int, Photo], image_map: Path) -> list[Entry]:
-    """Check the content of `captions.json` and return its entries in order; the files are named in errors."""
-    if not isinstance(content, dict):
-        _fail(file, "the file", f"is a {type(content).__name__}, not an object with photo IDs as keys")
-    entries = []
-    for key, value in content.items():
-        if key != TEXT_KEY and not (key.isdecimal() and int(key) in photos):
-            _fail(file, f"ID '{key}'", f"is not in {image_map}")
-        for number, item in enumerate(value if isinstance(value, list) else [value]):
-            entries.append(_entry(file, key, number, item, photos))
-    return entries
-
-
-def photos_of(content: Any, file: Path) -> dict[int, Photo]:
-    """Check the content of `image_map.json` and return its photos by ID; `file` is named in errors."""
-    if not isinstance(content, dict):
-        _fail(file, "the file", f"is a {type(content).__name__}, not an object with image keys")
-    root = str(REPO_ROOT)
-    photos: dict[int, Photo] = {}
-    for key, value in content.items():
-        match value:
-            case {"ID": int(ID), "image_file": str(image_file), "path": str(path)} if not isinstance(ID, bool):
-                if ID in photos:
-                    _fail(file, f"ID {ID}", f"is given to both '{photos[ID].key}' and '{key}'")
-                # not resolve_path: its three Path objects would take half the time of reading 300,000 photos
-                file_path = Path(os.path.join(root, os.path.expanduser(path)))
-                photos[ID] = Photo(ID, key, image_file, file_path, _box(value, key, file))
-            case _:
-                _fail(file, f"'{key}'", 'does not hold a whole number "ID" and texts "image_file" and "path"')
-    missing = next((ID for ID in range(len(photos)) if ID not in photos), None)
-    if missing is not None:
-        _fail(file, f"ID {missing}", f"is missing: {len(photos)} photos must have the IDs 0 to {len(photos) - 1}")
-    return photos
-
-
-def _box(photo: dict[str, Any], key: str, file: Path) -> Box | None:
-    if photo.get("box") is None:
-        return None
-    try:
-        return checked_box(photo["box"])
-    except UserError as error:
-        _fail(file, f"'{key}'", f"has a wrong box ({error})")
-
-
-def _entry(file: Path, key: str, number: int, item: Any, photos: dict[int, Photo]) -> Entry:
-    where = f"ID {key}, entry {number}" if key != TEXT_KEY else f"'{TEXT_KEY}', entry {number}"
-    if not isinstance(item, dict):
-        _fail(file, where, f"is a {type(item).__name__}, not an object")
-    source, turns = item.get("source", UNNAMED_SOURCE), item.get("turns", [item])
-    kind = item.get("type", source)
-    if not isinstance(source, str) or not isinstance(kind, str):
-        _fail(file, where, '"source" and "type" must be texts')
-    if not isinstance(turns, list) or not turns:
-        _fail(file, where, '"turns" must be a list of at least one {"q", "a"}')
-    first = [] if key == TEXT_KEY else [int(key)]
-    images = item.get("images", first)
-    if "turns" in item:
-        read = tuple(_dialogue_turn(file, where, index, turn, images, photos) for index, turn in enumerate(turns))
-    else:
-        read = (_turn(file, where, item, "", images, photos),)
-    entry = Entry(source, kind, read)
-    shown = entry.images[:1]
-    if shown != tuple(first):
-        found = f"shows photo {shown[0]} first" if shown else "shows no photo"
-        rule = f"the photo {key}, its key, must come first" if first else f"entries under '{TEXT_KEY}' have none"
-        _fail(file, where, f"{found}, but {rule}")
-    return entry
-
-
-def _dialogue_turn(file: Path, where: str, index: int, turn: Any, first: Any, photos: dict[int, Photo]) -> Turn:
-    """Read turn `index` of a dialogue; `first` are the entry's `"images"`, the photos of the first turn."""
-    where = f"{where}, turn {index}"
-    if not isinstance(turn, dict):
-        _fail(file, where, f"is a {type(turn).__name__}, not an object")
-    kind = turn.get("type", "")
-    if not isinstance(kind, str):
-        _fail(file, where, 'has a "type" that is no text')
-    if index == 0 and "images" in turn:
-        _fail(file, where, 'has "images", but those of the first turn stand in the entry, beside "turns"')
-    return _turn(file, where, turn, kind, turn.get("images", []) if index else first, photos)
-
-
-def _turn(file: Path, where: str, turn: dict[str, Any], kind: str, images: Any, photos: dict[int, Photo]) -> Turn:
-    question, answers = turn.get("q"), turn.get("a")
-    texts = [answers] if isinstance(answers, str) else answers
-    asked = isinstance(question, str) and question.strip()
-    if not (
-        asked and isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
-    ):
-        _fail(file, where, 'must have a question "q" and an answer or answers "a", texts that are not blank')
-    if not isinstance(images, list):
-        _fail(file, where, f'has "images" of the type {type(images).__name__}, not a list of photo IDs')
-    for ID in images:
-        if type(ID) is not int or ID not in photos:  # True is an int as well
-            _fail(file, where, f"names the photo {ID!r}, which is not in the image map")
-    tags = question.count(IMAGE_TAG)
-    if tags < len(images):
-        _fail(file, where, f"has {len(images)} photos but {tags} tags {IMAGE_TAG} in its question")
-    return Turn(question, tuple(texts), kind, tuple(images))
-
-
-def _fail(file: Path, where: str, problem: str) -> NoReturn:
-    raise UserError(f"{file}: {where} {problem}; correct it or run process_image.py again")
-
-
 def split_entries(
-    photos: dict[int, Photo], entries: list[Entry], val_fraction: float
-) -> tuple[list[Entry], list[Entry]]:
+    photos: Mapping[int, Photo], entries: Sequence[Entry], val_fraction: float
+) -> tuple[Sequence[Entry], Sequence[Entry]]:
     """Split into (train, val) by a hash of the photo's key, or of the first question if there is no photo.
 
     Photos in one entry are linked, also indirectly through other photos. The alphabetically first key of linked photos
@@ -269,43 +151,84 @@ def split_entries(
     because too few would be left otherwise. `val_fraction` is in [0, 1). The share holds on average, so a small data
     set may have no validation part.
 
+    It reads the entries once and keeps some bytes of each.
+
     Raises:
         UserError: entries link all photos, so no photo can be held out.
     """
-    key_of = _deciding_keys(photos, entries)
-    linked = Counter(key_of.values())
-    largest, size = max(linked.items(), key=lambda item: item[1], default=("", 0))
-    total = len({ID for entry in entries for ID in entry.images})
-    if val_fraction > 0 and 1 < size == total:
-        raise UserError(
-            f"'data.val_fraction' = {val_fraction}: entries with several photos link all {size} photos to one another, "
-            "so none can be held out: set it to 0, or leave some of these entries out"
-        )
-    train, val = [], []
+    limit = math.ceil(val_fraction * 2**64)  # a hash below it is held out
+    first, held_out, shown = array("q"), bytearray(), bytearray(len(photos))
+    links = _Links(photos)
     for entry in entries:
-        first = next(iter(entry.images), None)
-        name = entry.turns[0].question if first is None else key_of.get(first, photos[first].key)
-        digest = hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest()
-        held_out = int.from_bytes(digest, "big") < val_fraction * 2**64
-        if first in key_of and name == largest and 2 * size > total and size > 1:
-            held_out = False
-        (val if held_out else train).append(entry)
-    return train, val
+        images = entry.images
+        first.append(images[0] if images else -1)
+        held_out.append(not images and _hash(entry.turns[0].question) < limit)
+        for ID in images:
+            shown[ID] = 1
+            links.add(images[0], ID)
+    keys = photos.ordered_keys() if isinstance(photos, DiskPhotos) else (photos[ID].key for ID in range(len(photos)))
+    hashes = numpy.fromiter(map(_hash, keys), numpy.uint64, len(photos))  # of the deciding key, by photo
+    linked, roots = links.roots()
+    hashes[linked] = hashes[roots]
+    if len(linked):
+        _, number, sizes = numpy.unique(roots, return_inverse=True, return_counts=True)
+        size, total = int(sizes.max()), sum(shown)
+        if val_fraction > 0 and size == total:
+            raise UserError(
+                f"'data.val_fraction' = {val_fraction}: entries with several photos link all {size} photos to one "
+                "another, so none can be held out: set it to 0, or leave some of these entries out"
+            )
+        if 2 * size > total:
+            hashes[linked[sizes[number] == size]] = 2**64 - 1
+    photo_of = numpy.frombuffer(first, numpy.int64)
+    held = numpy.frombuffer(held_out, numpy.bool_).copy()
+    held[photo_of >= 0] = hashes[photo_of[photo_of >= 0]] < numpy.uint64(limit)
+    return _chosen(entries, ~held), _chosen(entries, held)
 
 
-def _deciding_keys(photos: dict[int, Photo], entries: list[Entry]) -> dict[int, str]:
-    """Return the smallest key of the linked photos, by photo ID; photos without links are left out."""
-    parent: dict[int, int] = {}
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
-    def root(ID: int) -> int:
-        while parent.setdefault(ID, ID) != ID:
+
+def _chosen(entries: Sequence[Entry], chosen: numpy.ndarray) -> Sequence[Entry]:
+    indices = array("q", numpy.flatnonzero(chosen).tobytes())
+    if isinstance(entries, DiskEntries):
+        return SelectedEntries(entries, indices)
+    return [entries[index] for index in indices]
+
+
+class _Links:
+    """Photos that entries show together; the root of linked photos has the smallest key of them."""
+
+    def __init__(self, photos: Mapping[int, Photo]) -> None:
+        self.photos = photos
+        self.parent: array[int] | None = None  # by ID; -1: not linked
+
+    def add(self, ID: int, other: int) -> None:
+        if other == ID:
+            return
+        if self.parent is None:
+            self.parent = array("q", [-1]) * len(self.photos)
+        first, second = sorted((self._root(ID), self._root(other)), key=lambda ID: self.photos[ID].key)
+        self.parent[second] = first
+
+    def _root(self, ID: int) -> int:
+        parent = self.parent
+        assert parent is not None, "made by `add`"
+        if parent[ID] < 0:
+            parent[ID] = ID
+        while parent[ID] != ID:
             parent[ID] = parent[parent[ID]]  # path halving
             ID = parent[ID]
         return ID
 
-    for entry in entries:
-        images = entry.images
-        for ID in images[1:]:
-            first, second = sorted((root(images[0]), root(ID)), key=lambda ID: photos[ID].key)
-            parent[second] = first  # a root has the smallest key of its photos
-    return {ID: photos[root(ID)].key for ID in list(parent)}
+    def roots(self) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Return the IDs of all linked photos, and the root of each."""
+        if self.parent is None:
+            return numpy.empty(0, numpy.int64), numpy.empty(0, numpy.int64)
+        parent = numpy.frombuffer(self.parent, numpy.int64)
+        linked = numpy.flatnonzero(parent >= 0)
+        roots = parent[linked]
+        while (parent[roots] != roots).any():
+            roots = parent[roots]
+        return linked, roots

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
@@ -16,7 +16,7 @@ from config import IMAGE_TAG
 from errors import shortened
 
 EXAMPLES = 3  # per reason, in the report
-_ROWS = ("rejected", "kept_rows")  # fields of `Report` that hold rows
+_ROWS = ("rejected", "kept_rows", "spill")  # fields of `Report` that hold rows
 _COLUMNS = {
     "rows": "rows read",
     "kept": "rows kept",
@@ -80,6 +80,8 @@ class Report:
     rejected: list[tuple[RowPart, str, str]] = field(default_factory=list)  # every dropped row, reason and detail
     # If a dict is given: the kept rows under their keys in the captions, in the order of the entries there.
     kept_rows: dict[str, list[Any]] | None = None
+    # If a file is given: it gets the lines of `rejected.jsonl` at once, and `rejected` stays empty.
+    spill: BinaryIO | None = None
 
     def drop(self, parts: Iterable[RowPart], reason: str, detail: str) -> None:
         """Count and store rejected rows; the first `EXAMPLES` of a reason are its examples."""
@@ -88,7 +90,10 @@ class Report:
             entry["count"] += 1
             if len(entry["examples"]) < EXAMPLES:
                 entry["examples"].append(shortened(f"{part.place}: {detail}"))
-            self.rejected.append((part, reason, detail))
+            if self.spill is None:
+                self.rejected.append((part, reason, detail))
+            else:
+                self.spill.write(self._line(part, reason, detail))
 
     def figures(self) -> dict[str, Any]:
         """Return all fields except the rows, for `process_report.json`."""
@@ -96,9 +101,15 @@ class Report:
 
     def rejected_lines(self) -> Iterator[bytes]:
         """Yield the lines of `rejected.jsonl`: source, file, place, reason, detail and the whole row."""
+        if self.spill is not None:
+            self.spill.seek(0)
+            yield from self.spill
         for part, reason, detail in self.rejected:
-            where = {"source": self.source, "file": part.file or self.file, "place": part.place}
-            yield _json_line(where | {"reason": reason, "detail": detail, "row": part.content})
+            yield self._line(part, reason, detail)
+
+    def _line(self, part: RowPart, reason: str, detail: str) -> bytes:
+        where = {"source": self.source, "file": part.file or self.file, "place": part.place}
+        return _json_line(where | {"reason": reason, "detail": detail, "row": part.content})
 
 
 def report_text(reports: list[Report]) -> str:

@@ -6,6 +6,7 @@ Of a dialogue, only the last answer counts, because each turn is a question of i
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Loss(NamedTuple):
 
 @torch.no_grad()
 def answer_losses(
-    model: MMultiModal, questions: list[Question], photos: dict[int, Photo], progress: Progress = iter
+    model: MMultiModal, questions: list[Question], photos: Mapping[int, Photo], progress: Progress = iter
 ) -> dict[tuple[str, str], Loss]:
     """Question type and source → loss of the references of such questions.
 

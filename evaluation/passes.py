@@ -7,7 +7,7 @@ distorted photos (`visual/augment.py`) show how much it needs a good one.
 
 import bisect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,9 +85,9 @@ class Evaluation:
 
 def evaluate(
     model: MMultiModal | RemoteAnswerer,
-    photos: dict[int, Photo],
-    entries: list[Entry],
-    train: list[Entry],
+    photos: Mapping[int, Photo],
+    entries: Sequence[Entry],
+    train: Sequence[Entry],
     predictions: Predictions,
     baselines: Iterable[str] = tuple(BASELINES),
     kinds: Sequence[str] = (),
@@ -139,8 +139,8 @@ def evaluate(
 
 def answer_questions(
     model: MMultiModal | RemoteAnswerer,
-    photos: dict[int, Photo],
-    entries: list[Entry],
+    photos: Mapping[int, Photo],
+    entries: Sequence[Entry],
     predictions: Predictions,
     progress: Progress,
 ) -> list[Answer]:
@@ -167,7 +167,7 @@ def _run(
     one: Pass,
     model: MMultiModal | RemoteAnswerer,
     questions: list[Question],
-    photos: dict[int, Photo],
+    photos: Mapping[int, Photo],
     predictions: Predictions,
     own: list[Answer],
     progress: Progress,
@@ -234,7 +234,7 @@ def untrained_projector(model: MMultiModal) -> Iterator[None]:
         model.feature_proj = trained
 
 
-def majority_answers(questions: list[Question], train: list[Entry]) -> dict[str, Common]:
+def majority_answers(questions: list[Question], train: Sequence[Entry]) -> dict[str, Common]:
     """Most frequent reference of each question type, compared as the metrics do and spelt as it first occurs.
 
     Args:
@@ -262,8 +262,8 @@ def _most_frequent(questions: list[Question]) -> dict[str, str]:
 def describe(
     model: MMultiModal | RemoteAnswerer,
     checkpoint: Path,
-    entries: list[Entry],
-    photos: dict[int, Photo],
+    entries: Sequence[Entry],
+    photos: Mapping[int, Photo],
     split: str,
     limit: int | None,
 ) -> dict[str, Any]:

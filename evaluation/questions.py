@@ -1,6 +1,7 @@
 """What `eval_vqa.py` asks: the questions of a prepared data set or of standard files."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,9 @@ class Asked(NamedTuple):
         note: which rows of standard files were rejected, for the user.
     """
 
-    photos: dict[int, Photo]
-    entries: list[Entry]
-    train: list[Entry]
+    photos: Mapping[int, Photo]
+    entries: Sequence[Entry]
+    train: Sequence[Entry]
     name: str
     note: str = ""
 
@@ -79,7 +80,7 @@ def read_questions(data: Data, split: str, limit: int | None) -> Asked:
             "read with data.image_map=FILE data.captions=FILE"
         )
     photos, entries = read_records(*(existing_path(path, key) for key, path in files.items()))
-    train: list[Entry] = []
+    train: Sequence[Entry] = []
     if split != "all":
         train, val = split_entries(photos, entries, data.val_fraction)
         entries = val if split == "val" else train

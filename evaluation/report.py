@@ -3,7 +3,7 @@
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,7 +195,7 @@ def text_font(size: int) -> tuple[Font, bool]:
     return ImageFont.truetype(file, size, _CJK_FONTS[file]), True
 
 
-def draw_gallery(file: Path, answers: list[Answer], photos: dict[int, Photo]) -> None:
+def draw_gallery(file: Path, answers: list[Answer], photos: Mapping[int, Photo]) -> None:
     """Draw a PNG of up to eight photos with question, truth, answer, and a green tick or a red cross.
 
     Without a Chinese font, questions with non-ASCII text are left out.

@@ -2,7 +2,7 @@
 
 import html
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dataset.records import Photo
@@ -52,7 +52,9 @@ article td, details td { overflow-wrap: anywhere; }
 """
 
 
-def render_report(found: Evaluation, compared: Comparison | None, photos: dict[int, Photo], run: dict[str, Any]) -> str:
+def render_report(
+    found: Evaluation, compared: Comparison | None, photos: Mapping[int, Photo], run: dict[str, Any]
+) -> str:
     """Return the page.
 
     Args:
@@ -194,7 +196,7 @@ def draw_curve(points: list[Interval], floor: float | None, top: float) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="accuracy by strength">{"".join(parts)}</svg>'
 
 
-def _comparison(compared: Comparison, photos: dict[int, Photo]) -> str:
+def _comparison(compared: Comparison, photos: Mapping[int, Photo]) -> str:
     sentence = compared_line(compared)
     head = ["", "difference", "95 % interval"]
     lines = [
@@ -215,7 +217,7 @@ def _comparison(compared: Comparison, photos: dict[int, Photo]) -> str:
     return "\n".join(parts)
 
 
-def _examples(found: Evaluation, photos: dict[int, Photo]) -> str:
+def _examples(found: Evaluation, photos: Mapping[int, Photo]) -> str:
     """Right and wrong answers of each type, with what the model answers without the photo."""
     others = {
         meaning: {(answer.entry, answer.turn): answer for answer in found.answers[name]}
@@ -250,7 +252,7 @@ def _draw(items: list[Any], count: int) -> list[Any]:
     return [items[number] for number in sorted(numbers)]
 
 
-def _card(answer: Answer, others: dict[str, Answer], photos: dict[int, Photo]) -> str:
+def _card(answer: Answer, others: dict[str, Answer], photos: Mapping[int, Photo]) -> str:
     """A question with photo, truth and answer; `others` are answers to the same question, by who gave them."""
     pictures = show_thumbnails([read_thumbnail(photos[ID], THUMBNAIL) for ID in answer.images])
     partly = f" (accuracy {answer.accuracy:.2f})" if 0 < answer.accuracy < 1 else ""

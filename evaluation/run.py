@@ -3,7 +3,7 @@
 import argparse
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, command: str) -> Iterator[str]:
         yield write_gallery(args.gallery, answers, asked.photos)
 
 
-def write_gallery(file: Path, answers: list[Answer], photos: dict[int, Photo]) -> str:
+def write_gallery(file: Path, answers: list[Answer], photos: Mapping[int, Photo]) -> str:
     try:
         draw_gallery(file, answers, photos)
     except OSError as error:  # the disk is full

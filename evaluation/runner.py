@@ -7,7 +7,7 @@ follow one another, because a batch computes the keys and values of its photos o
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -103,7 +103,7 @@ def make_answer(question: Question, images: tuple[int, ...], text: str, finish_r
     )
 
 
-def list_questions(entries: list[Entry]) -> list[Question]:
+def list_questions(entries: Sequence[Entry]) -> list[Question]:
     """Every turn of every entry; those on the same photos follow one another."""
     groups: dict[tuple[int, ...], list[Question]] = {}
     for number, entry in enumerate(entries):
@@ -112,7 +112,7 @@ def list_questions(entries: list[Entry]) -> list[Question]:
     return [question for group in groups.values() for question in group]
 
 
-def questions_digest(questions: list[Question], photos: dict[int, Photo]) -> str:
+def questions_digest(questions: list[Question], photos: Mapping[int, Photo]) -> str:
     """Hash of what is asked: photo keys, questions and references, with the place of each in its entry."""
     digest = hashlib.sha256()
     for question in questions:
@@ -179,7 +179,7 @@ def without_photos(entry: Entry) -> Entry:
     return replace(entry, turns=tuple(turns))
 
 
-def sample_photos(entries: list[Entry], limit: int, seed: int) -> list[Entry]:
+def sample_photos(entries: Sequence[Entry], limit: int, seed: int) -> list[Entry]:
     """Draw the entries on about `limit` photos of all sources, and the same share of entries without a photo.
 
     The order stays. Photos of one entry are drawn together, so the result may have a few more photos. If no entry has a

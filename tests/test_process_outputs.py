@@ -51,7 +51,7 @@ class TestOutputs:
     def test_photo_config_and_folder(self, world):
         photo = world.photos[0] / "0.jpg"
         for path, message in [
-            (photo, r"0\.jpg exists and is not a JSON file, so it is not written over"),
+            (photo, r"0\.jpg exists and is not a file of records, so it is not written over"),
             (world.config, r"'data\.captions' would be written over the config"),
             (world.photos[0], "is a folder: name a file in it"),
         ]:

@@ -4,6 +4,7 @@ Used by `loop.py`, `validation.py`, `checks.py` and, for the trial passes, `buil
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -16,9 +17,21 @@ from qwen.chat import IGNORE_INDEX
 from training.signals import StopSignals, outlast_signals
 
 
+class EpochBatches:
+    """The sample indices of the micro-batches `now`, which can be replaced between two iterations of a loader."""
+
+    now: Sequence[list[int]] = ()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.now)
+
+    def __len__(self) -> int:
+        return len(self.now)
+
+
 def make_loader(
     dataset: Dataset,
-    batches: list[list[int]],
+    batches: Sequence[list[int]] | EpochBatches,
     workers: int,
     device: torch.device,
     stop: StopSignals | None = None,

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -34,19 +35,20 @@ from training.agreement import all_or_none
 from training.batches import checked
 from training.costs import Arithmetic, PeakMemory, matrix_peak
 from training.data import (
+    MicroBatches,
     build_datasets,
     data_hash,
     epoch_order,
     micro_batches,
     read_split,
     sample_lengths,
-    source_weights,
     validation_sample,
 )
 from training.estimate import Estimate, Setting, Trial, choose_setting, longest_sample, usable_memory
 from training.movement import sample_weights
 from training.optimizer import build_optimizer, build_schedule
 from training.run_log import check_trackers
+from training.sharding import check_shardable, shard
 from training.signals import StopSignals
 
 # keys that determine the setting; if none has changed, a resumed run keeps the values that `auto` chose
@@ -85,6 +87,8 @@ class Run:
         self, config: Config, resume: str | None = None, accept_changes: bool = False, dry_run: bool = False
     ) -> None:
         assert not config.train.stages, "training.stages.stages runs them"
+        if dry_run and config.train.shard:
+            raise UserError("--dry-run measures a process that has all weights: set train.shard=false for it")
         check_trackers(config.train)
         for key, _ in config.train.parts:
             check_part_name(key)
@@ -100,7 +104,7 @@ class Run:
             accepted = state.accepted_changes(resumed, self.provenance["shape"], accept_changes)
             self.provenance["accepted_changes"] = accepted
 
-        self.model = MMultiModal.from_config(config, self.accelerator.device)
+        self.model = load_model(config, self.accelerator.device, self.precision)
         notes: list[str] = []
         if resumed is not None:
             notes = restore_weights(self.model, resumed, other_prompt=accept_changes)
@@ -115,7 +119,7 @@ class Run:
         # on each disk, the first process writes the feature cache; the other processes read it
         with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
             self.train_set, self.val_set = build_datasets(config, self.model, photos, train, val, encode=not dry_run)
-        self.weights = source_weights(config, {entry.source for entry in [*train, *val]})
+        self.weights = {source.name: source.weight for source in config.data.sources}
         self.val_samples = validation_sample(self.val_set, config.train.eval_samples, config.train.seed)
 
         self.wrapped = wrap(self.accelerator, self.model)
@@ -197,14 +201,14 @@ class Run:
             set_activation_checkpointing(encoder, on)
 
     def cut(
-        self, dataset: ImageCaptionDataset, order: list[int], processes: int = 1, start: int = 0
-    ) -> list[list[int]]:
+        self, dataset: ImageCaptionDataset, order: Sequence[int], processes: int = 1, start: int = 0
+    ) -> MicroBatches:
         """Cut the sample indices from position `start` of `order` into micro-batches; see `micro_batches`."""
         train = self.config.train
         lengths = None if train.tokens_per_batch is None else sample_lengths(dataset, train.workers)
         return micro_batches(order, self.setting.micro_batch, processes, lengths, train.tokens_per_batch, start)
 
-    def epoch_batches(self, epoch: int, samples: int = 0) -> list[list[int]]:
+    def epoch_batches(self, epoch: int, samples: int = 0) -> MicroBatches:
         """Return the micro-batches of an epoch after its first `samples` samples; they alternate between processes."""
         self.train_set.set_epoch(epoch)
         order = epoch_order(self.train_set, self.weights, self.config.train.seed, epoch)
@@ -244,11 +248,23 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(f"{launched} processes were launched but {accelerator.num_processes} joined the run")
+    if config.train.shard:
+        check_shardable(config, launched, precision)
     return accelerator, precision
 
 
+def load_model(config: Config, device: torch.device, precision: str) -> MMultiModal:
+    """Load the model; a language model that will be sharded stays on the CPU, as it may be larger than the device."""
+    model = MMultiModal.from_config(config, "cpu" if config.train.shard else device, DTYPES[precision])
+    model.encoder.to(device)
+    model.feature_proj.to(device)
+    return model
+
+
 def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Module:
-    """Wrap the loss for several processes. Frozen tensors are equal on all processes and are not sent.
+    """Wrap the loss for several processes, each with all weights or, with `train.shard`, with its share of them.
+
+    Frozen tensors are equal on all processes; whole ones are not sent.
 
     Raises:
         UserError: all tensors are frozen.
@@ -256,6 +272,8 @@ def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Mo
     loss = LossOf(model)
     if not any(parameter.requires_grad for parameter in loss.parameters()):
         raise UserError("'train.parts': nothing is trained: give a part a learning rate above 0")
+    if model.config.train.shard:
+        return shard(accelerator, loss)
     frozen = [name for name, parameter in loss.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in loss.named_buffers()]
     send_no_gradients_of(loss, [*frozen, *buffers])

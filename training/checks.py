@@ -69,7 +69,9 @@ def _note_unreadable(run: Run, sentences: list[str]) -> None:
         )
 
 
-def require_finite(run: Run, loss: float, gradient_norm: float, finite: list[bool], indices: list[list[int]]) -> None:
+def require_finite(
+    run: Run, loss: float, gradient_norm: float, finite: list[bool], indices: Sequence[list[int]]
+) -> None:
     """Raise NonFiniteError for a non-finite loss or gradient, except for a few steps that the fp16 scaler skips."""
     progress = run.progress
     if math.isfinite(loss) and math.isfinite(gradient_norm):

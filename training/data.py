@@ -1,15 +1,19 @@
 """Training and validation sets from the config, and the order of samples. Called by `build.py`."""
 
 import hashlib
+import itertools
 import random
-from collections.abc import Hashable
+from array import array
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from config import Config
-from dataset.image_caption_dataset import CompactList, ImageCaptionDataset
+from dataset.compact import compact
+from dataset.image_caption_dataset import ImageCaptionDataset
 from dataset.records import Entry, Photo, read_records, split_entries
 from errors import UserError, shortened
 from model.model import MMultiModal
@@ -21,9 +25,9 @@ from visual.augment import Augment
 def build_datasets(
     config: Config,
     model: MMultiModal,
-    photos: dict[int, Photo],
-    train: list[Entry],
-    val: list[Entry],
+    photos: Mapping[int, Photo],
+    train: Sequence[Entry],
+    val: Sequence[Entry],
     encode: bool = True,
 ) -> tuple[ImageCaptionDataset, ImageCaptionDataset]:
     """Build the training and validation set; with `data.cache_features`, encode all photos first.
@@ -47,13 +51,16 @@ def build_datasets(
     augment = Augment(config.data.augment) if config.data.augment else None
     augmented = PixelLoader(model.processor, augment, config.data.seed)
     max_questions = config.train.max_questions if config.train.pack_questions else 1
-    compact_photos = CompactList(photos[ID] for ID in range(len(photos)))
+    shared_photos = compact([photos[ID] for ID in range(len(photos))]) if isinstance(photos, dict) else photos
 
     def dataset(
-        entries: list[Entry], keep_apart: dict[str, Hashable], replace_broken: bool, load_photo: PixelLoader
+        entries: Sequence[Entry],
+        keep_apart: Callable[[str], Hashable],
+        replace_broken: bool,
+        load_photo: PixelLoader,
     ) -> ImageCaptionDataset:
         return ImageCaptionDataset(
-            compact_photos,
+            shared_photos,
             entries,
             model.processor.chat,
             load_photo if features is None else features,
@@ -65,23 +72,17 @@ def build_datasets(
             replace_broken,
         )
 
-    weights = source_weights(config, {entry.source for entry in [*train, *val]})
-    train_set = dataset(train, {entry.source: weights.get(entry.source, 1.0) for entry in train}, True, augmented)
-    epoch_order(train_set, weights, config.train.seed, 0)  # raises an error for a wrong weight before the first step
+    weights = {source.name: source.weight for source in config.data.sources}
+    train_set = dataset(train, lambda source: weights.get(source, 1.0), True, augmented)
     # validation loss is reported by source; replacing unreadable photos would make losses incomparable
-    val_set = dataset(val, {entry.source: entry.source for entry in val}, False, pixels)
+    val_set = dataset(val, lambda source: source, False, pixels)
+    _check_weights(config, {*train_set.entry_sources, *val_set.entry_sources})
+    epoch_order(train_set, weights, config.train.seed, 0)  # raises an error for a wrong weight before the first step
     return train_set, val_set
 
 
-def source_weights(config: Config, prepared: set[str]) -> dict[str, float]:
-    """Return `data.sources[].weight` by source name.
-
-    Args:
-        prepared: the sources of the entries.
-
-    Raises:
-        UserError: a source with a weight has no entry, so the weight would have no effect.
-    """
+def _check_weights(config: Config, prepared: set[str]) -> None:
+    """Raise UserError if a source with a weight has no entry in `prepared`, so that the weight would have no effect."""
     for source in config.data.sources:
         if source.weight != 1 and source.name not in prepared:
             raise UserError(
@@ -89,10 +90,9 @@ def source_weights(config: Config, prepared: set[str]) -> dict[str, float]:
                 f"{config.data.captions} (there: {shortened(', '.join(sorted(prepared)))}): correct its name, or run "
                 "process_image.py again"
             )
-    return {source.name: source.weight for source in config.data.sources}
 
 
-def read_split(config: Config) -> tuple[dict[int, Photo], list[Entry], list[Entry]]:
+def read_split(config: Config) -> tuple[Mapping[int, Photo], Sequence[Entry], Sequence[Entry]]:
     """Read the record files; return photos by ID, training entries and validation entries.
 
     Raises:
@@ -113,27 +113,51 @@ def read_split(config: Config) -> tuple[dict[int, Photo], list[Entry], list[Entr
     return photos, train, val
 
 
-def each_answer(entries: list[Entry]) -> list[Entry]:
-    """Return one entry for each answer of a question; dialogues stay as they are."""
-    alone = []
-    for entry in entries:
+class EachAnswer(Sequence[Entry]):
+    """One entry for each answer of a question; dialogues stay as they are. Made when they are read."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self.numbers, self.answers = array("i"), array("i")
+        for number, entry in enumerate(entries):
+            count = len(self._alone(entry))
+            self.numbers.extend(itertools.repeat(number, count))
+            self.answers.extend(range(count))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Entry:
+        return self._alone(self.entries[self.numbers[index]])[self.answers[index]]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return itertools.chain.from_iterable(map(self._alone, self.entries))
+
+    @staticmethod
+    def _alone(entry: Entry) -> list[Entry]:
         if len(entry.turns) > 1:
-            alone.append(entry)
-            continue
+            return [entry]
         (turn,) = entry.turns
-        alone += [replace(entry, turns=(replace(turn, answers=(answer,)),)) for answer in turn.answers]
-    return alone
+        return [replace(entry, turns=(replace(turn, answers=(answer,)),)) for answer in turn.answers]
+
+
+def each_answer(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Return one entry for each answer of a question; a list stays a list."""
+    alone = EachAnswer(entries)
+    return list(alone) if isinstance(entries, list) else alone
 
 
 def data_hash(config: Config) -> str:
     """Return a hash of both record files, for the provenance of checkpoints."""
     digest = hashlib.sha256()
     for path in (config.data.image_map, config.data.captions):
-        digest.update(resolve_path(path).read_bytes())
+        with open(resolve_path(path), "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
     return digest.hexdigest()[:16]
 
 
-def epoch_order(dataset: ImageCaptionDataset, weights: dict[str, float], seed: int, epoch: int) -> list[int]:
+def epoch_order(dataset: ImageCaptionDataset, weights: dict[str, float], seed: int, epoch: int) -> "array[int]":
     """Return the sample indices of one epoch in random order.
 
     Args:
@@ -144,16 +168,17 @@ def epoch_order(dataset: ImageCaptionDataset, weights: dict[str, float], seed: i
         UserError: there is no sample, or a small weight draws no sample of its source.
     """
     choose = random.Random(f"{seed} {epoch}")
-    order = []
+    order = array("q")
     for source, indices in dataset.samples_by_source().items():
         weight = weights.get(source, 1.0)
-        drawn = indices * int(weight) + choose.sample(indices, round(len(indices) * (weight % 1)))
-        if not drawn:
+        before = len(order)
+        order.extend(indices * int(weight))
+        order.extend(choose.sample(indices, round(len(indices) * (weight % 1))))
+        if len(order) == before:
             raise UserError(
                 f"'data.sources': weight {weight} of source '{source}' draws none of its {len(indices)} training "
                 f"samples: set it to {1 / len(indices):.2g} or more, or leave the source out"
             )
-        order += drawn
     if not order:
         raise UserError("'data.captions': there is no training sample, so an epoch is empty")
     choose.shuffle(order)
@@ -189,7 +214,7 @@ class _Lengths(Dataset):
             return 0
 
 
-def sample_lengths(dataset: ImageCaptionDataset, workers: int) -> list[int]:
+def sample_lengths(dataset: ImageCaptionDataset, workers: int) -> "array[int]":
     """Count the tokens of every sample, with the answers of the current epoch and without loading photos.
 
     A caption takes 0.5 ms, a long answer 0.8 ms. With the report's 310,000 rows and four workers this is about 45 s at
@@ -198,17 +223,41 @@ def sample_lengths(dataset: ImageCaptionDataset, workers: int) -> list[int]:
     loader = DataLoader(
         _Lengths(dataset), batch_size=1024, num_workers=workers, collate_fn=list, generator=torch.Generator()
     )
-    return [length for batch in loader for length in batch]
+    return array("i", itertools.chain.from_iterable(loader))
+
+
+class MicroBatches(Sequence[list[int]]):
+    """Slices of the sample indices of an epoch, made when they are read; millions of lists would not fit into memory.
+
+    Args:
+        order: the sample indices.
+        bounds: where each micro-batch starts in `order`, and where the last one ends.
+        numbers: the micro-batches of this sequence; None: all.
+    """
+
+    def __init__(self, order: Sequence[int], bounds: Sequence[int], numbers: range | None = None) -> None:
+        self.order, self.bounds = order, bounds
+        self.numbers = range(len(bounds) - 1) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: Any) -> Any:
+        """Return the list of a micro-batch or, for a slice, some of the micro-batches."""
+        numbers = self.numbers[place]
+        if isinstance(numbers, range):
+            return MicroBatches(self.order, self.bounds, numbers)
+        return list(self.order[self.bounds[numbers] : self.bounds[numbers + 1]])
 
 
 def micro_batches(
-    order: list[int],
+    order: Sequence[int],
     size: int,
     processes: int,
-    lengths: list[int] | None = None,
+    lengths: Sequence[int] | None = None,
     tokens: int | None = None,
     start: int = 0,
-) -> list[list[int]]:
+) -> MicroBatches:
     """Cut `order[start:]` into a multiple of `processes` micro-batches; up to `processes - 1` are left out.
 
     If `start` is the end of a step, the result equals the rest of a cut of the whole epoch.
@@ -225,15 +274,17 @@ def micro_batches(
         UserError: the whole epoch has fewer micro-batches than processes.
     """
     if tokens is None or lengths is None:
-        batches = [order[first : first + size] for first in range(start, len(order), size)]
+        bounds = array("q", range(start, len(order), size))
     else:
-        batches, room = [], 0
-        for index in order[start:]:
-            if not batches or lengths[index] > room:
-                batches.append([])
+        bounds, room = array("q"), 0
+        for place in range(start, len(order)):
+            length = lengths[order[place]]
+            if not bounds or length > room:
+                bounds.append(place)
                 room = tokens
-            batches[-1].append(index)
-            room -= lengths[index]
+            room -= length
+    bounds.append(len(order))
+    batches = MicroBatches(order, bounds)
     if start == 0 and 0 < len(batches) < processes:
         setting = f"train.micro_batch (now {size})" if tokens is None else f"train.tokens_per_batch (now {tokens})"
         raise UserError(

@@ -6,6 +6,7 @@ not change the weights. Called by `build.py` and `dry_run.py`.
 """
 
 import dataclasses
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -171,12 +172,8 @@ def usable_memory(device: torch.device) -> int:
 def longest_sample(dataset: ImageCaptionDataset) -> int:
     """Return the index of approximately the longest sample; counting the tokens of all samples takes too long.
 
-    The candidates are the samples with the most photo tokens. Of these, the 32 with the most text are tokenized.
+    The 32 samples with the most photo tokens and, of these, the most text are tokenized.
     """
-
-    def characters(index: int) -> int:
-        entries = [dataset.entries[number] for number in dataset.groups[index]]
-        return sum(len(turn.question) + max(map(len, turn.answers)) for entry in entries for turn in entry.turns)
 
     def tokens_of(images: Sequence[int]) -> int:
         try:
@@ -184,13 +181,13 @@ def longest_sample(dataset: ImageCaptionDataset) -> int:
         except UserError:  # training reports the error when it reads this photo
             return 0
 
-    def photos_of(group: list[int]) -> int:
-        entries = [dataset.entries[number] for number in group]
+    def size(index: int) -> tuple[int, int]:
+        """Photo tokens, which are more than those of text, and characters."""
+        entries = [dataset.entries[number] for number in dataset.groups[index]]
         shared = len(entries[0].turns[0].images)
-        return tokens_of(entries[0].images) + sum(tokens_of(entry.images[shared:]) for entry in entries[1:])
+        photos = tokens_of(entries[0].images) + sum(tokens_of(entry.images[shared:]) for entry in entries[1:])
+        turns = [turn for entry in entries for turn in entry.turns]
+        return photos, sum(len(turn.question) + max(map(len, turn.answers)) for turn in turns)
 
-    # photos need more tokens than text
-    photos = {index: photos_of(group) for index, group in enumerate(dataset.groups)}
-    most = max(photos.values())
-    candidates = sorted((index for index in photos if photos[index] == most), key=characters, reverse=True)[:32]
+    candidates = heapq.nlargest(32, range(len(dataset)), key=size)
     return max(candidates, key=lambda index: len(dataset.tokens(index).input_ids))

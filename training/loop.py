@@ -16,7 +16,7 @@ import torch
 from batch import Batch
 from errors import UserError
 from training import state
-from training.batches import make_loader
+from training.batches import EpochBatches, make_loader
 from training.build import Run
 from training.checks import count_tokens, require_finite, step_figures
 from training.due import after_error, after_step, save_before_ending
@@ -59,7 +59,7 @@ class Trainer(Run):
     def steps(self) -> Iterator[dict[str, Any]]:
         """Run optimizer steps to the end of the run; yield the figures of each (see `figures.summarise`)."""
         rank, processes, progress = self.accelerator.process_index, self.accelerator.num_processes, self.progress
-        own_batches: list[list[int]] = []  # refilled for each epoch; the loader keeps a reference to it
+        own_batches = EpochBatches()  # refilled for each epoch; the loader keeps a reference to it
         epoch_loader = make_loader(
             self.train_set,
             own_batches,
@@ -71,7 +71,7 @@ class Trainer(Run):
         )
         while progress.step < self.total_steps:
             remaining = self.epoch_batches(progress.epoch, progress.samples)
-            own_batches[:] = remaining[rank::processes]
+            own_batches.now = remaining[rank::processes]
             loader = iter(epoch_loader)
             epoch_samples = progress.samples + sum(map(len, remaining))
             for start in range(0, len(remaining), self.batches_per_step):
@@ -95,7 +95,7 @@ class Trainer(Run):
 
 
 def optimizer_step(
-    run: Trainer, batches: Sequence[Batch | str], indices: list[list[int]], last_of_epoch: bool, stop: StopSignals
+    run: Trainer, batches: Sequence[Batch | str], indices: Sequence[list[int]], last_of_epoch: bool, stop: StopSignals
 ) -> dict[str, Any]:
     """Train on the micro-batches of this process, advance `run.progress`, and return the figures of the step.
 

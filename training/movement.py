@@ -13,6 +13,7 @@ import math
 import torch
 
 from model.model import MMultiModal
+from training.sharding import whole
 
 MOST = 4096  # numbers per tensor (16 KiB): 7 MiB for LoRA on all 448 matrices of a 7B model
 
@@ -50,6 +51,7 @@ def describe_movement(moved: dict[str, float]) -> str:
 
 
 def _numbers(weight: torch.Tensor) -> torch.Tensor:
+    weight = whole(weight)
     stride = math.ceil(weight.numel() / MOST)
     # always copy: on the CPU, a slice of a float32 weight shares its memory
     return weight.detach().flatten()[::stride].to("cpu", torch.float32, copy=True)

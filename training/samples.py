@@ -31,6 +31,7 @@ Photos = Mapping[int, Photo] | Sequence[Photo]  # by ID
 
 OPEN, CLOSE = "⟦", "⟧"  # around supervised text; readable without colours, and not used as punctuation
 SHOWN_QUESTIONS = 4  # of a packed sample; sixteen questions would fill the screen
+CONSIDERED = 100_000  # entries of which the questions are chosen; reading millions would take minutes
 MAX_NEW_TOKENS = 64  # of an answer, which is displayed and not part of a score
 
 logger = logging.getLogger(__name__)
@@ -80,12 +81,13 @@ def _marked(chat: ChatFormat, ids: list[int], labels: list[int]) -> str:
     return text
 
 
-def choose_entries(entries: list[Entry], count: int, seed: int) -> list[Entry]:
+def choose_entries(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
     """Draw up to `count` entries; sources alternate, question types of a source alternate.
 
     Each photo is used once if possible. The same entries and seed give the same choice.
     """
-    shuffled = random.Random(f"samples {seed}").sample(entries, len(entries))
+    drawn = random.Random(f"samples {seed}").sample(range(len(entries)), min(len(entries), CONSIDERED))
+    shuffled = [entries[index] for index in drawn]
     of_kind: Counter[tuple[str, str]] = Counter()
     by_source: dict[str, list[tuple[int, Entry]]] = {}
     for entry in shuffled:
@@ -125,17 +127,17 @@ class SampleSheet:
     def __init__(
         self,
         folder: Path,
-        train: list[Entry],
-        val: list[Entry],
+        train: Sequence[Entry],
+        val: Sequence[Entry],
         photos: Photos,
         seed: int,
         resumed_step: int = 0,
         count: int = 10,
     ) -> None:
         self.folder = folder
-        self.held_out = bool(val)
+        self.held_out = len(val) > 0
         self._warned = False
-        self._entries = choose_entries(val or train, count, seed)
+        self._entries = choose_entries(val if len(val) else train, count, seed)
         self._photos = photos
         self.samples = [_sample(entry, photos) for entry in self._entries]
         if resumed_step:

@@ -34,6 +34,7 @@ from model.model import MMultiModal
 from training.agreement import all_or_none, on_main
 from training.estimate import Setting
 from training.movement import WeightSample
+from training.sharding import shards_of, whole, whole_parts
 
 
 @dataclasses.dataclass
@@ -263,6 +264,7 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
     """
     folder = run.output_dir / f"checkpoint-{progress.step}"
     all_generators = gather_object([progress.generators])
+    optimizer = whole(run.optimizer.state_dict())
 
     def write() -> None:
         scaler = run.accelerator.scaler
@@ -272,7 +274,7 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
             "total_steps": run.total_steps,
             "processes": run.accelerator.num_processes,
             "start": run.start,
-            "optimizer": run.optimizer.state_dict(),
+            "optimizer": optimizer,
             "schedule": run.schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
@@ -281,7 +283,8 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
         if pruning:
             prune(run.output_dir, run.config.train.save_total_limit, newest=folder)
 
-    on_main(run.accelerator, write)
+    with whole_parts(run.model):
+        on_main(run.accelerator, write)
     return folder
 
 
@@ -301,7 +304,8 @@ def restore(run: Resumable, state: dict[str, Any]) -> Progress:
             f"the checkpoint trained {before}, this run trains {now}: "
             "leave train.parts as it was, or start a new run with train.init_from"
         )
-    run.optimizer.load_state_dict(state["optimizer"] | {"param_groups": run.optimizer.state_dict()["param_groups"]})
+    values = shards_of(state["optimizer"]["state"], run.optimizer)
+    run.optimizer.load_state_dict({"state": values, "param_groups": run.optimizer.state_dict()["param_groups"]})
     run.schedule.load_state_dict(state["schedule"] | {"base_lrs": run.schedule.base_lrs})
     # recompute the rate of the next step: the new schedule may be longer than the saved one
     factors = [factor(run.schedule.last_epoch) for factor in run.schedule.lr_lambdas]

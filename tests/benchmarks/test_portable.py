@@ -17,6 +17,7 @@ from paths import REPO_ROOT
         "fuzz",
         "fuzz_files",
         "fuzz_text",
+        "record_memory",
         "scaling",
         "train_estimate",
         "train_step",

@@ -5,7 +5,8 @@ import torch
 
 from batch import sample_positions
 from compat import set_activation_checkpointing
-from dataset.image_caption_dataset import ImageCaptionDataset, collate, group_entries, pack
+from dataset.grouping import group_entries
+from dataset.image_caption_dataset import ImageCaptionDataset, collate, pack
 from dataset.records import Entry, Photo, Turn
 from model.model import MMultiModal
 from qwen.attention import PackedMask, shared_prefix_attention
@@ -94,6 +95,10 @@ def entry(image, question, answer, source="a"):
     return Entry(source, source, (Turn(question, (answer,), images=images),))
 
 
+def grouped(entries, image_first, most, keep_apart=None):
+    return list(group_entries(entries, image_first, most, keep_apart and keep_apart.get).entries)
+
+
 def test_groups_share_photo_and_text_before_it():
     tag = "<|extra_0|>"
     entries = [
@@ -104,18 +109,18 @@ def test_groups_share_photo_and_text_before_it():
         entry(None, "D?", "5"),
         entry(0, f"{tag}\nE?", "6"),
     ]
-    assert group_entries(entries, False, 8) == [[0, 2, 5], [1], [3], [4]]
-    assert group_entries(entries, False, 2) == [[0, 2], [1], [3], [4], [5]]
-    assert group_entries(entries, True, 8) == [[0, 2, 3, 5], [1], [4]]
-    assert group_entries(entries, False, 1) == [[0], [1], [2], [3], [4], [5]]
+    assert grouped(entries, False, 8) == [[0, 2, 5], [1], [3], [4]]
+    assert grouped(entries, False, 2) == [[0, 2], [1], [3], [4], [5]]
+    assert grouped(entries, True, 8) == [[0, 2, 3, 5], [1], [4]]
+    assert grouped(entries, False, 1) == [[0], [1], [2], [3], [4], [5]]
 
 
 def test_groups_keep_sources_apart_that_differ():
     entries = [entry(0, f"<|extra_0|>\n{number}?", "x", source) for number, source in enumerate("abcab")]
-    assert group_entries(entries, False, 8) == [[0, 1, 2, 3, 4]]
-    assert group_entries(entries, False, 8, {"a": 1.0, "b": 1.0, "c": 1.0}) == [[0, 1, 2, 3, 4]]
-    assert group_entries(entries, False, 8, {"a": 1.0, "b": 0.5, "c": 1.0}) == [[0, 2, 3], [1, 4]]
-    assert group_entries(entries, False, 8, {"a": "a", "b": "b", "c": "c"}) == [[0, 3], [1, 4], [2]]
+    assert grouped(entries, False, 8) == [[0, 1, 2, 3, 4]]
+    assert grouped(entries, False, 8, {"a": 1.0, "b": 1.0, "c": 1.0}) == [[0, 1, 2, 3, 4]]
+    assert grouped(entries, False, 8, {"a": 1.0, "b": 0.5, "c": 1.0}) == [[0, 2, 3], [1, 4]]
+    assert grouped(entries, False, 8, {"a": "a", "b": "b", "c": "c"}) == [[0, 3], [1, 4], [2]]
 
 
 TAG = "<|extra_0|>"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset.json_files import read_content, read_json
-from dataset.raw import CHINESE_QUESTIONS, ENGLISH_QUESTIONS, READERS, merge_captions, process_ali, process_coco
+from dataset.raw import CHINESE_QUESTIONS, ENGLISH_QUESTIONS, READERS, process_ali, process_coco
 from dataset.rows import LONGEST_TEXT, Report
 from errors import UserError
 
@@ -19,6 +19,11 @@ def llava(image, *texts, **more):
     speakers = ["human", "gpt"] * (len(texts) // 2)
     turns = [{"from": speaker, "value": text} for speaker, text in zip(speakers, texts, strict=True)]
     return ({} if image is None else {"image": image}) | {"conversations": turns} | more
+
+
+def merge_captions(captions, new):
+    for key, entries in new.items():
+        captions.setdefault(key, []).extend(entries)
 
 
 def only_entry(rows, process=process_coco, **options):

@@ -200,8 +200,8 @@ def test_order_visits_every_sample_once_and_weights_repeat(configure):
 
 def test_token_budget_fills_micro_batches_and_keeps_the_order(configure):
     lengths = [5, 4, 3, 30, 1, 9, 10]
-    assert micro_batches([6, 0, 1, 3, 2, 4, 5], 1, 1, lengths, tokens=10) == [[6], [0, 1], [3], [2, 4], [5]]
-    assert micro_batches([6, 0, 1, 3, 2, 4, 5], 1, 2, lengths, tokens=10) == [[6], [0, 1], [3], [2, 4]]
+    assert list(micro_batches([6, 0, 1, 3, 2, 4, 5], 1, 1, lengths, tokens=10)) == [[6], [0, 1], [3], [2, 4], [5]]
+    assert list(micro_batches([6, 0, 1, 3, 2, 4, 5], 1, 2, lengths, tokens=10)) == [[6], [0, 1], [3], [2, 4]]
     trainer = Trainer(configure(tokens_per_batch=300, workers=1))
     lengths = [len(trainer.train_set.tokens(index).input_ids) for index in range(len(trainer.train_set))]
     assert sample_lengths(trainer.train_set, workers=1) == lengths

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from errors import UserError
+from model.checkpoint import load_checkpoint
 from model.checkpoint_folder import damage, list_checkpoints
 from paths import REPO_ROOT
 from tests.training.runs import lines, weights
@@ -141,6 +142,59 @@ def test_several_processes_equal_one(together, name):
         assert second["supervised_tokens"] == first["supervised_tokens"]
         assert ("val_loss" in first) == ("val_loss" in second)
         assert second.get("val_loss", 0.0) == pytest.approx(first.get("val_loss", 0.0), rel=1e-4)
+
+
+SHARDED = {  # equal to one process that has all weights
+    "plain": {"max_questions": 2},
+    "align": {"parts": {"projector": {"lr": 1e-2}, "llm": {"lr": 0.0}}},  # text only: nothing of a batch is trained
+    "checkpointing": {"gradient_checkpointing": "on", "data": {"val_fraction": 0.4}, "eval_steps": 1, "max_steps": 2},
+    "all weights": {"parts": RATES | {"llm": {"mode": "full", "lr": 1e-3}, "vision": {"mode": "full", "lr": 1e-3}}},
+    "lora on the encoder": {"visual": "clip", "parts": RATES | {"vision": {"mode": "lora", "lr": 1e-3}}},
+}
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
+def test_sharded_weights_train_as_whole_ones(make_case, tmp_path, workshop, processes):
+    prefix, shard = f"shard {processes} ", {"shard": True, "micro_batch": 1}
+    one = [make_case(prefix + "one " + name, **kind | {"accumulation": processes}) for name, kind in SHARDED.items()]
+    resumed = {"save_steps": 100, "folder": prefix + "signal"} | shard
+    several = [
+        *[make_case(prefix + name, **kind | shard) for name, kind in SHARDED.items()],
+        make_case(prefix + "signal", more={"fault": "signal"}, **resumed),
+        make_case(prefix + "after signal", more={"resume": "auto"}, **resumed),
+        make_case(prefix + "bad batch", more={"fault": "bad batch"}, save_steps=100, **shard),
+    ]
+    results, stderr = launch(several, processes, tmp_path / "several")
+    assert all(result is not None for found in results.values() for result in found), (results, stderr[-3000:])
+    single, _ = launch(one, 1, tmp_path / "one")
+    for name in SHARDED:
+        (expected,), actual = single[prefix + "one " + name], results[prefix + name]
+        assert len({result["folder"] for result in actual}) == 1, actual
+        whole, sharded = Path(expected["folder"]), Path(actual[0]["folder"])
+        assert sorted(file.name for file in whole.rglob("*")) == sorted(file.name for file in sharded.rglob("*"))
+        for first, second in zip(lines(whole.parent), lines(sharded.parent), strict=True):
+            for figure, bound in (("loss", 1e-5), ("val_loss", 1e-5), ("grad_norm", 1e-4)):
+                assert second.get(figure, 0) == pytest.approx(first.get(figure, 0), rel=bound), (name, figure)
+        wanted, found = weights(whole), weights(sharded)
+        assert wanted.keys() == found.keys()
+        for tensor in wanted:  # as for `EQUAL`
+            assert (found[tensor] - wanted[tensor]).norm() <= 1e-3 * wanted[tensor].norm(), (name, tensor)
+        load_checkpoint(sharded, overrides={"model_root": str(workshop)})
+    assert results[prefix + "signal"] == [{"exit": 128 + 15}] * processes
+    same_weights({"a": results[prefix + "plain"], "b": results[prefix + "after signal"]}, "a", "b", processes)
+    assert {result["error"] for result in results[prefix + "bad batch"]} == {
+        f"process {processes - 1}: the question fills 'data.max_length'"
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [({}, "start it with torchrun"), ({"compile": True}, "torchrun"), ({"dry_run": True}, "--dry-run measures")],
+)
+def test_sharding_needs_several_processes(configure, settings, remedy):
+    arguments = {"dry_run": settings.pop("dry_run")} if "dry_run" in settings else {}
+    with pytest.raises(UserError, match=remedy):
+        Trainer(configure(shard=True, **settings), **arguments)
 
 
 def test_a_signal_to_one_process_ends_all_after_the_same_step_and_resumes(together, make_case):

@@ -1,0 +1,91 @@
+"""Sharding of all weights over the processes of a run (`train.shard`), by torch's FSDP2.
+
+Each process keeps its share of every weight, gradient and optimizer state. A decoder layer is gathered while it
+computes; the embedding, `lm_head`, the projector and the encoder are gathered together during the whole pass, because
+a batch without photos does not call the encoder, and all processes must gather the same weights in the same order.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from config import Config
+from errors import UserError
+from model.model import LossOf, MMultiModal
+
+
+def check_shardable(config: Config, processes: int, precision: str) -> None:
+    """Raise UserError for settings that do not work with `train.shard`."""
+    train = config.train
+    problem = {
+        "with several processes only: start it with torchrun --nproc-per-node N": processes == 1,
+        "without fp16's scaler: set train.precision=bf16 or float32": precision == "fp16",
+        "with unquantised weights: set llm.quantization=none": config.llm.quantization != "none",
+        "without compilation: set train.compile=false": train.compile,
+        "with given sizes, since the trial passes differ by process: set train.micro_batch to a number and "
+        "train.gradient_checkpointing to on or off": "auto" in (train.micro_batch, train.gradient_checkpointing),
+    }
+    for remedy, wrong in problem.items():
+        if wrong:
+            raise UserError(f"'train.shard' works {remedy}, or set train.shard=false")
+
+
+def shard(accelerator: Accelerator, loss: LossOf) -> torch.nn.Module:
+    """Shard the weights in place; the parts of the model then hold the shards. The loss averages gradients.
+
+    The model may still be on the CPU: each layer moves to the device and is cut before the next one follows.
+    """
+    model, device = loss.model, accelerator.device
+    names = {id(parameter): name for name, parameter in loss.named_parameters()}
+    language_model = model.language_model
+    language_model.whole_layers = True  # a layer is gathered when it is called as a module
+    # without it, a batch without photos would not go back through frozen layers, which other processes gather then
+    language_model.enable_input_require_grads()
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+    for layer in language_model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(loss, mesh=mesh)
+    sharded = dict(loss.named_parameters())
+    for part in model.parts:
+        part.parameters = {name: sharded[names[id(weight)]] for name, weight in part.parameters.items()}
+    return accelerator.prepare_model(loss, evaluation_mode=True)  # only autocast
+
+
+def whole(value: Any) -> Any:
+    """Return a structure with whole tensors in the place of shards; all processes call it together."""
+    return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), value)
+
+
+@contextmanager
+def whole_parts(model: MMultiModal) -> Iterator[None]:
+    """Put whole tensors in the place of the parts' shards, for a checkpoint."""
+    shards = [part.parameters for part in model.parts]
+    for part in model.parts:
+        part.parameters = whole(part.parameters)
+    try:
+        yield
+    finally:
+        for part, parameters in zip(model.parts, shards, strict=True):
+            part.parameters = parameters
+
+
+def shards_of(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state of an optimizer with its tensors sharded as their parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def cut(value: Any, like: torch.Tensor) -> Any:
+        if isinstance(like, DTensor) and torch.is_tensor(value) and value.shape == like.shape:
+            return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+        return value
+
+    return {
+        index: {name: cut(value, parameters[index]) for name, value in values.items()}
+        for index, values in state.items()
+    }
