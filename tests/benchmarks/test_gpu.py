@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import gpu
+from benchmarks.gpu_checks import Bar
 
 pytestmark = pytest.mark.skipif(gpu.GPU, reason="on a GPU, the command itself is the test")
 
@@ -16,7 +17,7 @@ def test_attention_equals_flex_attention():
 
 @pytest.mark.parametrize(("value", "correctness", "status"), [(2.0, True, "failed"), (2.0, False, "passed")])
 def test_bars_of_speed_do_not_count_without_a_gpu(monkeypatch, value, correctness, status):
-    bar = gpu.Bar("a figure", value, at_most=1.0, correctness=correctness)
+    bar = Bar("a figure", value, at_most=1.0, correctness=correctness)
     monkeypatch.setitem(gpu.CHECKS, "attention", lambda: ({}, [bar]))
     checked = gpu.run("attention")
     assert checked["status"] == status
