@@ -93,7 +93,7 @@ def test_asked_and_answered_with_history_and_kept_photo(page, photos, engine):
     page.fill("#question textarea", "还有呢？")
     page.keyboard.press("Enter")
     expect_text(page, "#chat", "(64, 48) What is it? + 还有呢？")
-    assert page.input_value("#question textarea") == ""
+    expect(page, "#question textarea").to_have_value("")
     assert engine.settings.max_new_tokens == 50
 
     expect(page, "#again").to_be_enabled()
