@@ -76,7 +76,7 @@ def whole_parts(model: MMultiModal) -> Iterator[None]:
             part.parameters = parameters
 
 
-def shards_of(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def shards_of(state: dict[Any, Any], optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
     """Return the state of an optimizer with its tensors sharded as their parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
