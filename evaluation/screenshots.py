@@ -106,7 +106,7 @@ def _look(page: "Page") -> None:
 def _compare(page: "Page") -> None:
     page.click("#beside > button")
     page.click("#compare")
-    page.wait_for_function("document.querySelector('#right-figures').textContent.trim()")
+    page.wait_for_function("document.querySelector('#right-figures').innerText.includes('/s')")
 
 
 def _fail(page: "Page") -> None:

@@ -157,17 +157,17 @@ def test_the_keyboard_alone_is_enough(browser, address):
 
 
 @pytest.mark.parametrize(
-    ("width", "dark"),
+    ("language", "width", "dark"),
     [
-        pytest.param(1280, False, id="wide-light"),
-        pytest.param(390, True, id="phone-dark"),
-        pytest.param(1280, True, id="wide-dark", marks=pytest.mark.nightly),
-        pytest.param(390, False, id="phone-light", marks=pytest.mark.nightly),
+        pytest.param("en", 1280, False, id="wide-light"),
+        pytest.param("zh", 390, True, id="phone-dark-zh"),
+        pytest.param("zh", 1280, True, id="wide-dark-zh", marks=pytest.mark.nightly),
+        pytest.param("en", 390, False, id="phone-light", marks=pytest.mark.nightly),
     ],
 )
-def test_axe_finds_nothing_serious(browser, address, photo, width, dark):
+def test_axe_finds_nothing_serious(browser, address, photo, language, width, dark):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    with opened(browser, address, width=width, color_scheme="dark" if dark else "light") as page:
+    with opened(browser, address, language, width, color_scheme="dark" if dark else "light") as page:
         open_panels(page)
         upload(page, photo)
         ask(page, "What?")
