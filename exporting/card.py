@@ -14,17 +14,30 @@ METRICS = "metrics.json"
 NOT_STATED = "not stated in its folder"
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
 
-TEXT = """
-# {name}
-
-Answers questions about photos. An image encoder looks at a photo, a projector turns what it saw into {tokens} tokens,
-and a language model reads them in place of `<|extra_0|>`. This folder is a stock `{stock_class}` in {dtype}:
+STOCK = """This folder is a stock `{stock_class}` in {dtype}:
 
     from transformers import pipeline
 
     ask = pipeline("image-text-to-text", model="FOLDER")
     question = [{{"type": "image", "image": "photo.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
-    print(ask(text=[{{"role": "user", "content": question}}], return_full_text=False)[0]["generated_text"])
+    print(ask(text=[{{"role": "user", "content": question}}], return_full_text=False)[0]["generated_text"])"""
+GRAPHS = """This folder holds three graphs, in {dtype}:
+
+| graph | from | to |
+|---|---|---|
+| `vision_encoder` | `pixel_values` (photos, 3, H, W) | `image_features` (photos, {tokens}, width) |
+| `embed_tokens` | `input_ids` (B, T) | `inputs_embeds` (B, T, width) |
+| `decoder_model_merged` | `inputs_embeds`, `attention_mask` (B, P + T), `position_ids` (B, T), `past_key_values.*` | \
+`logits` (B, 1, vocabulary) of the last position, `present.*` |
+
+P tokens are cached. Tokenizer, chat template and image processor are those of transformers. Write each `<|extra_0|>` of
+a prompt {tokens} times, and put the rows of `image_features` at their places in `inputs_embeds`.
+generation_config.json has the stop tokens and the tokens that are never generated."""
+TEXT = """
+# {name}
+
+Answers questions about photos. An image encoder looks at a photo, a projector turns what it saw into {tokens} tokens,
+and a language model reads them in place of `<|extra_0|>`. {use}
 
 The tokenizer is the stock one: control tokens that users type, such as `<|im_end|>`, are control tokens to it. Remove
 them from untrusted text.
@@ -99,8 +112,12 @@ def licence(folder: Path) -> str:
 
 def write_card(folder: Path, facts: dict[str, Any], report: dict[str, Any]) -> None:
     """Write README.md; `report` is that of the comparison."""
-    stock_class = orjson.loads((folder / "config.json").read_bytes())["architectures"][0]
-    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    config = orjson.loads((folder / "config.json").read_bytes())
+    head: dict[str, Any] = {"library_name": report["format"], "pipeline_tag": "image-text-to-text"}
+    use = GRAPHS.format(**facts)
+    if "architectures" in config:
+        head["library_name"] = "transformers"
+        use = STOCK.format(**facts, stock_class=config["architectures"][0])
     bases = [facts[key] for key in ("visual", "llm") if facts[key].count("/") == 1]  # ids of a hub
     if bases:
         head["base_model"] = bases
@@ -108,13 +125,14 @@ def write_card(folder: Path, facts: dict[str, Any], report: dict[str, Any]) -> N
     same = sum(question["same"] for question in questions)
     comparison = "not the same as the trained model: " + "; ".join(report["problems"][:3])
     if report["passed"]:
+        program = next(iter(report["versions"]))
         worst = {key: max(question.get(key) or 0.0 for question in questions) for key in ("features", "logits")}
         comparison = (
-            f"Loaded with transformers {report['versions']['transformers']} in a fresh process, on {report['photos']}: "
+            f"Loaded with {program} {report['versions'][program]} in a fresh process, on {report['photos']}: "
             f"{same} of {len(questions)} greedy answers are the same, the features differ by at most "
             f"{worst['features']:.1e} (relative), the logits by {worst['logits']:.1e}. `export_report.json` has more."
         )
-    text = TEXT.format(**facts, stock_class=stock_class, comparison=comparison)
+    text = TEXT.format(**facts, use=use, comparison=comparison)
     front = yaml.safe_dump(head, allow_unicode=True, sort_keys=False)
     (folder / "README.md").write_text(f"---\n{front}---\n{text}", encoding="utf-8")
 

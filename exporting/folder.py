@@ -30,8 +30,8 @@ PROCESSOR_NAMES = {
 TEXT_CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
-def write_folder(model: MMultiModal, stock: Stock, folder: Path) -> None:
-    """Write everything but the model card and the report; the model's LoRA is merged into its weights."""
+def write_folder(model: MMultiModal, stock: Stock, folder: Path) -> float:
+    """Write all but the model card and the report; return the conversion's error. LoRA is merged into the weights."""
     language_model = model.language_model
     tensors = stock.tensors | {
         f"language_model.{name}": tensor for name, tensor in merged_tensors(language_model).items()
@@ -56,6 +56,7 @@ def write_folder(model: MMultiModal, stock: Stock, folder: Path) -> None:
     _write(folder, "generation_config.json", generation_settings(model))
     _write(folder, PREPROCESSOR_FILE, image_settings(model))
     write_processor(model, folder)
+    return stock.feature_error
 
 
 def text_config(language_model: PreTrainedModel) -> dict[str, Any]:
@@ -114,8 +115,8 @@ def image_settings(model: MMultiModal) -> dict[str, Any]:
     }
 
 
-def write_processor(model: MMultiModal, folder: Path) -> None:
-    """Write processor and tokenizer, the chat template in all three places where programs look for it."""
+def write_tokenizer(model: MMultiModal, folder: Path) -> None:
+    """Write the tokenizer, and the chat template in all three places where programs look for it."""
     template, tokenizer = chat_template(model), model.processor.tokenizer
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
@@ -133,6 +134,11 @@ def write_processor(model: MMultiModal, folder: Path) -> None:
     _write(folder, file.name, settings)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write(folder, "chat_template.json", {"chat_template": template})
+
+
+def write_processor(model: MMultiModal, folder: Path) -> None:
+    """Write tokenizer and LLaVA's processor, which repeats the placeholder."""
+    write_tokenizer(model, folder)
     processor = {
         "processor_class": "LlavaProcessor",
         "patch_size": model.encoder.patch_size[0],

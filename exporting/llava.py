@@ -5,9 +5,12 @@ written as it is. SigLIP's own output is behind one more layer norm, which LLaVA
 one more encoder layer (`fold`), which every program computes with the layers that it has.
 """
 
+from pathlib import Path
+
 import torch
 
 from errors import UserError
+from exporting.folder import write_folder
 from exporting.stock import ExportTarget, Stock, check_parts, plain_config, projector_tensors, strategy, vision_tensors
 from model.model import MMultiModal
 from visual.SigLIP_VIT import SigLIPViT
@@ -107,4 +110,9 @@ def _fold(tensors: dict[str, torch.Tensor], vision: dict, exponent: int) -> None
     vision |= {"num_hidden_layers": count + 1, "layer_norm_eps": vision["layer_norm_eps"] / scale**2}
 
 
-TARGET = ExportTarget(check, convert)
+def write(model: MMultiModal, pixels: torch.Tensor, folder: Path) -> float:
+    """Write the folder; see `ExportTarget`."""
+    return write_folder(model, convert(model, pixels), folder)
+
+
+TARGET = ExportTarget(check, write)

@@ -1,7 +1,7 @@
 """Compare our model with its exported folder on photos and questions. Called by `write.py`.
 
-Our outputs are stored before the export changes the model. `stock_check.py` then computes the same with transformers
-alone, in a process of its own.
+Our outputs are stored before the export changes the model. `stock_check.py` then computes the same with the library
+that reads the folder, in a process of its own.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from config import IMAGE_TAG
 from dataset.records import Photo, read_records, split_entries
@@ -29,7 +29,11 @@ from visual.transform import load_image
 REAL_CASES = 4  # questions of the run's own validation set
 LONGEST_ANSWER = 32  # tokens of a compared answer
 # Largest allowed (relative error of the projected features, logit difference in standard deviations of our logits).
-# In float32 an exact format differs only by the order of sums; in 16 bits both sides round at every layer.
+# In float32 an exact format differs only by the order of sums. In 16 bits both sides round at every layer. Measured for
+# `llava`, folded, on random weights (SigLIP-base, 6 layers of Qwen2.5-0.5B): float16 2.2e-3 and 0.025, bfloat16 3.5e-3
+# and 0.10. The encoder of so400m is 0.0017 (float16) or 0.014 (bfloat16) off float32, so two sides with other kernels
+# can differ by the square root of 2 times that; logits grow with the square root of the depth, 2.2 times at 28 layers.
+# The limits are twice what is then expected, or more.
 TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.float16: (1e-2, 0.1), torch.bfloat16: (5e-2, 0.5)}
 FOLDED = (2e-3, 0.05)  # in float32, for a folded layer norm
 LARGEST_PIXEL_DIFFERENCE = 0.02  # of normalised pixels: 2.5 of 255 levels, as libraries resize differently
@@ -55,7 +59,7 @@ class Reference:
     """Our outputs.
 
     Attributes:
-        folder: of the files for `stock_check.py`.
+        folder: of the files for `stock_check.py`, and of ours.
         dtype: of the computation.
         pixels: (C, 3, H, W) of all photos.
         texts: our answers.
@@ -75,7 +79,7 @@ def store_reference(model: MMultiModal, folder: Path) -> Reference:
     cases = _real_cases(model)
     source = "photos and questions of the validation set, and drawn ones" if cases else "drawn photos"
     cases += _drawn_cases(model)
-    tensors, rows, pixels_of = {}, [], []
+    tensors, rows, pixels_of = {}, [], {}
     reference = Reference(folder, model.encoder.dtype, torch.empty(0), source)
     penalty: dict[str, Any] = (
         {} if settings.repetition_penalty == 1 else {"repetition_penalty": settings.repetition_penalty}
@@ -88,32 +92,39 @@ def store_reference(model: MMultiModal, folder: Path) -> Reference:
             tokens = model.generate(pixels, ids, max_new_tokens=longest, do_sample=False, **penalty)
             logits = model(pixels, torch.cat([ids, tokens], 1), logits_to_keep=tokens.shape[1] + 1).logits[0]
             if pixels is not None:
-                tensors |= {f"{number}.pixels": pixels}
-                tensors |= {f"{number}.features": model.project(model.encode_image(pixels))}
-                pixels_of.append(pixels)
-        tensors[f"{number}.logits"] = logits
+                pixels_of[f"{number}.pixels"] = pixels
+                tensors[f"{number}.features"] = model.project(model.encode_image(pixels)).float()
+        tensors[f"{number}.logits"] = logits.float()
         names = [f"{number}-{index}.png" for index in range(len(case.photos))]
         for name, photo in zip(names, case.photos, strict=True):
             photo.save(folder / name)
         row = {"photos": names, "messages": case.stock_messages, "ids": ids[0].tolist(), "tokens": tokens[0].tolist()}
         rows.append(row | {"max_new_tokens": longest})
         reference.texts.append(model.processor.tokenizer.decode(tokens[0], skip_special_tokens=True))
-    reference.pixels = torch.cat(pixels_of)
+    reference.pixels = torch.cat(list(pixels_of.values()))
+    save_file(pixels_of, folder / "pixels.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "reference.safetensors")
     (folder / "cases.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     return reference
 
 
-def compare(reference: Reference, folder: Path, feature_error: float, python: str = sys.executable) -> dict[str, Any]:
-    """Load `folder` with transformers in a fresh process and return the report; `problems` is empty if all agrees.
+def compare(
+    reference: Reference,
+    folder: Path,
+    program: str,
+    feature_error: float = 0.0,
+    python: str = sys.executable,
+) -> dict[str, Any]:
+    """Load `folder` in a fresh process and return the report; `problems` is empty if all agrees.
 
     Args:
+        program: that reads the folder, a key of `stock_check.READERS`.
         feature_error: that the conversion itself makes, 0 for an exact format.
-        python: interpreter whose transformers is used.
+        python: interpreter whose libraries are used.
     """
     script = Path(__file__).with_name("stock_check.py")
     done = subprocess.run(
-        [python, "-P", str(script), str(folder), str(reference.folder)],
+        [python, "-P", str(script), program, str(folder), str(reference.folder)],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
         capture_output=True,
         text=True,
@@ -130,19 +141,47 @@ def compare(reference: Reference, folder: Path, feature_error: float, python: st
     }
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return report | {"problems": [f"transformers cannot load or run it: {last}"], "stderr": done.stderr[-4000:]}
+        return report | {"problems": [f"{program} cannot load or run it: {last}"], "stderr": done.stderr[-4000:]}
     theirs = json.loads((reference.folder / "theirs.json").read_text(encoding="utf-8"))
     questions = json.loads((reference.folder / "cases.json").read_text(encoding="utf-8"))
     problems = [f"{kind}: {', '.join(names[:3])}" for kind, names in theirs["tensors"].items()]
+    files = {name: load_file(reference.folder / f"{name}.safetensors") for name in ("pixels", "reference", "theirs")}
     cases = []
-    for case, question, text in zip(theirs["cases"], questions, reference.texts, strict=True):
-        wrong = _problems(case, limits)
-        problems += [f"question {len(cases) + 1}: {problem}" for problem in wrong]
+    for number, (question, text) in enumerate(zip(questions, reference.texts, strict=True)):
+        case = _differences(files, number, question, theirs["cases"][number])
+        problems += [f"question {number + 1}: {problem}" for problem in _problems(case, limits)]
         asked = question["messages"][-1]["content"]
         asked = asked if isinstance(asked, str) else asked[-1]["text"]
-        answers = {"ours": text, "theirs": case.pop("text"), "same": case.pop("margin") is None}
+        answers = {"ours": text, "theirs": theirs["cases"][number]["text"], "same": case.pop("margin") is None}
         cases.append({"question": asked, **answers, **case})
     return report | {"versions": theirs["versions"], "problems": problems, "questions": cases}
+
+
+def _differences(
+    files: dict[str, dict[str, torch.Tensor]], number: int, question: dict[str, Any], theirs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the differences of one case; without photos it has no pixels and features."""
+    pixels, ours, outputs = files.values()
+    case: dict[str, Any] = {"ids_equal": theirs["ids"] == question["ids"]}
+    if question["photos"]:
+        difference = outputs[f"{number}.pixels"] - pixels[f"{number}.pixels"]
+        case["pixels"] = float(difference.abs().max())
+        features = ours[f"{number}.features"]
+        difference = outputs[f"{number}.features"].reshape(features.shape) - features
+        case["features"] = float(difference.norm() / features.norm())
+    logits = ours[f"{number}.logits"]  # (N, V)
+    case["logits"] = float((outputs[f"{number}.logits"] - logits).abs().max())
+    case["logit_std"] = float(logits.std())
+    case["margin"] = margin(question["tokens"], theirs["tokens"], logits)
+    return case
+
+
+def margin(ours: list[int], theirs: list[int], logits: torch.Tensor) -> float | None:
+    """Return by how much we preferred our token where the answers first differ; None for equal answers."""
+    for position, (our_token, their_token) in enumerate(zip(ours, theirs, strict=False)):
+        if our_token != their_token:
+            return float(logits[position, our_token] - logits[position, their_token])
+    return None if len(ours) == len(theirs) else float("inf")
 
 
 def _problems(case: dict[str, Any], limits: tuple[float, float]) -> list[str]:

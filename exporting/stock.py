@@ -5,6 +5,7 @@ Used by the modules of the targets (`llava.py`, `vipllava.py`) and by `folder.py
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,12 +37,19 @@ class ExportTarget(NamedTuple):
     """A format of `export.py`.
 
     Attributes:
-        check: raises UserError for a model that the stock class cannot hold.
-        convert: model and some pixels (C, 3, H, W) → its `Stock`; may change the weights of the model.
+        check: raises UserError for a model that the format cannot hold.
+        write: writes a model to an empty folder and returns the error of the conversion (see `Stock`). It also takes
+            some pixels (C, 3, H, W), and may change the weights of the model.
+        program: that reads the folder, a key of `stock_check.READERS`.
+        bfloat16: whether the program computes in it on a CPU.
+        packages: libraries that it needs, besides those of requirements.txt.
     """
 
     check: Callable[[MMultiModal], None]
-    convert: Callable[[MMultiModal, torch.Tensor], Stock]
+    write: Callable[[MMultiModal, torch.Tensor, Path], float]
+    program: str = "transformers"
+    bfloat16: bool = True
+    packages: tuple[str, ...] = ()
 
 
 def check_parts(model: MMultiModal) -> None:
@@ -51,12 +59,17 @@ def check_parts(model: MMultiModal) -> None:
             f"'visual.path' is an encoder of the kind {type(model.encoder).__name__}, and programs that read LLaVA "
             "folders know SigLIP and CLIP only: train with one of these, or let programs ask serve.py"
         )
+    check_tiles(model)
+    model.feature_proj.llava_tensors()
+
+
+def check_tiles(model: MMultiModal) -> None:
+    """Raise UserError for a model with tiles."""
     if model.config.visual.tiles:
         raise UserError(
             f"'visual.tiles' is {model.config.visual.tiles}, and no stock class lays out tiles as we do: train with "
             "visual.tiles=0, or let programs ask serve.py"
         )
-    model.feature_proj.llava_tensors()
 
 
 def strategy(model: MMultiModal) -> str:

@@ -1,88 +1,222 @@
-"""Compare an exported folder with our model's outputs, in a process that has transformers and nothing of ours.
+"""Compute an exported folder's outputs, in a process that has the library that reads it and nothing of ours.
 
-    python -P exporting/stock_check.py FOLDER REFERENCE
+    python -P exporting/stock_check.py PROGRAM FOLDER REFERENCE
 
-`parity.py` writes REFERENCE, starts this file and judges REFERENCE/theirs.json, which it writes.
+PROGRAM is a key of `READERS`. `parity.py` writes REFERENCE, starts this file and judges what it writes,
+REFERENCE/theirs.safetensors and REFERENCE/theirs.json.
 """
 
+import functools
+import importlib
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+import numpy as np
 from PIL import Image
-from safetensors.torch import load_file
-from transformers import AutoProcessor
+from safetensors.numpy import load_file, save_file
+
+IMAGE_TAG = "<|extra_0|>"
+
+
+class TransformersReader:
+    """A stock class of transformers, in torch."""
+
+    packages = ("transformers", "torch")
+
+    def __init__(self, folder: Path) -> None:
+        self.torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stock_class = getattr(transformers, config["architectures"][0])
+        model, info = stock_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        self.model, self.processor = (
+            model.eval().requires_grad_(False),
+            transformers.AutoProcessor.from_pretrained(folder),
+        )
+        self.tokenizer = self.processor.tokenizer
+        wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        self.wrong_tensors = {key: names for key, names in wrong.items() if names}
+
+    def inputs(self, messages: list[dict[str, Any]], photos: list[Image.Image]) -> tuple[list[int], Any]:
+        """Prompt ids, and pixels (C, 3, H, W) or None."""
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = self.processor(text=[text], images=photos or None, return_tensors="pt")
+        return inputs["input_ids"][0].tolist(), inputs["pixel_values"].float().numpy() if photos else None
+
+    def features(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (C, 3, H, W) → what stands at the placeholders, in float32."""
+        features = self.model.get_image_features(**self._pixels(pixels))
+        features = getattr(features, "pooler_output", features)
+        features = features if isinstance(features, self.torch.Tensor) else self.torch.stack(list(features))
+        return features.float().numpy()
+
+    def logits(self, ids: list[int], tokens: list[int], pixels: np.ndarray | None) -> np.ndarray:
+        """Logits (N, V) behind the prompt and behind each of `tokens`, in float32."""
+        whole = self.torch.tensor([ids + tokens])
+        mask = self.torch.ones_like(whole)
+        output = self.model(
+            input_ids=whole, attention_mask=mask, logits_to_keep=len(tokens) + 1, **self._pixels(pixels)
+        )
+        return output.logits[0].float().numpy()
+
+    def answer(self, ids: list[int], pixels: np.ndarray | None, longest: int) -> list[int]:
+        """Tokens of the greedy answer, the end token included."""
+        prompt = self.torch.tensor([ids])
+        generated = self.model.generate(
+            input_ids=prompt,
+            attention_mask=self.torch.ones_like(prompt),
+            max_new_tokens=longest,
+            do_sample=False,
+            **self._pixels(pixels),
+        )
+        return generated[0, len(ids) :].tolist()
+
+    def _pixels(self, pixels: np.ndarray | None) -> dict[str, Any]:
+        return {} if pixels is None else {"pixel_values": self.torch.from_numpy(pixels).to(self.model.dtype)}
+
+
+class OnnxGraph:
+    """A graph in ONNX Runtime; `inputs` has name, shape and type of each."""
+
+    folder, suffix, package = "onnx", "onnx", "onnxruntime"
+
+    def __init__(self, file: Path) -> None:
+        runtime = importlib.import_module("onnxruntime")
+        self.session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+        self.inputs = [(entry.name, entry.shape, types[entry.type]) for entry in self.session.get_inputs()]
+
+    def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return self.session.run(None, inputs)
+
+
+class OpenvinoGraph:
+    """A graph in OpenVINO, on the CPU."""
+
+    folder, suffix, package = "openvino", "xml", "openvino"
+
+    def __init__(self, file: Path) -> None:
+        openvino = importlib.import_module("openvino")
+        # some CPUs would compute in bfloat16
+        self.graph = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        self.inputs = [
+            (
+                entry.any_name,
+                [size.get_length() if size.is_static else None for size in entry.partial_shape],
+                entry.element_type.to_dtype(),
+            )
+            for entry in self.graph.inputs
+        ]
+
+    def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return list(self.graph(inputs).values())
+
+
+class GraphReader:
+    """The three graphs of `onnx_graphs.py`; tokenizer and pixels are transformers'."""
+
+    wrong_tensors: dict[str, list[str]] = {}  # noqa: RUF012 - a graph has all of its own
+
+    def __init__(self, folder: Path, kind: type) -> None:
+        transformers = importlib.import_module("transformers")
+        self.packages = (kind.package, "transformers")
+        names = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+        self.vision, self.embed, self.decoder = (kind(folder / kind.folder / f"{name}.{kind.suffix}") for name in names)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.image_processor = transformers.AutoImageProcessor.from_pretrained(folder)
+        self.config, self.settings = (
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in ("config.json", "generation_config.json")
+        )
+        self.cache_inputs = [entry for entry in self.decoder.inputs if entry[0].startswith("past_")]
+        self.dtype = self.cache_inputs[0][2]
+
+    def inputs(self, messages: list[dict[str, Any]], photos: list[Image.Image]) -> tuple[list[int], Any]:
+        """As the other reader's; here the placeholder is repeated by hand."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = text.replace(IMAGE_TAG, IMAGE_TAG * self.config["image_seq_length"])
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        pixels = self.image_processor(photos, return_tensors="np")["pixel_values"] if photos else None
+        return ids, None if pixels is None else np.asarray(pixels, np.float32)
+
+    def features(self, pixels: np.ndarray) -> np.ndarray:
+        return self.vision.run({"pixel_values": pixels.astype(self.dtype)})[0].astype(np.float32)
+
+    def logits(self, ids: list[int], tokens: list[int], pixels: np.ndarray | None) -> np.ndarray:
+        """As the other reader's, one token after another."""
+        rows = [self._start(ids, pixels)]
+        rows += [self._step(self._embed([token])) for token in tokens]
+        return np.stack(rows)
+
+    def answer(self, ids: list[int], pixels: np.ndarray | None, longest: int) -> list[int]:
+        """As the other reader's, by the settings of generation_config.json."""
+        scores, tokens = self._start(ids, pixels), []
+        penalty = self.settings.get("repetition_penalty", 1.0)
+        for _ in range(longest):
+            seen = np.unique(ids + tokens)
+            scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+            scores[self.settings["suppress_tokens"]] = -np.inf
+            tokens.append(int(scores.argmax()))
+            if tokens[-1] in self.settings["eos_token_id"]:
+                break
+            scores = self._step(self._embed(tokens[-1:]))
+        return tokens
+
+    def _embed(self, ids: list[int]) -> np.ndarray:
+        return self.embed.run({"input_ids": np.array([ids], np.int64)})[0]
+
+    def _start(self, ids: list[int], pixels: np.ndarray | None) -> np.ndarray:
+        """Logits (V,) behind the prompt, which is put into a new cache."""
+        embeddings = self._embed(ids)
+        if pixels is not None:
+            rows = self.features(pixels).reshape(-1, embeddings.shape[-1])
+            embeddings[0, np.array(ids) == self.config["image_token_id"]] = rows.astype(self.dtype)
+        self.cache = [np.zeros((1, shape[1], 0, shape[3]), self.dtype) for _, shape, _ in self.cache_inputs]
+        return self._step(embeddings)
+
+    def _step(self, embeddings: np.ndarray) -> np.ndarray:
+        """Logits (V,) behind `embeddings` (1, T, Dl), whose keys and values are added to the cache."""
+        start = self.cache[0].shape[2]
+        length = start + embeddings.shape[1]
+        inputs = {
+            "inputs_embeds": embeddings,
+            "attention_mask": np.ones((1, length), np.int64),
+            "position_ids": np.arange(start, length, dtype=np.int64)[None],
+        }
+        names = (name for name, _, _ in self.cache_inputs)
+        logits, *self.cache = self.decoder.run(inputs | dict(zip(names, self.cache, strict=True)))
+        return logits[0, -1].astype(np.float32)
+
+
+READERS: dict[str, Any] = {
+    "transformers": TransformersReader,
+    "onnx": functools.partial(GraphReader, kind=OnnxGraph),
+    "openvino": functools.partial(GraphReader, kind=OpenvinoGraph),
+}
 
 
 def main() -> None:
-    folder, reference = Path(sys.argv[1]), Path(sys.argv[2])
+    program, folder, reference = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     cases = json.loads((reference / "cases.json").read_text(encoding="utf-8"))
-    tensors = load_file(reference / "reference.safetensors")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stock_class = getattr(transformers, config["architectures"][0])
-    model, info = stock_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    processor = AutoProcessor.from_pretrained(folder)
-    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    result = {
-        "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
-        "tensors": {key: names for key, names in wrong.items() if names},
-        "cases": [
-            compare(model.eval(), processor, case, reference, own(tensors, number)) for number, case in enumerate(cases)
-        ],
-    }
+    reader, ours, theirs = READERS[program](folder), load_file(reference / "pixels.safetensors"), {}
+    rows = []
+    for number, case in enumerate(cases):
+        photos = [Image.open(reference / name) for name in case["photos"]]
+        ids, pixels = reader.inputs(case["messages"], photos)
+        if photos:
+            theirs[f"{number}.pixels"] = pixels
+            pixels = ours[f"{number}.pixels"]
+            theirs[f"{number}.features"] = reader.features(pixels)
+        theirs[f"{number}.logits"] = reader.logits(case["ids"], case["tokens"], pixels)
+        tokens = reader.answer(case["ids"], pixels, case["max_new_tokens"])
+        rows.append({"ids": ids, "tokens": tokens})
+        rows[-1]["text"] = reader.tokenizer.decode(tokens, skip_special_tokens=True)
+    save_file({name: np.ascontiguousarray(array) for name, array in theirs.items()}, reference / "theirs.safetensors")
+    versions = {name: importlib.metadata.version(name) for name in reader.packages}
+    result = {"versions": versions, "tensors": reader.wrong_tensors, "cases": rows}
     (reference / "theirs.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
-
-
-def own(tensors: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
-    """Our tensors of one case: pixels (C, 3, H, W) and features (C, M, Dl) if it has photos, logits (N, V)."""
-    prefix = f"{number}."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-@torch.no_grad()
-def compare(model: Any, processor: Any, case: dict[str, Any], reference: Path, ours: dict[str, Any]) -> dict[str, Any]:
-    """Return the differences of one case; without photos, those of pixels and features are left out."""
-    text = processor.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=True)
-    photos = [Image.open(reference / name) for name in case["photos"]]
-    inputs = processor(text=[text], images=photos or None, return_tensors="pt")
-    ids, tokens = torch.tensor([case["ids"]]), torch.tensor([case["tokens"]], dtype=torch.int64)
-    result: dict[str, Any] = {"ids_equal": inputs["input_ids"].tolist() == [case["ids"]]}
-    pixels = {}
-    if photos:
-        result["pixels"] = float((inputs["pixel_values"] - ours["pixels"]).abs().max())
-        pixels = {"pixel_values": ours["pixels"].to(model.dtype)}
-        features = model.get_image_features(**pixels)
-        features = getattr(features, "pooler_output", features)
-        features = features if isinstance(features, torch.Tensor) else torch.stack(list(features))
-        difference = features.reshape(ours["features"].shape).float() - ours["features"].float()
-        result["features"] = float(difference.norm() / ours["features"].float().norm())
-    whole = torch.cat([ids, tokens], dim=1)
-    logits = model(
-        input_ids=whole, attention_mask=torch.ones_like(whole), logits_to_keep=tokens.shape[1] + 1, **pixels
-    ).logits[0]
-    result["logits"] = float((logits.float() - ours["logits"].float()).abs().max())
-    result["logit_std"] = float(ours["logits"].float().std())
-    generated = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=case["max_new_tokens"],
-        do_sample=False,
-        **pixels,
-    )[0, ids.shape[1] :].tolist()
-    result["text"] = processor.tokenizer.decode(generated, skip_special_tokens=True)
-    result["margin"] = margin(case["tokens"], generated, ours["logits"])
-    return result
-
-
-def margin(ours: list[int], theirs: list[int], logits: torch.Tensor) -> float | None:
-    """Return by how much we preferred our token where the answers first differ; None for equal answers."""
-    for position, (our_token, their_token) in enumerate(zip(ours, theirs, strict=False)):
-        if our_token != their_token:
-            return float(logits[position, our_token] - logits[position, their_token])
-    return None if len(ours) == len(theirs) else float("inf")
 
 
 if __name__ == "__main__":

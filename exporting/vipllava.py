@@ -4,9 +4,12 @@ Its projector starts with a layer norm, which gets the weights of SigLIP's post 
 patch, as we do. Fewer programs read it than `llava`.
 """
 
+from pathlib import Path
+
 import torch
 
 from errors import UserError
+from exporting.folder import write_folder
 from exporting.stock import ExportTarget, Stock, check_parts, plain_config, projector_tensors, strategy, vision_tensors
 from model.model import MMultiModal
 from visual.SigLIP_VIT import SigLIPViT
@@ -45,4 +48,9 @@ def convert(model: MMultiModal, pixels: torch.Tensor) -> Stock:
     return Stock(config, tensors)
 
 
-TARGET = ExportTarget(check, convert)
+def write(model: MMultiModal, pixels: torch.Tensor, folder: Path) -> float:
+    """Write the folder; see `ExportTarget`."""
+    return write_folder(model, convert(model, pixels), folder)
+
+
+TARGET = ExportTarget(check, write)

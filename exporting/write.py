@@ -15,7 +15,6 @@ import orjson
 
 from errors import UserError
 from exporting.card import write_card
-from exporting.folder import write_folder
 from exporting.parity import Reference, compare, store_reference
 from exporting.targets import TARGETS
 from model.model import MMultiModal
@@ -48,7 +47,7 @@ def write_export(model: MMultiModal, output: Path, target: str, card: dict[str, 
     """Write `model` (on the CPU, in the dtype of the export) beside `output`; its weights are changed.
 
     Raises:
-        UserError: the stock class cannot hold this model.
+        UserError: the format cannot hold this model.
     """
     TARGETS[target].check(model)
     folder, outputs = (output.with_name(f"{output.name}.{kind}") for kind in ("tmp", "outputs.tmp"))
@@ -58,13 +57,12 @@ def write_export(model: MMultiModal, output: Path, target: str, card: dict[str, 
     outputs.mkdir()
     try:
         reference = store_reference(model, outputs)
-        stock = TARGETS[target].convert(model, reference.pixels)
-        write_folder(model, stock, folder)
+        feature_error = TARGETS[target].write(model, reference.pixels, folder)
     except BaseException:  # a partial folder is of no use and may have filled the disk
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(outputs, ignore_errors=True)
         raise
-    return Written(folder, output, target, reference, stock.feature_error, card)
+    return Written(folder, output, target, reference, feature_error, card)
 
 
 def check_export(written: Written) -> dict[str, Any]:
@@ -78,7 +76,7 @@ def check_export(written: Written) -> dict[str, Any]:
     """
     start = time.monotonic()
     report: dict[str, Any] = {"format": written.target, "passed": False}
-    report |= compare(written.reference, written.folder, written.feature_error)
+    report |= compare(written.reference, written.folder, TARGETS[written.target].program, written.feature_error)
     report |= {"passed": not report["problems"], "seconds": round(time.monotonic() - start, 1)}
     (written.folder / REPORT_FILE).write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
     write_card(written.folder, written.card, report)
