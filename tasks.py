@@ -156,8 +156,9 @@ def test() -> None:
 
 
 def nightly() -> None:
-    """all tests, those that take minutes too"""
+    """all tests, those that take minutes and those of the graph formats too"""
     install("requirements-dev.txt")
+    install("requirements-export.txt")
     run(PYTHON, "-m", "pytest", *PARALLEL)
 
 
