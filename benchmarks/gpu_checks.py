@@ -57,10 +57,14 @@ def shape(full: str) -> str:
     return full if GPU else "tiny"
 
 
-def command(*words: object, **environment: str) -> None:
+def command(*words: object, environment: dict[str, str] | None = None) -> None:
     """Run a command of the project; its output goes to the error stream."""
     subprocess.run(
-        [sys.executable, *map(str, words)], cwd=REPO_ROOT, check=True, stdout=sys.stderr, env=os.environ | environment
+        [sys.executable, *map(str, words)],
+        cwd=REPO_ROOT,
+        check=True,
+        stdout=sys.stderr,
+        env=os.environ | (environment or {}),
     )
 
 
@@ -94,11 +98,13 @@ def demo_data() -> list[str]:
     return overrides
 
 
-def training_lines(folder: Path, *overrides: str, launcher: tuple = (), **environment: str) -> list[dict[str, Any]]:
+def training_lines(
+    folder: Path, *overrides: str, launcher: tuple = (), environment: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
     """Train on the demo's photos; return the lines of its log that have a loss."""
     size = ["train.micro_batch=2", "train.accumulation=2"]
     settings = [*size, "train.log_steps=1", "train.eval_steps=1000", f"train.output_dir={folder}"]
-    command(*launcher, "train.py", *DEMO_CONFIG, *demo_data(), *settings, *overrides, **environment)
+    command(*launcher, "train.py", *DEMO_CONFIG, *demo_data(), *settings, *overrides, environment=environment)
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line for line in lines if "loss" in line]
 
@@ -115,7 +121,7 @@ def precisions() -> Checked:
             hidden = {"CUDA_VISIBLE_DEVICES": ""} if precision == "oracle" else {}
             wanted = "float32" if precision == "oracle" else precision
             lines = training_lines(
-                Path(folder) / precision, "train.max_steps=10", f"train.precision={wanted}", **hidden
+                Path(folder) / precision, "train.max_steps=10", f"train.precision={wanted}", environment=hidden
             )
             losses[precision] = [line["loss"] for line in lines]
     worst = {

@@ -446,6 +446,7 @@ def test_empty_answer_is_shown_as_such(page, photos):
     expect_text(page, "#status", "0 written")
 
 
+@pytest.mark.nightly
 def test_screenshots_of_a_real_checkpoint(tmp_path, photos, browser, tiny_checkpoint):
     """`test_gui.py` and the command that photographs it, in processes of their own, on random weights."""
     model_root = tiny_checkpoint.parent.parent
