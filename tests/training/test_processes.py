@@ -147,7 +147,7 @@ def test_several_processes_equal_one(together, name):
 SHARDED = {  # equal to one process that has all weights
     "plain": {"max_questions": 2},
     "align": {"parts": {"projector": {"lr": 1e-2}, "llm": {"lr": 0.0}}},  # text only: nothing of a batch is trained
-    "checkpointing": {"gradient_checkpointing": "on", "data": {"val_fraction": 0.4}, "eval_steps": 1, "max_steps": 2},
+    "checkpointing": {"gradient_checkpointing": "on", "data": {"val_fraction": 0.25}, "eval_steps": 1, "max_steps": 2},
     "all weights": {"parts": RATES | {"llm": {"mode": "full", "lr": 1e-3}, "vision": {"mode": "full", "lr": 1e-3}}},
     "lora on the encoder": {"visual": "clip", "parts": RATES | {"vision": {"mode": "lora", "lr": 1e-3}}},
 }
@@ -173,7 +173,9 @@ def test_sharded_weights_train_as_whole_ones(make_case, tmp_path, workshop, proc
         whole, sharded = Path(expected["folder"]), Path(actual[0]["folder"])
         assert sorted(file.name for file in whole.rglob("*")) == sorted(file.name for file in sharded.rglob("*"))
         for first, second in zip(lines(whole.parent), lines(sharded.parent), strict=True):
-            for figure, bound in (("loss", 1e-5), ("val_loss", 1e-5), ("grad_norm", 1e-4)):
+            # AdamW's first steps are as large for a gradient of rounding errors as for any other
+            bounds = {"loss": 1e-5 if first["step"] == 1 else 1e-4, "val_loss": 1e-4, "grad_norm": 1e-4}
+            for figure, bound in bounds.items():
                 assert second.get(figure, 0) == pytest.approx(first.get(figure, 0), rel=bound), (name, figure)
         wanted, found = weights(whole), weights(sharded)
         assert wanted.keys() == found.keys()
