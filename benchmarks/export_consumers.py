@@ -63,7 +63,7 @@ def vllm(folder: Path, reference: Path) -> dict[str, Any]:
 
 
 def trl(folder: Path, reference: Path) -> dict[str, Any]:
-    """Train on from the folder with TRL's own collator; the loss must fall."""
+    """Train on from the folder with TRL's own collator."""
     transformers, datasets = importlib.import_module("transformers"), importlib.import_module("datasets")
     library, image = importlib.import_module("trl"), importlib.import_module("PIL.Image")
     text = "What is in the picture?"

@@ -63,7 +63,9 @@ def row(program: str, python: str, written: Written) -> dict[str, Any]:
     if "losses" in result:
         return found | {"losses": result["losses"]}
     expected = [written.reference.texts[number] for number in result["cases"]]
-    pairs = [(ours, theirs) for answers in result["answers"].values() for ours, theirs in zip(expected, answers)]  # noqa: B905
+    pairs = [
+        (ours, theirs) for answers in result["answers"].values() for ours, theirs in zip(expected, answers, strict=True)
+    ]
     found |= {"questions": len(pairs), "same answers": sum(ours == theirs.strip() for ours, theirs in pairs)}
     return found | {"other answers": [theirs for ours, theirs in pairs if ours != theirs.strip()]}
 

@@ -117,11 +117,10 @@ class OpenvinoGraph:
 class GraphReader:
     """The three graphs of `onnx_graphs.py`; tokenizer and pixels are transformers'."""
 
-    wrong_tensors: dict[str, list[str]] = {}  # noqa: RUF012 - a graph has all of its own
-
     def __init__(self, folder: Path, kind: type) -> None:
         transformers = importlib.import_module("transformers")
         self.packages = (kind.package, "transformers")
+        self.wrong_tensors: dict[str, list[str]] = {}  # a graph has all of its own
         names = ("vision_encoder", "embed_tokens", "decoder_model_merged")
         self.vision, self.embed, self.decoder = (kind(folder / kind.folder / f"{name}.{kind.suffix}") for name in names)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -103,13 +103,11 @@ def free_port():
 
 
 @contextmanager
-def running(engine, name=NAME, generate=None, **options):
-    """Serve on a free port; gives the address. `options`: of `Limits`, and `files`."""
-    files = options.pop("files", None)
-    service = Service(engine, name, generate or Generate(), Limits(**options), files=files)
+def listening(app):
+    """Serve an ASGI app on a free port; gives the address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="critical", lifespan="off", ws="none"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:
@@ -120,6 +118,15 @@ def running(engine, name=NAME, generate=None, **options):
         finally:
             server.should_exit = server.force_exit = True
             thread.join(timeout=30)
+
+
+@contextmanager
+def running(engine, name=NAME, generate=None, **options):
+    """Serve on a free port; gives the address. `options`: of `Limits`, and `files`."""
+    files = options.pop("files", None)
+    service = Service(engine, name, generate or Generate(), Limits(**options), files=files)
+    with listening(build_app(service)) as address:
+        yield address
 
 
 def client_of(address, key="any", **options):

@@ -23,13 +23,13 @@ from tests.page.driver import (
     ask,
     expect,
     expect_text,
-    free_port,
     fresh,
     no_browser,
     opened,
     served,
     upload,
 )
+from tests.telling import free_port
 
 pytest.importorskip("playwright.sync_api")
 pytestmark = [

@@ -1,13 +1,11 @@
 """What the tests of the page share: an engine that tells what it was sent, a served page, and a browser's moves."""
 
 import contextlib
-import socket
 import threading
 import time
 
 import httpx2
 import pytest
-import uvicorn
 
 from answering.request import CancelledError, Reply, ReplyStream
 from config import Generate, Gui, Prompt
@@ -16,6 +14,7 @@ from evaluation import screenshots
 from page.address import in_url
 from page.checkpoints import Engines
 from qwen.chat import MessageFormat
+from tests.telling import free_port, listening
 from visual_plan import VisualPlan
 
 THUMBNAILS = "#question .thumbnail-wrapper"
@@ -82,12 +81,6 @@ class SpokenEngine:
         for request in requests:
             text = "".join(part for part in request.messages[-1].parts if isinstance(part, str)).strip()
             yield Reply(f"{len(request.photos)} {text}", "stop", 1, 1)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -193,19 +186,8 @@ def proxied(address, prefix="/vqa"):
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body"})
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = server.force_exit = True
-            thread.join(timeout=30)
+    with listening(app) as address:
+        yield address
 
 
 def no_browser():
