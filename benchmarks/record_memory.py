@@ -8,10 +8,11 @@ Writes drawn-up rows as jsonl, then runs in processes of their own: `process_ima
 `train.py` for three steps of the demo's backbones with two workers and a validation, and `train.py --resume` for one
 more. All photos are one plain picture, made in memory. Memory is the largest sum over the process and its workers, in
 MiB, of the proportional set size (of the resident size where the system knows no other), libraries and model included;
-what the system caches of files is not in it. Linux and macOS.
+what the system caches of files is not in it. Linux only: loader workers must be forked, to have that picture.
 """
 
 import argparse
+import gc
 import os
 import platform
 import shutil
@@ -105,7 +106,7 @@ def run_stage(stage: str, config: Path) -> None:
     if stage == "prepare":
         import process_image
 
-        process_image.gc.disable()  # as the script does
+        gc.disable()  # as the script does
         process_image.main(["--config", str(config)])
         return
     from PIL import Image
@@ -119,7 +120,7 @@ def run_stage(stage: str, config: Path) -> None:
     steps = 3 if stage == "train" else 4
     began = time.perf_counter()
     for trainer in stages(load_config(config, [f"train.max_steps={steps}"]), None if stage == "train" else "auto"):
-        print(f"{stage}: {time.perf_counter() - began:.1f} s to the first step", flush=True)
+        print(f"{stage}: {time.perf_counter() - began:.1f} s until the run is built", flush=True)
         trainer.run()
 
 

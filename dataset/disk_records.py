@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from dataset.entries import TEXT_KEY, Entry, Photo, parse_entry, photo_path
-from errors import UserError
+from dataset.entries import TEXT_KEY, Entry, Photo, parse_entry, photo_box, photo_path
+from dataset.json_files import parse_json
+from errors import UserError, file_error
 
 SUFFIX = ".sqlite"
+REMEDY = "make it again with process_image.py"
 
 
 def on_disk(image_map: Path, captions: Path) -> bool:
@@ -58,6 +58,14 @@ class DiskTable:
     """A table with rows numbered without gaps from `start`. Each process opens the file at its first access.
 
     Memory holds SQLite's cache of 2 MB; the operating system caches the file as it does any other.
+
+    Attributes:
+        table: name of the table.
+        number: its column with the numbers.
+        start: the first number.
+
+    Raises:
+        UserError: as `select`, or a number is missing.
     """
 
     table: str
@@ -68,11 +76,14 @@ class DiskTable:
         self.file = Path(file)
         self._connection: sqlite3.Connection | None = None
         self._process = 0
-        ((last,),) = self.select(f"SELECT max({self.number}) FROM {self.table}")
-        self.length = 0 if last is None else last + 1 - self.start
+        self._state: tuple[int, ...] | None = None  # of the file that the run began with
+        counted = f"SELECT count(*), min({self.number}), max({self.number}) FROM {self.table}"
+        ((self._length, first, last),) = self.select(counted)
+        if self._length and (first, last) != (self.start, self.start + self._length - 1):
+            raise UserError(f"{self.file}: rows of '{self.table}' are missing; {REMEDY}")
 
     def __len__(self) -> int:
-        return self.length
+        return self._length
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_connection": None, "_process": 0}
@@ -81,14 +92,26 @@ class DiskTable:
         """Yield the rows of a query.
 
         Raises:
-            UserError: the file is missing, damaged or no record file.
+            UserError: the file is missing, damaged or no record file, or was replaced since it was first read.
         """
-        with sqlite_errors(self.file, "make it again with process_image.py"):
+        with sqlite_errors(self.file, REMEDY):
             if self._connection is None or self._process != os.getpid():  # a forked worker must not share it
+                self._check_state()
                 address = f"{self.file.absolute().as_uri()}?mode=ro&immutable=1"
                 self._connection = sqlite3.connect(address, uri=True, check_same_thread=False)
                 self._process = os.getpid()
             yield from self._connection.execute(query, values)
+
+    def _check_state(self) -> None:
+        """Raise UserError unless the file is the one that this object, here or in another process, opened first."""
+        try:
+            found = os.stat(self.file)
+        except OSError as error:
+            raise file_error(error, self.file, REMEDY) from error
+        state = (found.st_ino, found.st_size, found.st_mtime_ns)
+        if self._state not in (None, state):
+            raise UserError(f"{self.file} was replaced while this run reads it: start the run again")
+        self._state = state
 
 
 class DiskPhotos(DiskTable, Mapping[int, Photo]):
@@ -98,7 +121,7 @@ class DiskPhotos(DiskTable, Mapping[int, Photo]):
 
     def __getitem__(self, ID: int) -> Photo:
         for row in self.select("SELECT ID, key, image_file, path, box FROM photos WHERE ID = ?", ID):
-            return _photo(*row)
+            return self._photo(*row)
         raise KeyError(ID)
 
     def __contains__(self, ID: object) -> bool:
@@ -111,9 +134,9 @@ class DiskPhotos(DiskTable, Mapping[int, Photo]):
         """Yield the key of every photo, from ID 0 on."""
         return (key for (key,) in self.select("SELECT key FROM photos ORDER BY ID"))
 
-
-def _photo(ID: int, key: str, image_file: str, path: str, box: str | None) -> Photo:
-    return Photo(ID, key, image_file, photo_path(path), None if box is None else tuple(orjson.loads(box)))
+    def _photo(self, ID: int, key: str, image_file: str, path: str, box: str | None) -> Photo:
+        edges = None if box is None else parse_json(box.encode(), f"{self.file}: '{key}'")
+        return Photo(ID, key, image_file, photo_path(path), photo_box({"box": edges}, key, self.file))
 
 
 class DiskEntries(DiskTable, Sequence[Entry]):
@@ -141,7 +164,8 @@ class DiskEntries(DiskTable, Sequence[Entry]):
 
     def _entry(self, number: int, photo: int | None, content: str) -> Entry:
         key = TEXT_KEY if photo is None else str(photo)
-        return parse_entry(orjson.loads(content), key, number, self.file, self.photos)
+        item = parse_json(content.encode(), f"{self.file}: entry {number}")
+        return parse_entry(item, key, number, self.file, self.photos)
 
 
 class SelectedEntries(Sequence[Entry]):

@@ -19,7 +19,7 @@ from dataset.entries import TEXT_KEY
 from dataset.records import temporary_name, write_files
 from errors import file_error
 
-CACHE_KIB = 400_000  # the paths of 10 million photos take about 600 MB, and a new one falls anywhere among them
+CACHE_KIB = 400_000  # the digests of 10 million photos take about 600 MB, and a new one falls anywhere among them
 REMEDY = "make room there, or name another folder in 'data.captions'"
 
 WORKING = """
@@ -121,6 +121,7 @@ class DiskRecords:
         except OSError as error:
             raise file_error(error, image_map, REMEDY) from error
         finally:
+            self._database.close()  # Windows deletes no open file
             for path in (image_map, captions):
                 temporary_name(path).unlink(missing_ok=True)
 

@@ -83,7 +83,7 @@ def photos_of(content: Any, file: Path) -> dict[int, Photo]:
             case {"ID": int(ID), "image_file": str(image_file), "path": str(path)} if not isinstance(ID, bool):
                 if ID in photos:
                     _fail(file, f"ID {ID}", f"is given to both '{photos[ID].key}' and '{key}'")
-                photos[ID] = Photo(ID, key, image_file, photo_path(path), _box(value, key, file))
+                photos[ID] = Photo(ID, key, image_file, photo_path(path), photo_box(value, key, file))
             case _:
                 _fail(file, f"'{key}'", 'does not hold a whole number "ID" and texts "image_file" and "path"')
     missing = next((ID for ID in range(len(photos)) if ID not in photos), None)
@@ -98,7 +98,8 @@ def photo_path(path: str) -> Path:
     return Path(os.path.join(_ROOT, os.path.expanduser(path)))
 
 
-def _box(photo: dict[str, Any], key: str, file: Path) -> Box | None:
+def photo_box(photo: dict[str, Any], key: str, file: Path) -> Box | None:
+    """Check and return the box of a photo of the image map; None for a whole photo."""
     if photo.get("box") is None:
         return None
     try:

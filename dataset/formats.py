@@ -26,7 +26,7 @@ from errors import UserError, file_error, shortened
 # not UTF-8. Returns `Row`s, or the unchanged items of a list, which are row 1, row 2, …
 Loader = Callable[[Path, Path | None, Path, dict[str, str]], Iterable[Any]]
 
-WHOLE = 64 * 2**20  # bytes; a longer file of jsonl is read line by line, and its encoding judged by this beginning
+WHOLE = 64 * 2**20  # bytes; a longer file of jsonl is read line by line if it is UTF-8
 
 
 def load_list(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> list[Any]:
@@ -38,7 +38,7 @@ def load_list(annotations: Path, questions: Path | None, images: Path, encodings
 
 def load_jsonl(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> Iterable[Row]:
     if annotations.is_file() and annotations.stat().st_size > WHOLE:
-        start = utf8_start(annotations, WHOLE)
+        start = utf8_start(annotations)
         if start is not None:
             return _LongFile(annotations, start)
     return list(_json_lines(_text(annotations, encodings).split(b"\n"), annotations))

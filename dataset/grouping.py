@@ -64,15 +64,16 @@ def group_entries(
         images = entry.turns[0].images
         before = () if image_first or not images else tuple(entry.turns[0].question.split(IMAGE_TAG, len(images))[:-1])
         key = (images, before, None if keep_apart is None else keep_apart(entry.source))
-        if images[:1] != last and len(open_groups) >= MOST_OPEN:
-            open_groups.clear()
-        last = images[:1]
+        if images and images[:1] != last:
+            if len(open_groups) >= MOST_OPEN:
+                open_groups.clear()
+            last = images[:1]
         if not images or key not in open_groups or open_groups[key][1] >= max_questions:
             open_groups[key] = [count, 0]
             count += 1
         group_of.append(open_groups[key][0])
         open_groups[key][1] += 1
-    groups = numpy.frombuffer(group_of, numpy.int32) if group_of else numpy.empty(0, numpy.int32)
+    groups = numpy.frombuffer(group_of, numpy.int32)
     members = numpy.argsort(groups, kind="stable")
     ends = numpy.bincount(groups, minlength=count).cumsum()
     first = members[ends - numpy.diff(ends, prepend=0)]

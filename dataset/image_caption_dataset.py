@@ -103,7 +103,6 @@ class ImageCaptionDataset(Dataset):
 
     Attributes:
         groups: the entry numbers of each sample.
-        sources: names of the sources of samples; `source(index)` is the source of a sample.
         entry_sources: names of the sources of all entries.
     """
 
@@ -128,14 +127,9 @@ class ImageCaptionDataset(Dataset):
         self.max_length = max_length
         self.seed = seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes outlive an epoch
-        self.groups, by_group, self.entry_sources = group_entries(
+        self.groups, self._source_numbers, self.entry_sources = group_entries(
             entries, chat.prompt.image_first, max_questions, keep_apart
         )
-        present = {name: number for number, name in enumerate(self.entry_sources) if (by_group == number).any()}
-        self.sources = sorted(present)
-        self._source_numbers = numpy.zeros(len(self.groups), numpy.int32)
-        for number, source in enumerate(self.sources):
-            self._source_numbers[by_group == present[source]] = number
         self.replace_broken = replace_broken
 
     def set_epoch(self, epoch: int) -> None:
@@ -147,11 +141,12 @@ class ImageCaptionDataset(Dataset):
 
     def source(self, index: int) -> str:
         """Return the source of sample `index`, which is the source of its first entry."""
-        return self.sources[self._source_numbers[index]]
+        return self.entry_sources[self._source_numbers[index]]
 
     def samples_by_source(self) -> "dict[str, array[int]]":
-        """Return the sample indices of each source, in ascending order."""
-        return {source: self._samples_of(number) for number, source in enumerate(self.sources)}
+        """Return the sample indices of each source, in ascending order; the sources are sorted by name."""
+        numbers = {self.entry_sources[number]: number for number in numpy.unique(self._source_numbers)}
+        return {source: self._samples_of(numbers[source]) for source in sorted(numbers)}
 
     def _samples_of(self, source: int) -> "array[int]":
         return array("q", numpy.flatnonzero(self._source_numbers == source).tobytes())

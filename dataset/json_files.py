@@ -20,6 +20,7 @@ BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+DECODED = 2**20  # bytes of a long file that are decoded at once
 UTF8_CHARACTER = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 
 
@@ -65,22 +66,27 @@ def read_content(path: str | Path) -> Content:
     return Content(text, encoding)
 
 
-def utf8_start(file: Path, judged: int) -> int | None:
-    """Return where the text of a file in UTF-8 starts, behind a byte order mark; None: it may be another encoding.
+def utf8_start(file: Path) -> int | None:
+    """Return where the text of a file in UTF-8 starts, behind a byte order mark.
 
-    Args:
-        judged: number of bytes at its beginning that decide.
+    None: it has another encoding, or is damaged and has no such mark.
     """
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         with open(file, "rb") as opened:
-            beginning = opened.read(judged)
+            beginning = opened.read(4)
+            for mark, encoding in BYTE_ORDER_MARKS:
+                if beginning.startswith(mark):
+                    return len(mark) if encoding == "UTF-8" else None
+            opened.seek(0)
+            while part := opened.read(DECODED):
+                decoder.decode(part)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return None
     except OSError as error:
         raise file_error(error, file) from error
-    for mark, encoding in BYTE_ORDER_MARKS:
-        if beginning.startswith(mark):
-            return len(mark) if encoding == "UTF-8" else None
-    whole_lines = beginning[: beginning.rfind(b"\n") + 1] or beginning
-    return 0 if _is_utf8(whole_lines) or _gb18030(whole_lines) is None else None
+    return 0
 
 
 def parse_json(text: bytes, name: str, line: int = 1) -> Any:

@@ -24,7 +24,7 @@ class Records(Protocol):
         """The ID of the next photo: the number of photos so far."""
 
     def find(self, place: str) -> int | None:
-        """Return the ID of a photo by its absolute path, followed by the suffix of its region; None: unknown."""
+        """Return the ID of the photo or region at a place (see `_place`); None: unknown."""
 
     def has_key(self, key: str) -> bool: ...
 
@@ -46,9 +46,7 @@ class MemoryRecords:
         self.start_ID = start_ID
         self.image_map: ImageMap = {}
         self.captions: Captions = {}
-        self._ID_of_place = {
-            _absolute_path(photo["path"]) + _suffix(photo.get("box")): photo["ID"] for photo in self.known.values()
-        }
+        self._ID_of_place = {_place(photo["path"], photo.get("box")): photo["ID"] for photo in self.known.values()}
 
     @property
     def photos(self) -> int:
@@ -100,17 +98,16 @@ class Register:
         return TEXT_KEY if first is None else str(first)
 
     def knows(self, path: str) -> bool:
-        return self.records.find(_absolute_path(path)) is not None
+        return self.records.find(_place(path)) is not None
 
     def get(self, path: str, box: Box | None = None) -> int:
         """Return the ID of a photo, or of the region `box` of it."""
-        suffix = _suffix(box)
-        place = _absolute_path(path) + suffix
+        place = _place(path, box)
         ID = self.records.find(place)
         if ID is None:
             ID = self.records.photos
             name = path[len(self.folder) + 1 :]
-            key = f"{self.folder_name}/{name}{suffix}"
+            key = f"{self.folder_name}/{name}{_suffix(box)}"
             while self.records.has_key(key):
                 key = f"{self.source}/{key}"
             photo = {"ID": ID, "image_file": name, "path": path} | ({} if box is None else {"box": [*box]})
@@ -121,6 +118,11 @@ class Register:
 def _suffix(box: Sequence[float] | None) -> str:
     """Return what the key of a region has after that of its photo; as text, since (0, 0, 1, 1) equals (0.0, …)."""
     return "" if box is None else f"#{','.join(map(str, box))}"
+
+
+def _place(path: str, box: Sequence[float] | None = None) -> str:
+    """Return what identifies a photo or region: absolute path and edges, with what no path has between them."""
+    return f"{_absolute_path(path)}\0{_suffix(box)}"
 
 
 def _absolute_path(path: str) -> str:

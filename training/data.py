@@ -120,7 +120,7 @@ class EachAnswer(Sequence[Entry]):
         self.entries = entries
         self.numbers, self.answers = array("i"), array("i")
         for number, entry in enumerate(entries):
-            count = len(self._alone(entry))
+            count = 1 if len(entry.turns) > 1 else len(entry.turns[0].answers)
             self.numbers.extend(itertools.repeat(number, count))
             self.answers.extend(range(count))
 

@@ -58,17 +58,26 @@ def shard(accelerator: Accelerator, loss: LossOf) -> torch.nn.Module:
     return accelerator.prepare_model(loss, evaluation_mode=True)  # only autocast
 
 
-def whole(value: Any) -> Any:
-    """Return a structure with whole tensors in the place of shards; all processes call it together."""
-    return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), value)
+def whole(value: Any, kept: bool = True) -> Any:
+    """Return a structure with whole tensors in the place of shards; all processes call it together.
+
+    Args:
+        kept: False: with empty ones, on a process that only has to take part.
+    """
+
+    def gathered(shard: DTensor) -> torch.Tensor:
+        tensor = shard.full_tensor()
+        return tensor.cpu() if kept else torch.empty(0)
+
+    return tree_map_only(DTensor, gathered, value)
 
 
 @contextmanager
-def whole_parts(model: MMultiModal) -> Iterator[None]:
-    """Put whole tensors in the place of the parts' shards, for a checkpoint."""
+def whole_parts(model: MMultiModal, kept: bool) -> Iterator[None]:
+    """Put whole tensors in the place of the parts' shards, for a checkpoint; `kept` as in `whole`."""
     shards = [part.parameters for part in model.parts]
     for part in model.parts:
-        part.parameters = whole(part.parameters)
+        part.parameters = whole(part.parameters, kept)
     try:
         yield
     finally:

@@ -264,7 +264,8 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
     """
     folder = run.output_dir / f"checkpoint-{progress.step}"
     all_generators = gather_object([progress.generators])
-    optimizer = whole(run.optimizer.state_dict())
+    writes = run.accelerator.is_main_process
+    optimizer = whole(run.optimizer.state_dict(), writes)
 
     def write() -> None:
         scaler = run.accelerator.scaler
@@ -283,7 +284,7 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
         if pruning:
             prune(run.output_dir, run.config.train.save_total_limit, newest=folder)
 
-    with whole_parts(run.model):
+    with whole_parts(run.model, writes):
         on_main(run.accelerator, write)
     return folder
 

@@ -27,7 +27,10 @@ class Watch:
             return
         self.log = RunLog(run.output_dir, step, config.train.trackers, config.model_dump())
         train, val, photos = run.train_set.entries, run.val_set.entries, run.train_set.photos
-        self.sheet = SampleSheet(run.output_dir, train, val, photos, config.data.seed, step)
+        # with shards, the first process alone has only its share of the weights, so it cannot answer
+        self.sheet = None
+        if not config.train.shard:
+            self.sheet = SampleSheet(run.output_dir, train, val, photos, config.data.seed, step)
         if step == 0:
             run.say(describe_sample(run.train_set, run.epoch_batches(0)[0][0]))
 
@@ -51,11 +54,8 @@ class Watch:
         self.log.write(step, line)
 
     def ask(self, run: Run) -> None:
-        """Answer the questions of `samples.html`; on the first process, the model is in eval mode afterwards.
-
-        With `train.shard` there are no answers, because the first process alone has only its share of the weights.
-        """
-        if self.main and not run.config.train.shard:
+        """Answer the questions of `samples.html`; on the first process, the model is in eval mode afterwards."""
+        if self.main and self.sheet is not None:
             with run.accelerator.autocast():  # trained parts are float32, frozen parts may have another dtype
                 self.sheet.update(run.model.eval(), run.progress.step)
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import process_image
-from config import Data
 from dataset import formats, raw
 from dataset.disk_records import SelectedEntries
 from dataset.disk_writer import DiskRecords
@@ -56,10 +55,10 @@ def mixed(world):
 
 
 def test_both_forms_hold_the_same(mixed, monkeypatch):
-    monkeypatch.setattr(raw, "CHUNK", 3)
-    monkeypatch.setattr(formats, "WHOLE", 1)
     photos, entries = read_records(*prepare(mixed, ("image_map.json", "captions.json")))
     beside = [(mixed.output / name).read_bytes() for name in ("rejected.jsonl", "process_report.json")]
+    monkeypatch.setattr(raw, "CHUNK", 3)
+    monkeypatch.setattr(formats, "WHOLE", 1)
     disk_photos, disk_entries = read_records(*prepare(mixed, DISK))
     assert beside[0].count(b"\n") == 5
     assert beside == [(mixed.output / name).read_bytes() for name in ("rejected.jsonl", "process_report.json")]
@@ -144,7 +143,7 @@ def test_both_files_have_one_form(mixed):
 
 def test_what_is_no_record_file_is_one_sentence(mixed, tmp_path):
     image_map, captions = prepare(mixed, DISK)
-    with pytest.raises(UserError, match=r"none\.sqlite: unable to open database file; make it again"):
+    with pytest.raises(UserError, match=r"none\.sqlite: No such file or directory; make it again"):
         read_records(tmp_path / "none.sqlite", captions)
     with pytest.raises(UserError, match=r"image_map\.sqlite: no such table: entries; make it again"):
         read_records(image_map, image_map)
@@ -197,6 +196,43 @@ def test_sources_of_a_long_file_are_read_line_by_line(tmp_path, monkeypatch):
     assert list(encodings.values()) == ["GB18030"]
 
 
-def test_prepared_data_are_a_config_away():
-    data = Data(image_map="data/image_map.sqlite", captions="data/captions.sqlite")
-    assert process_image.on_disk(process_image.resolve_path(data.image_map), data.captions)
+@pytest.mark.parametrize(
+    ("file", "change", "sentence"),
+    [
+        (1, "DELETE FROM entries WHERE number = 2", "rows of 'entries' are missing"),
+        (1, "DELETE FROM entries WHERE number = 1", "rows of 'entries' are missing"),
+        (0, "DELETE FROM photos WHERE ID = 1", "rows of 'photos' are missing"),
+        (1, "UPDATE entries SET content = '{'", "entry 1: not valid JSON"),
+        (0, "UPDATE photos SET box = '[2, 0, 1, 1]'", "has a wrong box"),
+    ],
+)
+def test_a_change_by_hand_is_told(mixed, file, change, sentence):
+    files = prepare(mixed, DISK)
+    with sqlite3.connect(files[file]) as database:
+        database.execute(change)
+    database.close()
+    with pytest.raises(UserError, match=sentence):
+        [list(part) for part in read_records(*files)[::-1]] + [list(read_records(*files)[0].values())]
+
+
+def test_a_file_that_is_replaced_is_not_mixed_with_the_old_one(mixed):
+    files = prepare(mixed, DISK)
+    entries = read_records(*files)[1]
+    assert entries[0]
+    files[1].unlink()
+    with sqlite3.connect(files[1]) as other:
+        other.executescript("CREATE TABLE entries (number, photo, content); INSERT INTO entries VALUES (1, 0, '{}')")
+    other.close()
+    assert entries[0]  # this process has the old one open
+    with pytest.raises(UserError, match="was replaced while this run reads it"):
+        pickle.loads(pickle.dumps(entries))[0]
+
+
+def test_a_failed_write_changes_nothing(mixed, monkeypatch):
+    files = prepare(mixed, DISK)
+    before = [file.read_bytes() for file in files]
+    monkeypatch.setattr("dataset.disk_writer.CAPTIONS", "CREATE TABLE out.entries (number; ")
+    with pytest.raises(UserError, match=r"captions\.sqlite: .*syntax error"):
+        prepare(mixed, DISK)
+    assert [file.read_bytes() for file in files] == before
+    assert not [path for path in mixed.output.iterdir() if "tmp" in path.name or path.name.startswith(".records")]
