@@ -4,9 +4,12 @@ Photos and entries go to a working file first. Its B-trees find a photo by its p
 together however far apart they come, as in `captions.json`. The two files are copied from it in order.
 """
 
+import contextlib
 import hashlib
+import shutil
 import sqlite3
 import tempfile
+import time
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +23,8 @@ from dataset.records import temporary_name, write_files
 from errors import file_error
 
 CACHE_KIB = 400_000  # the digests of 10 million photos take about 600 MB, and a new one falls anywhere among them
+WORKING_FOLDER, WORKING_FILE = ".records-", "working.sqlite"
+ABANDONED_SECONDS = 24 * 3600  # a working file that nobody wrote to for this time belongs to a killed run
 REMEDY = "make room there, or name another folder in 'data.captions'"
 
 WORKING = """
@@ -53,10 +58,11 @@ class DiskRecords:
         try:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-            self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=".records-")
+                _remove_abandoned(folder)
+            self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=WORKING_FOLDER)
         except OSError as error:
             raise file_error(error, folder or tempfile.gettempdir(), REMEDY) from error
-        self.file = Path(self._folder.name) / "working.sqlite"
+        self.file = Path(self._folder.name) / WORKING_FILE
         self.photos = 0
         self._first = array("q")  # number of the first entry under each photo; -1: none yet
         self._first_text = -1
@@ -139,6 +145,14 @@ class DiskRecords:
         for file in self._spilled:
             file.close()
         self._folder.cleanup()
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete the working folders of killed runs: they are hidden, and take as much room as the records."""
+    for old in folder.glob(f"{WORKING_FOLDER}*"):
+        with contextlib.suppress(OSError):  # another run may delete it at the same time
+            if time.time() - (old / WORKING_FILE).stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(old)
 
 
 def _digest(kind: str, text: str) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import orjson
 
 from config import IMAGE_TAG
-from errors import shortened
+from errors import file_error, shortened
 
 EXAMPLES = 3  # per reason, in the report
 _ROWS = ("rejected", "kept_rows", "spill")  # fields of `Report` that hold rows
@@ -93,7 +93,10 @@ class Report:
             if self.spill is None:
                 self.rejected.append((part, reason, detail))
             else:
-                self.spill.write(self._line(part, reason, detail))
+                try:
+                    self.spill.write(self._line(part, reason, detail))
+                except OSError as error:
+                    raise file_error(error, "rejected.jsonl", "make room on its disk") from error
 
     def figures(self) -> dict[str, Any]:
         """Return all fields except the rows, for `process_report.json`."""

@@ -1,8 +1,10 @@
 """Records on the disk (`.sqlite`): what JSON files hold, in the same order, whoever reads them."""
 
 import json
+import os
 import pickle
 import sqlite3
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -226,6 +228,16 @@ def test_a_file_that_is_replaced_is_not_mixed_with_the_old_one(mixed):
     assert entries[0]  # this process has the old one open
     with pytest.raises(UserError, match="was replaced while this run reads it"):
         pickle.loads(pickle.dumps(entries))[0]
+
+
+def test_what_a_killed_run_left_is_deleted(tmp_path):
+    for name, age in ((".records-old", 48 * 3600), (".records-running", 60)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "working.sqlite").touch()
+        os.utime(tmp_path / name / "working.sqlite", (time.time() - age,) * 2)
+    with DiskRecords(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".records-running"]
 
 
 def test_a_failed_write_changes_nothing(mixed, monkeypatch):
