@@ -180,8 +180,11 @@ def test_sharded_weights_train_as_whole_ones(make_case, tmp_path, workshop, proc
                 assert second.get(figure, 0) == pytest.approx(first.get(figure, 0), rel=bound), (name, figure)
         wanted, found = weights(whole), weights(sharded)
         assert wanted.keys() == found.keys()
-        for tensor in wanted:  # as for `EQUAL`
-            assert (found[tensor] - wanted[tensor]).norm() <= 1e-3 * wanted[tensor].norm(), (name, tensor)
+        for tensor, expected_weight in wanted.items():
+            # a weight whose gradient is rounding errors moves by a whole step in either direction; wrong sums of
+            # gradients would move most of them so
+            apart = (found[tensor] - expected_weight).abs() > 1e-2 * expected_weight.square().mean().sqrt()
+            assert apart.sum() <= max(1, apart.numel() // 100), (name, tensor)
         load_checkpoint(sharded, overrides={"model_root": str(workshop)})
     assert results[prefix + "signal"] == [{"exit": 128 + 15}] * processes
     same_weights({"a": results[prefix + "plain"], "b": results[prefix + "after signal"]}, "a", "b", processes)
