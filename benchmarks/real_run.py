@@ -66,12 +66,12 @@ def train_for(config: list[str], folder: Path, minutes: float, clock: Path) -> d
     }
 
 
-def score(checkpoint: Path, annotations: Path, images: Path) -> dict[str, Any]:
+def score(checkpoint: Path, annotations: Path, images: Path, decoding: list[str]) -> dict[str, Any]:
     """Score a checkpoint on a standard file, with its own photos and with others; return a few of the scores."""
     output = checkpoint / "real_run"
     command = [sys.executable, "eval_vqa.py", "--checkpoint", checkpoint, "--baselines", "blind", "majority"]
     command += ["--format", STANDARD[annotations.suffix], "--annotations", annotations, "--images", images]
-    done = subprocess.run([*map(str, command), "--output", str(output)], cwd=REPO_ROOT, check=False)
+    done = subprocess.run([*map(str, command), "--output", str(output), *decoding], cwd=REPO_ROOT, check=False)
     if done.returncode:
         raise UserError(f"eval_vqa.py ended with status {done.returncode}: its last sentence says why")
     metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
@@ -112,7 +112,8 @@ def main() -> None:
         subprocess.run([sys.executable, "process_image.py", *options], cwd=REPO_ROOT, check=True)
     trained = train_for(options, folder, args.minutes, folder.with_name(f"{folder.name}.seconds"))
     checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    scored = score(checkpoint, args.annotations.absolute(), args.images.absolute())
+    decoding = [override for override in args.overrides if override.startswith("generate.")]  # a finished run too
+    scored = score(checkpoint, args.annotations.absolute(), args.images.absolute(), decoding)
     row = {
         "name": args.name,
         "note": args.note,

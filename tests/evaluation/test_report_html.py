@@ -81,7 +81,7 @@ def test_an_unreadable_photo_does_not_cost_the_page(run, entries, photos):
 
 def test_a_curve_starts_at_zero_and_ends_at_the_top():
     points = [type("Point", (), {"score": score, "low": 0.0, "high": 0.5}) for score in (0.5, 0.25, 0.0)]
-    drawn = draw_curve(points, floor=0.25, top=0.5)
+    drawn = draw_curve(points, floor=0.25, top=0.5, measure="accuracy")
     line = re.search(r'<polyline class="line" points="([^"]+)"', drawn)[1]
     heights = [float(point.split(",")[1]) for point in line.split()]
     assert heights == [12.0, 69.0, 126.0]  # the top margin, the middle, and 24 above the lower edge
