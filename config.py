@@ -245,6 +245,7 @@ class Generate(Section, frozen=True):
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     seed: Seed = 0
+    num_beams: int = Field(1, ge=1, le=16)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), max_length=16)
 
     @field_validator("temperature")
@@ -333,8 +334,7 @@ def changed(section: S, values: dict[str, Any], where: str) -> S:
 
 def overridden(config: Config, values: dict[str, Any], where: str) -> Config:
     """Return a checked copy of `config` with other values by dotted key; a UserError starts with `where`."""
-    raw = config.model_dump()
-    put_in(raw, values, where)
+    put_in(raw := config.model_dump(), values, where)
     return parse_config(raw, where)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from answering.batches import PromptBatch, answer_batch, batch_tokens
+from answering.beams import BeamSearch, has_beams
 from answering.choice import suppress
 from answering.heatmap import Heatmap, Method, look
 from answering.open_answer import OpenAnswer
@@ -154,23 +155,24 @@ class Answerer:
         """
         settings = settings or self.model.config.generate
         most_tokens = most_tokens or batch_tokens(self.model)
+        beams = settings.num_beams if has_beams(settings) else 1
         recent = functools.lru_cache(RECENT_PHOTOS)(functools.partial(read_picture, self.model))
         longest = self.model.language_model.longest_packed
-        batch, waiting = PromptBatch(most_tokens), []
+        batch, waiting = PromptBatch(most_tokens, beams), []
         for request in requests:
             try:
                 # a PIL image has no hash, and is decoded already
                 pictures = [
                     recent(photo) if on_disk(photo) else read_picture(self.model, photo) for photo in request.photos
                 ]
-                prompt = make_prompt(self.model, pictures, request.messages, settings.max_new_tokens)
+                prompt = self._prompt(pictures, request, settings)
             except UserError as error:
                 waiting.append(error)
                 continue
             alone = len(prompt.ids) + prompt.limit > longest
             if alone or not batch.add(self.model, prompt, pictures):
                 yield from self._answered(batch, waiting, settings)
-                batch, waiting = PromptBatch(most_tokens), []
+                batch, waiting = PromptBatch(most_tokens, beams), []
                 if alone:
                     yield self.stream_messages(*request, settings).rest()
                     continue
@@ -182,7 +184,14 @@ class Answerer:
         self, batch: PromptBatch, waiting: list[OpenPrompt | UserError], settings: Generate
     ) -> Iterator[Reply | UserError]:
         """Answer the batch; yield the answers and errors that wait, in their order."""
-        answers = iter(answer_batch(self.model, batch, settings, self._one_pass))
+        if has_beams(settings):
+            search = BeamSearch(self.model, batch, settings)
+            while search.waiting:
+                with self._one_pass():
+                    search.step()
+            answers = iter(search.replies())
+        else:
+            answers = iter(answer_batch(self.model, batch, settings, self._one_pass))
         for entry in waiting:
             if isinstance(entry, UserError):
                 yield entry
@@ -193,7 +202,9 @@ class Answerer:
         """Yield the text of an answer, an item for each token; return the whole of it."""
         began = time.perf_counter()
         pictures = [read_picture(self.model, photo) for photo in request.photos]
-        prompt = make_prompt(self.model, pictures, request.messages, settings.max_new_tokens)
+        prompt = self._prompt(pictures, request, settings)
+        if has_beams(settings):
+            return (yield from self._searched(prompt, pictures, settings))
         answer, sequence = OpenAnswer(self.model, prompt, settings), None
         try:
             while answer.reason is None:
@@ -214,6 +225,33 @@ class Answerer:
             with self._lock:
                 self._prefixes.keep(sequence)
         return answer.reply()
+
+    def _searched(self, prompt: OpenPrompt, pictures: list[Picture], settings: Generate) -> Generator[str, None, Reply]:
+        """As `_pieces`, by beam search: the text comes at the end, but closing the stream stops it at once."""
+        batch = PromptBatch(most_tokens=0, beams=settings.num_beams)
+        batch.add(self.model, prompt, pictures)
+        search = BeamSearch(self.model, batch, settings)
+        try:
+            while search.waiting:
+                with self._one_pass():
+                    search.step()
+                yield ""
+        except CancelledError:
+            return OpenAnswer(self.model, prompt, settings).reply()
+        [reply] = search.replies()
+        yield reply.text
+        return reply
+
+    def _prompt(self, pictures: list[Picture], request: Request, settings: Generate) -> OpenPrompt:
+        """Render a dialogue; errors as `make_prompt`, or a dialogue that is too long for beams."""
+        prompt = make_prompt(self.model, pictures, request.messages, settings.max_new_tokens)
+        tokens, longest = len(prompt.ids) + prompt.limit, self.model.language_model.longest_packed
+        if has_beams(settings) and tokens > longest:
+            raise UserError(
+                f"dialogue and answer may have {tokens} tokens, and {longest} are the most for answers with beams: set "
+                "generate.num_beams to 1, or a smaller generate.max_new_tokens, or ask a shorter question"
+            )
+        return prompt
 
     @contextmanager
     def _one_pass(self) -> Iterator[None]:

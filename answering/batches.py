@@ -36,12 +36,16 @@ class PromptBatch:
     Attributes:
         prompts: in the order in which they came.
         pixels: hash of a photo → (crops, 3, H, W).
+
+    Args:
+        most_tokens: that keys and values are held of.
+        beams: of each answer.
     """
 
-    def __init__(self, most_tokens: int) -> None:
+    def __init__(self, most_tokens: int, beams: int = 1) -> None:
         self.prompts: list[OpenPrompt] = []
         self.pixels: dict[str, torch.Tensor] = {}
-        self._most_tokens = most_tokens
+        self._most_tokens, self._beams = most_tokens, beams
         self._groups: dict[Hashable, list[int]] = {}  # numbers in `prompts`
         self._tokens: dict[Hashable, int] = {}  # of a group, if all answers are as long as they may be
 
@@ -49,7 +53,7 @@ class PromptBatch:
         """Add a prompt; return False if there is no room for it. There always is for the first."""
         shared = prompt.photos_end
         key: Hashable = (prompt.photos, tuple(prompt.ids[:shared]))
-        tokens = self._tokens.get(key, shared) + len(prompt.ids) - shared + prompt.limit
+        tokens = self._tokens.get(key, shared) + len(prompt.ids) - shared + self._beams * prompt.limit
         # each group gets as many slots as the largest
         slots = len(self._tokens | {key: tokens}) * max(tokens, *self._tokens.values(), 0)
         if self.prompts and slots > self._most_tokens:
@@ -57,7 +61,9 @@ class PromptBatch:
         self._groups.setdefault(key, []).append(len(self.prompts))
         self._tokens[key] = tokens
         self.prompts.append(prompt)
-        if len(self._groups[key]) == MOST_BRANCHES:  # close the group: its key is free for another
+        if len(self._groups[key]) == max(
+            MOST_BRANCHES // self._beams, 1
+        ):  # close the group: its key is free for another
             closed = object()
             self._groups[closed], self._tokens[closed] = self._groups.pop(key), self._tokens.pop(key)
         for picture in pictures:
@@ -96,9 +102,9 @@ def answer_batch(
     while waiting:
         with one_pass():
             if cache is None:
-                states, cache = _read_prompts(model, batch)
+                states, cache = read_prompts(model, batch)
             else:
-                states = _read_tokens(model, cache, waiting, [answers[question].tokens[-1] for question in waiting])
+                states = read_tokens(model, cache, waiting, [answers[question].tokens[-1] for question in waiting])
             logits = model.language_model.lm_head(states).float()  # (N, V)
         suppress(model, logits)
         tokens = _choose(logits, [answers[question] for question in waiting])
@@ -118,15 +124,15 @@ def _images(model: MMultiModal, pixels: dict[str, torch.Tensor]) -> dict[str, to
     return dict(zip(pixels, images.split([len(crops) for crops in pixels.values()]), strict=True))
 
 
-def _read_tokens(model: MMultiModal, cache: BranchCache, questions: list[int], tokens: list[int]) -> torch.Tensor:
+def read_tokens(model: MMultiModal, cache: BranchCache, questions: list[int], tokens: list[int]) -> torch.Tensor:
     """Process the newest token of each question; return their last states (N, Dl)."""
     positions = cache.begin_pass(questions)
     embeddings = model.language_model.get_input_embeddings()(torch.tensor([tokens], device=model.device))
     return model.language_model.packed_states(embeddings, positions, None, cache=cache)[0]
 
 
-def _read_prompts(model: MMultiModal, batch: PromptBatch) -> tuple[torch.Tensor, BranchCache]:
-    """Process all prompts; return the last states (N, Dl), and the keys and values."""
+def read_prompts(model: MMultiModal, batch: PromptBatch, beams: int = 1) -> tuple[torch.Tensor, BranchCache]:
+    """Process all prompts; return the last states (N, Dl), and the keys and values, for `beams` answers to each."""
     images = _images(model, batch.pixels)
     ids: list[int] = []
     lengths, last, shown = [], [], []
@@ -146,7 +152,7 @@ def _read_prompts(model: MMultiModal, batch: PromptBatch) -> tuple[torch.Tensor,
     selected[0, last] = True
     positions = torch.cat([sample_positions(segments) for segments in lengths]).unsqueeze(0).to(model.device)
     limits = [batch.prompts[number].limit for group in batch.groups for number in group]
-    cache = BranchCache(tuple(lengths), limits, model.LLM.config.num_hidden_layers, model.device)
+    cache = BranchCache(tuple(lengths), limits, model.LLM.config.num_hidden_layers, model.device, beams)
     embeddings = model.language_model.embed(row, torch.cat(shown) if shown else None)
     return model.language_model.packed_states(embeddings, positions, tuple(lengths), selected, cache), cache
 

@@ -91,6 +91,8 @@ def generation_settings(model: MMultiModal) -> dict[str, Any]:
     if settings.temperature > 0:
         content |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
         content |= {"min_p": settings.min_p} if settings.min_p else {}
+    elif settings.num_beams > 1:
+        content["num_beams"] = settings.num_beams
     return content
 
 

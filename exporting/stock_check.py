@@ -69,6 +69,7 @@ class TransformersReader:
             attention_mask=self.torch.ones_like(prompt),
             max_new_tokens=longest,
             do_sample=False,
+            num_beams=1,
             **self._pixels(pixels),
         )
         return generated[0, len(ids) :].tolist()

@@ -35,19 +35,25 @@ class BranchCache:
         new_tokens: most new tokens of each question.
         layers: number of layers.
         device: of the masks.
+        beams: continuations of each branch of the row; each counts as a question and branch of its own, beside the
+            others of its branch, and can go on from any of them (`follow`).
     """
 
-    def __init__(self, lengths: Lengths, new_tokens: Sequence[int], layers: int, device: torch.device) -> None:
+    def __init__(
+        self, lengths: Lengths, new_tokens: Sequence[int], layers: int, device: torch.device, beams: int = 1
+    ) -> None:
         self.lengths = lengths
         self._keys: list[torch.Tensor] = [torch.empty(0)] * layers  # (S, G, C, D) each
         self._values = [*self._keys]
         self._used = [sum(segments) for segments in lengths]
-        self._sample = [number for number, (_, *branches) in enumerate(lengths) for _ in branches]
-        self._branch = [number for _, *branches in lengths for number in range(len(branches))]
-        self._next = [prefix + length for prefix, *branches in lengths for length in branches]  # position
-        most = max(len(segments) for segments in lengths) - 1
+        copies = range(beams)
+        self._sample = [number for number, (_, *branches) in enumerate(lengths) for _ in branches for _ in copies]
+        self._branch = [number for _, *branches in lengths for number in range(beams * len(branches))]
+        # position of the next token
+        self._next = [prefix + length for prefix, *branches in lengths for length in branches for _ in copies]
+        most = beams * (max(len(segments) for segments in lengths) - 1)
         limits = iter(new_tokens)
-        self._most_slots = max(sum(segments) + sum(next(limits) for _ in segments[1:]) for segments in lengths)
+        self._most_slots = max(sum(segments) + beams * sum(next(limits) for _ in segments[1:]) for segments in lengths)
         slots = min(max(self._used) + ROOM * most, self._most_slots)
         self._visible = torch.zeros(len(lengths), most, slots, dtype=torch.bool, device=device)  # (S, J, C)
         self._position = torch.zeros(len(lengths), slots, dtype=torch.long, device=device)
@@ -57,7 +63,7 @@ class BranchCache:
             self._position[number, :prefix] = torch.arange(prefix)
             start = prefix
             for branch, length in enumerate(branches):
-                self._visible[number, branch, start : start + length] = True
+                self._visible[number, beams * branch : beams * (branch + 1), start : start + length] = True
                 self._position[number, start : start + length] = torch.arange(prefix, prefix + length)
                 start += length
         self._place = (torch.empty(0, dtype=torch.long),) * 3  # sample, branch and slot (N,) of each new token
@@ -105,6 +111,19 @@ class BranchCache:
         self._latest[sample, branch] = positions
         self._scores.clear()
         return positions.unsqueeze(0)
+
+    def follow(self, questions: Sequence[int], parents: Sequence[int]) -> None:
+        """Let each of `questions` go on from what one of `parents` has seen, the question beside it or itself.
+
+        Only the mask changes: the tokens of a beam that nothing follows stay in their slots, where nothing sees them.
+        """
+        device = self._visible.device
+        sample = torch.tensor([self._sample[question] for question in questions], device=device)
+        branch, parent = (
+            torch.tensor([self._branch[question] for question in numbers], device=device)
+            for numbers in (questions, parents)
+        )
+        self._visible[sample, branch] = self._visible[sample, parent]
 
     def _drop_others(self, samples: list[int]) -> None:
         """Free all samples but `samples`."""

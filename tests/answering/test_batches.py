@@ -2,105 +2,15 @@
 
 import threading
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from answering import batches
 from answering.answer import Answerer
 from answering.batches import BATCH_TOKENS
-from answering.open_answer import OpenAnswer
 from answering.request import Request
-from config import Generate
 from errors import UserError
 from qwen.branches import BranchCache
-from tests.answering.dialogues import build
-from tests.tiny import write_qwen
-from visual.photo import load_image
-
-SETTINGS = Generate(max_new_tokens=10)
-KINDS = ["qwen2-tied", "qwen3-untied", "llama-tied", "qwen1", "qwen1-short", "sliding", "tiles"]
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def model(request, backbones, tmp_path_factory):
-    if request.param == "tiles":
-        return build(backbones, visual={"tiles": 4})
-    if request.param == "sliding":
-        window = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
-        return build(backbones, write_qwen(tmp_path_factory.mktemp("sliding"), "qwen2", **window))
-    return build(backbones, request.param)
-
-
-@pytest.fixture(scope="module")
-def qwen2(backbones):
-    return build(backbones)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Four photo files of three shapes."""
-    folder, sizes = tmp_path_factory.mktemp("photos"), [(112, 112), (168, 60), (60, 130), (112, 112)]
-    for number, (width, height) in enumerate(sizes):
-        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return [folder / f"{number}.png" for number in range(len(sizes))]
-
-
-def requests_of(model, photos):
-    """Several questions on several photos in mixed order, dialogues, texts, two photos in one turn and in two."""
-    chat = model.processor.chat
-    one, two, three, four = photos
-
-    def dialogue(own, *texts, counts=None):
-        counts = counts or [len(own), *[0] * len(texts)]
-        return Request(own, [
-            chat.answer(text) if number % 2 else chat.typed_question(text, counts[number])
-            for number, text in enumerate(texts)
-        ])  # fmt: skip
-
-    return [
-        dialogue([one], "What is it?"),
-        dialogue([two], "What is it?"),
-        dialogue([], "Hello"),
-        dialogue([one], "Which colour has the thing in the middle of this photo?"),
-        dialogue([one], "Which?", "Red.", "Sure?"),
-        dialogue([three], "它是什么？"),
-        dialogue([one], "What is it?"),  # again
-        dialogue([one, two], "Same?"),
-        dialogue([load_image(four)], "What?"),
-        dialogue([one, two], "This?", "Yes", "And this?", counts=[1, 0, 1]),
-        dialogue([], "What did you say, and why, and to whom?"),
-        dialogue([two], "?"),
-        dialogue([one, two], "Other?"),
-        dialogue([], "Hi", "Hello", "And now?"),
-        dialogue([one], "Which?", "Red.", "Sure?", "Yes.", "Why?"),
-        dialogue([three, three], "Twice?"),
-    ]
-
-
-def alone(model, requests, settings=SETTINGS):
-    return [Answerer(model).stream_messages(*request, settings).rest() for request in requests]
-
-
-def tokens_of(monkeypatch, model, requests):
-    """The tokens of each answer; their text may not tell, because random bytes are no characters."""
-    answers = []
-    create = OpenAnswer.__init__
-    with monkeypatch.context() as patch:
-        patch.setattr(OpenAnswer, "__init__", lambda self, *given: answers.append(self) or create(self, *given))
-        alone(model, requests)
-    return [answer.tokens for answer in answers]
-
-
-def end_early(monkeypatch, model, requests):
-    """Make tokens that the answers have end them: some at once, some on the way, at least a third not."""
-    said = tokens_of(monkeypatch, model, requests)
-    stops = {min((tokens[0] for tokens in said), key=lambda token: sum(token in tokens for tokens in said))}
-    for token in [tokens[4] for tokens in said if len(tokens) > 4]:
-        if sum(not {*stops, token} & {*tokens} for tokens in said) >= len(said) // 3:
-            stops.add(token)
-    monkeypatch.setattr(model.processor.chat, "stop_ids", stops)
+from tests.answering.dialogues import SETTINGS, alone, end_early, requests_of, tokens_of
 
 
 @pytest.mark.parametrize("most_tokens", [1, 300, BATCH_TOKENS])

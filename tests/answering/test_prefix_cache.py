@@ -6,13 +6,7 @@ import torch
 from answering.answer import Answerer
 from answering.prefix_cache import PrefixCache
 from answering.request import OpenPrompt
-from tests.answering.dialogues import EVERYTHING, GREEN, RED, SHORT, build, dialogue, kept_bytes
-
-
-@pytest.fixture(scope="module")
-def qwen2(backbones):
-    return build(backbones, "qwen2-tied")
-
+from tests.answering.dialogues import EVERYTHING, GREEN, RED, SHORT, dialogue, kept_bytes
 
 # --- what is new is all that is read ----------------------------------------------------------------------------------
 

@@ -131,6 +131,9 @@ def test_decoding_settings_travel(make, export):
     assert (settings.max_new_tokens, settings.do_sample, settings.temperature) == (7, True, 0.5)
     assert (settings.top_p, settings.repetition_penalty) == (0.9, 1.2)
     assert settings.suppress_tokens == model.suppressed_ids
+    folder, report = export(make(generate={"max_new_tokens": 7, "num_beams": 3}), name="beams")
+    assert report["passed"]
+    assert transformers.GenerationConfig.from_pretrained(folder).num_beams == 3
 
 
 BROKEN = {
