@@ -17,11 +17,11 @@ from answering.remote import RemoteAnswerer
 from answering.request import AnyAnswerer, Reply, ReplyStream
 from config import Generate, changed
 from errors import UserError, check_text, is_out_of_memory
-from page.chat import History, UploadedPhoto, checked, in_box, photos_of, with_part
+from page.chat import History, UploadedPhoto, checked, in_box, photos_of, with_names, with_part
 from page.checkpoints import Engines
 from page.line import Place, WaitingLine
 from page.texts import say
-from page.uploads import NotUploadedError, SessionFiles
+from page.uploads import BATCH, NotUploadedError, SessionFiles
 from visual.region import parse_box
 from visual.transform import load_image
 
@@ -32,10 +32,15 @@ decoded = functools.lru_cache(maxsize=8)(load_image)  # each upload has its own 
 
 
 class Work:
-    """The answer that a session waits for; another thread may stop it."""
+    """The answer that a session waits for; another thread may stop it.
+
+    Attributes:
+        left: whether the session has ended.
+    """
 
     def __init__(self) -> None:
         self.stopped = False
+        self.left = False
         self._stream: ReplyStream | None = None
 
     def begin(self, stream: ReplyStream) -> None:
@@ -67,6 +72,37 @@ class Shared:
     @property
     def folder(self) -> Path:
         return self.files.folder
+
+    @contextlib.contextmanager
+    def work(self, session: str) -> Iterator[Work | None]:
+        """Begin the work of a session; None: it waits for an answer already."""
+        work = Work()
+        if self.running.setdefault(session, work) is not work:
+            yield None
+            return
+        try:
+            yield work
+        finally:
+            work.stop()
+            del self.running[session]
+            if work.left:  # it may have held files since
+                self._release(session)
+
+    def stop(self, session: str) -> None:
+        """Stop the answer that a session waits for, if any."""
+        if work := self.running.get(session):
+            work.stop()
+
+    def end(self, session: str) -> None:
+        """Stop a session's answer and let go of its files."""
+        if work := self.running.get(session):
+            work.left = True
+            work.stop()
+        self._release(session)
+
+    def _release(self, session: str) -> None:
+        self.files.release(session)
+        self.files.release(session + BATCH)
 
 
 class Caller(NamedTuple):
@@ -102,11 +138,10 @@ class Step(NamedTuple):
     question: dict[str, Any] | None = None
 
 
-def answer(shared: Shared, caller: Caller, history: History, uploads: list[Any]) -> Iterator[Step]:
+def answer(shared: Shared, caller: Caller, work: Work, history: History, uploads: list[Any]) -> Iterator[Step]:
     """Answer the last question of `history`, sent with `uploads`; any error becomes a sentence in the chat."""
     *before, question = history
     readable: list[UploadedPhoto] = []
-    work = shared.running[caller.session] = Work()
     try:
         # check before display, because the page serves every displayed file
         photos = [checked(upload, shared.folder) for upload in uploads]
@@ -129,9 +164,6 @@ def answer(shared: Shared, caller: Caller, history: History, uploads: list[Any])
         yield Step(before, "", busy=False, failed=failed, question=in_box(question["content"], readable))
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise
-    finally:
-        work.stop()
-        shared.running.pop(caller.session, None)
 
 
 def _answered(shared: Shared, caller: Caller, work: Work, history: History, settings: Generate) -> Iterator[Step]:
@@ -179,6 +211,17 @@ def decoding(generate: Generate, settings: dict[str, Any]) -> Generate:
     return changed(generate, {k: v for k, v in known.items() if v != getattr(generate, k)}, "settings")
 
 
+def system_text(system: Any) -> str:
+    """Return the text of the settings' system message; empty: that of the training.
+
+    Raises:
+        UserError: half a surrogate pair.
+    """
+    text = system.strip() if isinstance(system, str) else ""
+    check_text(text, "the system message")
+    return text
+
+
 def sent(history: History, engine: AnyAnswerer, folder: Path, system: Any) -> list[dict[str, Any]]:
     """Return a dialogue as `Answerer.stream` takes it.
 
@@ -192,9 +235,8 @@ def sent(history: History, engine: AnyAnswerer, folder: Path, system: Any) -> li
         return Path(path) if isinstance(engine, RemoteAnswerer) else image  # a file is smaller on its way
 
     messages: list[dict[str, Any]] = []
-    if isinstance(system, str) and system.strip():
-        check_text(system, "the system message")
-        messages.append({"role": "system", "content": system.strip()})
+    if text := system_text(system):
+        messages.append({"role": "system", "content": text})
     for message in history:
         images = [load(photo) for photo in message.get("photos", ())]
         messages.append({"role": message["role"], "content": message["content"], "images": images})
@@ -246,9 +288,7 @@ def sentence_of(error: Exception, photos: list[UploadedPhoto], language: str) ->
     if isinstance(error, NotUploadedError):
         return say(language, "gone")
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    for photo in photos:
-        text = text.replace(photo.path, photo.name)
-    return say(language, "error", sentence=text)
+    return say(language, "error", sentence=with_names(text, photos))
 
 
 def _readable(photos: list[UploadedPhoto]) -> tuple[list[UploadedPhoto], list[UserError]]:

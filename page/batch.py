@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from answering.question_file import numbered_lines, parse_row, photo_names
 from answering.request import AnyAnswerer, PhotoSource, Reply, Request, add_region
 from config import Generate
 from errors import UserError, check_text, shortened
-from page.chat import UploadedPhoto
+from page.chat import UploadedPhoto, with_names
 from qwen.chat import Message
 from visual.region import checked_box
 
@@ -24,38 +25,22 @@ def read_rows(photos: list[UploadedPhoto], tables: list[UploadedPhoto], question
     """Return the rows to answer: those of the files `tables`, else one for each photo.
 
     Raises:
-        UserError: a table is not UTF-8, or has too many rows.
+        UserError: there are too many rows.
     """
     if not tables:
         return [{"image": photo.name, "question": question} for photo in photos] if question else []
     rows: list[Row] = []
     for table in tables:
-        try:
-            lines = Path(table.path).read_bytes().decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{table.name} is not text in UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
-        rows += [_parsed(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+        for number, line in numbered_lines(Path(table.path)):
+            try:
+                rows.append(parse_row(line))
+            except UserError as error:
+                rows.append({"line": number, "error": str(error)})
     if len(rows) > MOST_ROWS:
         raise UserError(
             f"{len(rows)} rows are more than the page answers at once ({MOST_ROWS}): use predict.py --input"
         )
     return rows
-
-
-def _parsed(line: str, number: int) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return {"line": number, "error": f"not valid JSON: {shortened(error)}"}
-    if not isinstance(row, dict):
-        return {"line": number, "error": f'expected {{"image": …, "question": …}}, found {type(row).__name__}'}
-    return {key: value for key, value in row.items() if key not in ("answer", "error")}
-
-
-def image_names(row: Row) -> list[Any]:
-    """Return what a row names under "image" or "images"."""
-    names = row.get("image", row.get("images")) or []
-    return names if isinstance(names, list) else [names]
 
 
 def answer_rows(
@@ -81,7 +66,7 @@ def answer_rows(
                 requests.append(request)
         replies = iter(engine.answer_many(requests, settings))
         yield [
-            _with_reply(row, next(replies)) if isinstance(request, Request) else request
+            _with_reply(row, next(replies), photos) if isinstance(request, Request) else request
             for row, request in zip(rows[start : start + ROWS_AT_ONCE], done, strict=True)
         ]
 
@@ -94,15 +79,15 @@ def _request(engine: AnyAnswerer, row: Row, by_name: dict[str, set[str]], system
     """Return the request of a row.
 
     Raises:
-        UserError: it has no question, a wrong box, or a name that no upload or several have.
+        UserError: it has no question, a wrong box, or a photo that is no name, or the name of no upload or several.
     """
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise UserError(f'"question" must be a text, found {shortened(repr(question))}')
     check_text(question, '"question"')
     photos: list[PhotoSource] = []
-    for name in image_names(row):
-        paths = by_name.get(_last_name(name), set()) if isinstance(name, str) else set()
+    for name in photo_names(row):
+        paths = by_name.get(_last_name(name), set())
         if len(paths) != 1:
             reason = "is the name of several uploads: rename them" if paths else "was not uploaded: add it to the files"
             raise UserError(f"the photo {shortened(repr(name))} {reason}")
@@ -113,15 +98,24 @@ def _request(engine: AnyAnswerer, row: Row, by_name: dict[str, set[str]], system
     return Request(photos, [*messages, engine.chat.typed_question(question, len(photos))])
 
 
-def _with_reply(row: Row, reply: Reply | UserError) -> Row:
-    return row | ({"answer": reply.text} if isinstance(reply, Reply) else {"error": str(reply)})
+def _shown_names(row: Row) -> str:
+    """Return the names of a row's photos; empty if they are wrong, which its error says."""
+    try:
+        return ", ".join(photo_names(row))
+    except UserError:
+        return ""
+
+
+def _with_reply(row: Row, reply: Reply | UserError, photos: list[UploadedPhoto]) -> Row:
+    done = {"answer": reply.text} if isinstance(reply, Reply) else {"error": with_names(str(reply), photos)}
+    return row | done
 
 
 def as_table(rows: list[Row]) -> list[list[str]]:
     """Return photo, question and answer of each row, as texts."""
     return [
         [
-            ", ".join(map(str, image_names(row))),
+            _shown_names(row),
             str(row.get("question", "")),
             row["answer"] if "answer" in row else f"⚠ {row['error']}",
         ]
@@ -139,6 +133,5 @@ def as_csv(rows: list[Row]) -> bytes:
     writer = csv.writer(file)
     writer.writerow(["image", "question", "answer", "error"])
     for row in rows:
-        names = ", ".join(map(str, image_names(row)))
-        writer.writerow([names, row.get("question", ""), row.get("answer", ""), row.get("error", "")])
+        writer.writerow([_shown_names(row), *(row.get(field, "") for field in ("question", "answer", "error"))])
     return file.getvalue().encode("utf-8-sig", errors="replace")

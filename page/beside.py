@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from errors import UserError, is_out_of_memory
-from page.asking import Shared, Work, decoding, growing, line_of_figures, sent, sentence_of, waiting
+from page.asking import Shared, decoding, growing, line_of_figures, sent, sentence_of, waiting
 from page.chat import answered, photos_of
 from page.chat_tab import ChatTab
 from page.checkpoints import UNTRAINED
@@ -55,23 +55,19 @@ class BesidePanel:
     def on_compare(self, request: gr.Request, history, left, right, *settings) -> Iterator[list[Any]]:
         language, history = language_of(request), answered(history)
         shown, figures = ["", ""], ["", ""]
-        if self._chat.is_busy(request) or not history:
-            key = "busy" if history else "nothing_to_look_at"
-            yield [say(language, key), *shown, *figures]
-            return
-        work = self._shared.running[request.session_hash or ""] = Work()
-        try:
-            steps = self._steps(history, [str(left), str(right)], as_settings(settings), work, shown, figures, language)
-            for line in steps:
-                yield [line, *shown, *figures]
-            yield [say(language, "stopped") if work.stopped else "", *shown, *figures]
-        except Exception as error:
-            yield [f"⚠ {sentence_of(error, photos_of(history), language)}", *shown, *figures]
-            if not isinstance(error, UserError) and not is_out_of_memory(error):
-                raise
-        finally:
-            work.stop()
-            self._shared.running.pop(request.session_hash or "", None)
+        with self._shared.work(request.session_hash or "") as work:
+            if work is None or not history:
+                yield [say(language, "busy" if history else "nothing_to_look_at"), *shown, *figures]
+                return
+            names, values = [str(left), str(right)], as_settings(settings)
+            try:
+                for line in self._steps(history, names, values, work, shown, figures, language):
+                    yield [line, *shown, *figures]
+                yield [say(language, "stopped") if work.stopped else "", *shown, *figures]
+            except Exception as error:
+                yield [f"⚠ {sentence_of(error, photos_of(history), language)}", *shown, *figures]
+                if not isinstance(error, UserError) and not is_out_of_memory(error):
+                    raise
 
     def _steps(self, history, names, values, work, shown, figures, language) -> Iterator[str]:
         """Fill `shown` and `figures`; yield lines for the state whenever they have changed."""

@@ -81,10 +81,7 @@ def build_page(
         add_endpoints(shared)
 
         def on_unload(request: gr.Request) -> None:
-            session = request.session_hash or ""
-            if work := shared.running.get(session):
-                work.stop()
-            shared.files.release(session)
+            shared.end(request.session_hash or "")
 
         page.unload(on_unload)
     return page

@@ -69,6 +69,11 @@ class Engines:
             UserError: no such checkpoint, or as `load_checkpoint`.
         """
         checkpoints = {name.partition("|")[0] for name in names}
+        known = {name for _, name in self.names()} | self._loaded.keys()
+        for name in names:  # before any model is freed, because a server's cannot be loaded again
+            checkpoint, _, variant = name.partition("|")
+            if checkpoint not in known or variant not in ("", UNTRAINED):
+                raise UserError(f"there is no checkpoint {name!r} any more: choose another in the settings")
         for other in [name for name in self._loaded if name.partition("|")[0] not in checkpoints]:
             del self._loaded[other]
             gc.collect()  # a model is part of reference cycles
@@ -88,8 +93,7 @@ class Engines:
         return self._loaded[name]
 
     def _load(self, name: str) -> Answerer:
-        if self._folder is None or name not in [known for _, known in self.names()]:
-            raise UserError(f"there is no checkpoint {name!r} any more: choose another in the settings")
+        assert self._folder is not None, "a server has one name, which is in memory"
         return Answerer(load_checkpoint(self._folder.with_name(name), overrides=self._overrides))
 
 

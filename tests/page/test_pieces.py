@@ -12,12 +12,14 @@ import string
 import threading
 import types
 import weakref
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import test_gui
 from answering.answer import Answerer
+from answering.request import Reply
 from config import Config, Generate, Gui, load_config
 from errors import UserError
 from model.checkpoint import load_checkpoint
@@ -31,6 +33,7 @@ from page.texts import TEXTS, language_of, say
 from page.uploads import SessionFiles, store
 from paths import REPO_ROOT
 from tests.page.driver import SpokenEngine
+from visual.transform import load_image
 
 CHINESE = re.compile("[\u3400-\u9fff]")
 SAME_IN_BOTH = {"top_p"}
@@ -224,20 +227,45 @@ def test_rows_of_a_file_keep_their_fields_and_a_bad_row_fails_alone(tmp_path, up
         '{"image": "1.png"}',
         '{"image": "1.png", "question": "Part?", "box": [0.0, 0.0, 0.5, 1.0]}',
         '{"image": "1.png", "question": "Part?", "box": [0.5, 0.0, 0.1, 1.0]}',
+        '{"image": "1.png", "question": "One\u2028line?"}',
+        '{"image": "1.png", "question": "?", "id": NaN}',
+        '{"image": 5, "question": "?"}',
     )
     (batch,) = answer_rows(SpokenEngine(), rows, uploaded, Generate(), "")
     assert batch[0] == {"image": "photos/1.png", "question": "One?", "id": 5, "answer": "1 One?"}
     assert batch[1]["answer"] == "2 二？"
     assert [row.get("error", "")[:14] for row in batch[2:]] == [
-        "not valid JSON", "expected {\"ima", "the photo '3.p", "the photo '../", '"question" mus', "", "the box 0.5,0."
+        "not valid JSON", "expected {\"ima", "the photo '3.p", "the photo '../", '"question" mus', "", "the box 0.5,0.",
+        "", "not valid JSON", '"image" must b'
     ]  # fmt: skip
+    assert batch[9]["answer"] == "1 One\u2028line?"
     assert batch[7]["answer"] == "2 Part?"  # the photo and its part
-    lines = [json.loads(line) for line in as_jsonl(batch).decode().splitlines()]
+    lines = [json.loads(line) for line in as_jsonl(batch).splitlines()]  # of bytes: only at line feeds
     assert lines == batch
     table = list(csv.reader(io.StringIO(as_csv(batch).decode("utf-8-sig"))))
     assert table[0] == ["image", "question", "answer", "error"]
     assert table[2][:3] == ["1.png, 2.png", "二？", "2 二？"]
     assert as_table(batch)[2][2].startswith("⚠ not valid JSON")
+
+
+class ReadingEngine(SpokenEngine):
+    """Reads the photos, as a model does."""
+
+    def answer_many(self, requests, settings=None):
+        for request in requests:
+            try:
+                yield Reply(str([load_image(photo).size for photo in request.photos]), "stop", 1, 1)
+            except UserError as error:
+                yield error
+
+
+def test_an_error_of_a_row_names_the_users_file(uploaded):
+    (first, second) = (Path(photo.path) for photo in uploaded)
+    first.write_bytes(second.read_bytes()[:40])
+    (batch,) = answer_rows(ReadingEngine(), read_rows(uploaded, [], "What?"), uploaded, Generate(), "")
+    assert batch[0]["error"].startswith("1.png")
+    assert "/" not in batch[0]["error"]
+    assert batch[1]["answer"] == "[(2, 1)]"
 
 
 def test_a_name_that_two_different_uploads_have_is_refused(tmp_path, uploaded):
@@ -290,6 +318,14 @@ def test_checkpoints_are_listed_and_only_those_that_are_asked_are_in_memory(tiny
     assert engines.loaded("checkpoint-2") is None
     with pytest.raises(UserError, match="no checkpoint '../x' any more"):
         engines.get("../x")
+
+
+def test_a_wrong_name_leaves_the_only_answerer():
+    engines = Engines(SpokenEngine(), "c7")
+    for name in ("typo", "c7|typo"):
+        with pytest.raises(UserError, match="no checkpoint"):
+            engines.get(name)
+    assert engines.get("c7") == [engines.loaded("c7")]
 
 
 def test_the_password_comes_from_the_environment_and_goes_nowhere(monkeypatch):
