@@ -16,10 +16,8 @@ from errors import UserError
 from model.checkpoint import load_checkpoint
 from model.checkpoint_folder import METRICS_FILE, check_complete
 from model.model import MMultiModal
-from model.projector import build_projector
 
 UNTRAINED = "untrained projector"  # name that follows the one of a checkpoint
-UNTRAINED_SEED = 0  # as in the evaluation's baseline
 
 
 class Engines:
@@ -101,12 +99,7 @@ def untrained_twin(model: MMultiModal) -> MMultiModal:
     """Return a model that shares all weights with `model` but those of the projector, which are fresh."""
     twin = copy.copy(model)
     twin._modules = dict(model._modules)  # the copy would share it
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(UNTRAINED_SEED)
-        fresh = build_projector(
-            model.config.projector, model.encoder.grid, model.encoder.width, model.LLM.config.hidden_size
-        )
-    twin.feature_proj = fresh.to(model.feature_proj.device, model.feature_proj.dtype).eval()
+    twin.feature_proj = model.fresh_projector()
     return twin
 
 

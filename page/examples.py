@@ -45,6 +45,8 @@ def examples_panel(question: gr.MultimodalTextbox, samples: dict[str, bytes], sh
             for name, content in samples.items():
                 icon = store(shared.folder, content, f"icon-{name}")
                 button = gr.Button(label("sample"), icon=icon, size="sm", min_width=60)
+                # Gradio keeps only values: an icon would go an hour after the start, as an old upload
+                button.keep_in_cache.add(button.icon["path"])
                 button.click(sample(name), question, **events)
     with gr.Accordion(label("camera"), open=False, elem_id="camera"):
         camera = gr.Image(sources=["webcam"], show_label=False, label=label("camera"), buttons=[], height=240)

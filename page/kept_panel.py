@@ -6,11 +6,11 @@ import gradio as gr
 
 from errors import UserError
 from page.asking import Shared, Step
-from page.chat import answered, files_of, typed_files
+from page.chat import answered, checked, files_of, photos_of, typed_files
 from page.chat_tab import ChatTab, Updates
 from page.kept import opened, zipped
-from page.texts import label, language_of, say
-from page.uploads import store
+from page.texts import label, language_of
+from page.uploads import NotUploadedError, store
 
 PRIVATE = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
 
@@ -63,12 +63,15 @@ class KeptPanel:
         step = Step(history, "", busy=False)
         return self._chat.show(step, language_of(request)) | self._chat.closed() | {self._chat.chat_id: chat_id}
 
-    def on_download(self, request: gr.Request, history: Any, name: Any) -> tuple[Any, str]:
+    def on_download(self, request: gr.Request, history: Any, name: Any) -> Updates:
         history = answered(history)
         if not history:
-            sentence = say(language_of(request), "nothing_to_save")
-            gr.Warning(sentence)
-            return None, sentence
+            return self._chat.complain(request, "nothing_to_save") | {self._file: None}
+        try:
+            for photo in photos_of(history):
+                checked({"path": photo.path}, self._shared.folder)
+        except NotUploadedError:
+            return self._chat.complain(request, "gone") | {self._file: None}
         path = store(self._shared.folder, zipped(history, str(name)), "chat.zip")
         self._shared.files.hold(request.session_hash or "", path)
-        return path, ""
+        return {self._file: path, self._chat.status: ""}

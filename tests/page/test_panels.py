@@ -1,6 +1,7 @@
 """The handlers of the page's panels, called as Gradio calls them, with an engine that tells what it was sent."""
 
 import types
+from pathlib import Path
 
 import gradio as gr
 import pytest
@@ -13,6 +14,8 @@ from page.beside import BesidePanel
 from page.chat import UploadedPhoto, in_box
 from page.chat_tab import ChatTab
 from page.checkpoints import Engines
+from page.examples import examples_panel
+from page.kept_panel import KeptPanel
 from page.settings import checkpoint_choice, settings_panel
 from page.texts import say
 from page.uploads import SessionFiles, store
@@ -130,3 +133,23 @@ def test_a_system_message_that_is_no_text_is_said_in_the_batch_tab(batch):
     tab, photos = batch
     *_, (state, *_) = tab.on_run(request_of("one"), photos, "What?", "c7", *SETTINGS[:-1], "a\ud800")
     assert "the system message is not valid Unicode" in state
+
+
+def test_a_chat_is_not_downloaded_without_its_photo(panels, history, tmp_path):
+    shared, chat, _ = panels
+    with gr.Blocks():
+        kept = KeptPanel(chat, shared)
+    file, state = kept.on_download(request_of("one"), history, "c7").values()
+    assert (Path(file).name, state) == ("chat.zip", "")
+    (tmp_path / "a.png").unlink()
+    updates = kept.on_download(request_of("one"), history, "c7")
+    assert set(updates.values()) == {say("en", "gone"), None}
+
+
+def test_the_pictures_of_the_samples_stay(panels, tmp_path):
+    shared, chat, _ = panels
+    Image.new("RGB", (8, 8)).save(tmp_path / "drawn.png")
+    with gr.Blocks() as page:
+        examples_panel(chat.question, {"s.png": (tmp_path / "drawn.png").read_bytes()}, shared)
+    staying = {Path(path).name for block in page.blocks.values() for path in block.keep_in_cache}
+    assert "icon-s.png" in staying
