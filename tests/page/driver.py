@@ -186,8 +186,8 @@ def proxied(address, prefix="/vqa"):
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body"})
 
-    with listening(app) as address:
-        yield address
+    with listening(app) as outside:  # not `address`, which `app` asks
+        yield outside
 
 
 def no_browser():

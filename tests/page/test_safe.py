@@ -136,8 +136,8 @@ def test_a_password_is_asked_for_everywhere(tmp_path, photo):
 def test_behind_a_reverse_proxy(tmp_path, photo):
     """A proxy offers the page at /vqa and hands on the rest of each path."""
     with served(tmp_path / "uploads", root_path="/vqa") as address, proxied(address) as outside:
-        page = httpx2.get(f"{outside}/vqa/", trust_env=False, timeout=60).text
-        config = json.loads(httpx2.get(f"{outside}/vqa/config", trust_env=False, timeout=60).text)
+        page = httpx2.get(f"{outside}/vqa/", trust_env=False).text
+        config = json.loads(httpx2.get(f"{outside}/vqa/config", trust_env=False).text)
         assert "vqa_language" in page
         assert config["root"] == f"{outside}/vqa"
         client = client_of(f"{outside}/vqa/")
