@@ -16,7 +16,7 @@ from answering.answer import Answerer
 from answering.remote import RemoteAnswerer
 from answering.request import AnyAnswerer, Reply, ReplyStream
 from config import Generate, changed
-from errors import UserError, check_text, is_out_of_memory
+from errors import UserError, check_text, is_defect, is_out_of_memory
 from page.chat import History, UploadedPhoto, checked, in_box, photos_of, with_names, with_part
 from page.checkpoints import Engines
 from page.line import Place, WaitingLine
@@ -27,6 +27,15 @@ from visual.transform import load_image
 
 REFRESH_SECONDS = 0.05  # the page is redrawn at most this often while an answer grows
 WAIT_SECONDS = 0.5  # the place in the line is shown anew this often
+
+# of events that only the page sends. preprocess=False: Gradio would raise a traceback for a file that is not an upload.
+# No limit: else Gradio would let four wait in the page's line, and tell the others nothing.
+PRIVATE: dict[str, Any] = {
+    "preprocess": False,
+    "show_progress": "hidden",
+    "api_visibility": "private",
+    "concurrency_limit": None,
+}
 
 decoded = functools.lru_cache(maxsize=8)(load_image)  # each upload has its own path; follow-ups decode nothing
 
@@ -159,10 +168,10 @@ def answer(shared: Shared, caller: Caller, work: Work, history: History, uploads
             shared.files.hold(caller.session, question["part"])
         yield from _answered(shared, caller, work, [*before, question], settings)
     except Exception as error:
-        sentence = f"⚠ {sentence_of(error, photos_of(history) + photos_of([question]), caller.language)}"
+        sentence = sentence_of(error, photos_of(history) + photos_of([question]), caller.language)
         failed = [question | {"photos": readable}, {"role": "assistant", "content": sentence}]
         yield Step(before, "", busy=False, failed=failed, question=in_box(question["content"], readable))
-        if not isinstance(error, UserError) and not is_out_of_memory(error):
+        if is_defect(error):
             raise
 
 
@@ -170,12 +179,8 @@ def _answered(shared: Shared, caller: Caller, work: Work, history: History, sett
     """Wait for the turn, then answer."""
     language, text, figures = caller.language, "", ""
     with shared.line.place() as place:
-        for sentence in waiting(place, language):
-            if work.stopped:
-                break
+        for sentence in until_turn(shared, place, work, language, caller.checkpoint):
             yield Step(history, sentence)
-        if not work.stopped and shared.engines.loaded(caller.checkpoint) is None:
-            yield Step(history, say(language, "loading", name=caller.checkpoint))
         reply = Reply("", "cancelled", 0, 0)  # before its turn
         if not work.stopped:
             (engine,) = shared.engines.get(caller.checkpoint)
@@ -185,6 +190,7 @@ def _answered(shared: Shared, caller: Caller, work: Work, history: History, sett
             assert stream.reply is not None, "the stream has ended"
             reply = stream.reply
             figures = line_of_figures(reply, engine, language)
+            del engine, stream  # the next in the line may load another model while this waits to be shown
     if reply.finish_reason != "cancelled":
         yield Step([*history, {"role": "assistant", "content": text}], figures, busy=False)
     elif text:
@@ -195,10 +201,13 @@ def _answered(shared: Shared, caller: Caller, work: Work, history: History, sett
         yield Step(history[:-1], say(language, "stopped"), busy=False, question=question)
 
 
-def waiting(place: Place, language: str) -> Iterator[str]:
-    """Yield sentences until it is the turn of `place`."""
-    while ahead := place.ahead(WAIT_SECONDS):
+def until_turn(shared: Shared, place: Place, work: Work, language: str, *names: str) -> Iterator[str]:
+    """Yield sentences until it is the turn of `place`, then those about checkpoints to load; none after a stop."""
+    while (ahead := place.ahead(WAIT_SECONDS)) and not work.stopped:
         yield say(language, "waiting", ahead=ahead)
+    for name in names:
+        if not work.stopped and shared.engines.loaded(name) is None:
+            yield say(language, "loading", name=name)
 
 
 def decoding(generate: Generate, settings: dict[str, Any]) -> Generate:
@@ -284,11 +293,11 @@ def line_of_figures(reply: Reply, engine: AnyAnswerer, language: str) -> str:
 def sentence_of(error: Exception, photos: list[UploadedPhoto], language: str) -> str:
     """Return the message for the user, with file names instead of paths on the server."""
     if is_out_of_memory(error):
-        return say(language, "out_of_memory")
+        return f"⚠ {say(language, 'out_of_memory')}"
     if isinstance(error, NotUploadedError):
-        return say(language, "gone")
+        return f"⚠ {say(language, 'gone')}"
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return say(language, "error", sentence=with_names(text, photos))
+    return f"⚠ {say(language, 'error', sentence=with_names(text, photos))}"
 
 
 def _readable(photos: list[UploadedPhoto]) -> tuple[list[UploadedPhoto], list[UserError]]:

@@ -17,6 +17,7 @@ from visual.region import checked_box
 
 ROWS_AT_ONCE = 16  # answered together; the progress is shown, and Cancel acts, after each such batch
 MOST_ROWS = 10_000
+FORMULA_SIGNS = ("=", "+", "-", "@")  # of Excel and LibreOffice
 
 Row = dict[str, Any]  # as in the file, or {"image", "question"}; with "answer" or "error" at the end
 
@@ -127,11 +128,19 @@ def as_jsonl(rows: list[Row]) -> bytes:
     return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode(errors="replace")
 
 
+def _no_formula(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_SIGNS) else cell
+
+
 def as_csv(rows: list[Row]) -> bytes:
-    """Return the rows for a spreadsheet; the byte order mark tells Excel that it is UTF-8."""
+    """Return the rows for a spreadsheet; the byte order mark tells Excel that it is UTF-8.
+
+    An apostrophe stands before a text that a spreadsheet would take for a formula.
+    """
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow(["image", "question", "answer", "error"])
     for row in rows:
-        writer.writerow([_shown_names(row), *(row.get(field, "") for field in ("question", "answer", "error"))])
+        cells = [_shown_names(row), *(row.get(field, "") for field in ("question", "answer", "error"))]
+        writer.writerow(map(_no_formula, cells))
     return file.getvalue().encode("utf-8-sig", errors="replace")

@@ -5,15 +5,13 @@ from typing import Any
 
 import gradio as gr
 
-from errors import UserError, is_out_of_memory
-from page.asking import Shared, Work, decoding, sentence_of, system_text, waiting
+from errors import is_defect
+from page.asking import PRIVATE, Shared, Work, decoding, sentence_of, system_text, until_turn
 from page.batch import Row, answer_rows, as_csv, as_jsonl, as_table, read_rows
 from page.chat import UploadedPhoto, checked
 from page.settings import as_settings
-from page.texts import label, language_of, say
+from page.texts import as_markdown, label, language_of, say
 from page.uploads import BATCH, store
-
-OPTIONS = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 
 
 class BatchTab:
@@ -44,8 +42,8 @@ class BatchTab:
 
     def connect(self, checkpoint: Any, settings: list[Any]) -> None:
         outputs = [self.state, self.table, self.run, self.cancel, *self.downloads]
-        self.run.click(self.on_run, [self.files, self.question, checkpoint, *settings], outputs, **OPTIONS)
-        self.cancel.click(self.on_cancel, None, None, **OPTIONS)
+        self.run.click(self.on_run, [self.files, self.question, checkpoint, *settings], outputs, **PRIVATE)
+        self.cancel.click(self.on_cancel, None, None, **PRIVATE)
 
     def on_cancel(self, request: gr.Request) -> None:
         self._shared.stop(request.session_hash or "")
@@ -78,9 +76,9 @@ class BatchTab:
                 ends += [say(language, "stopped")] if work.stopped else []
                 yield self._show(" · ".join(ends), done, language, files=self._stored(session, done))
             except Exception as error:
-                sentence = f"⚠ {sentence_of(error, photos, language)}"
+                sentence = sentence_of(error, photos, language)
                 yield self._show(sentence, done, language, files=self._stored(session, done))
-                if not isinstance(error, UserError) and not is_out_of_memory(error):
+                if is_defect(error):
                     raise
 
     def _answered(
@@ -89,12 +87,10 @@ class BatchTab:
         """Yield what to say, and the rows that are answered since."""
         settings, system = decoding(self._shared.generate, values), system_text(values["system"])
         with self._shared.line.place() as place:
-            for sentence in waiting(place, language):
-                if work.stopped:
-                    return
+            for sentence in until_turn(self._shared, place, work, language, name):
                 yield sentence, []
-            if self._shared.engines.loaded(name) is None:
-                yield say(language, "loading", name=name), []
+            if work.stopped:
+                return
             (engine,) = self._shared.engines.get(name)
             count = 0
             yield say(language, "batch_state", done=0, all=len(rows)), []
@@ -119,4 +115,4 @@ class BatchTab:
         headers = [say(language, key) for key in ("batch_photo", "batch_asked", "batch_answer")]
         table = gr.update(value=as_table(rows), headers=headers, visible=bool(rows))
         downloads = [gr.update(value=path, visible=True) for path in files or []] or [gr.update(visible=False)] * 2
-        return [sentence, table, gr.update(interactive=not busy), gr.update(interactive=busy), *downloads]
+        return [as_markdown(sentence), table, gr.update(interactive=not busy), gr.update(interactive=busy), *downloads]

@@ -7,11 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from page.asking import Caller, Shared, Step, Work, answer
+from page.asking import PRIVATE, Caller, Shared, Step, Work, answer
 from page.chat import History, answered, as_shown, as_upload, in_box, photos_of, typed, typed_files
 from page.kept import to_keep
 from page.settings import as_settings
-from page.texts import label, language_of, say
+from page.texts import as_markdown, label, language_of, say
 
 Updates = dict[Any, Any]  # component → its new value
 NONE = -1  # no question is edited
@@ -76,8 +76,8 @@ class ChatTab:
             self.clear = gr.Button(label("clear"), min_width=80, elem_id="clear")
             self.download = gr.Button(label("download"), min_width=80, elem_id="download")
 
-    def connect(self, checkpoint: Any, settings: list[Any], box: Any) -> None:
-        """Connect the buttons; sets `changes`, the events after which the chat has another last answer.
+    def connect(self, checkpoint: Any, settings: list[Any], box: Any) -> list[Any]:
+        """Connect the buttons; return the events after which the chat has another last answer.
 
         Args:
             checkpoint, settings: of `page/settings.py`.
@@ -88,22 +88,19 @@ class ChatTab:
             self.messages, self.chat_id, self.shown, self.status, self.question, self.where, self.ask, self.stop,
             self.again, self.edit, self.clear, self.editing, box, self.kept,
         ]  # fmt: skip
-        # preprocess=False: Gradio would raise a traceback for a file that is not an upload
-        options = {"preprocess": False, "show_progress": "hidden", "concurrency_limit": None}
         how = [checkpoint, *settings]
         asking = gr.on(
             [self.ask.click, self.question.submit], self.on_ask,
             [self.messages, self.chat_id, self.question, self.where, self.editing, box, *how], self.outputs,
-            api_name="on_ask", api_visibility="undocumented", **options,
+            api_name="on_ask", **PRIVATE | {"api_visibility": "undocumented"},
         )  # fmt: skip
-        options["api_visibility"] = "private"
-        again = self.again.click(self.on_again, [self.messages, self.chat_id, *how], self.outputs, **options)
-        self.edit.click(self.on_edit, self.messages, self.outputs, **options)
-        self.editing.input(self.on_choose, [self.messages, self.editing], self.outputs, **options)
-        self.stop.click(self.on_stop, None, None, **options)
-        cleared = gr.on([self.clear.click, self.shown.clear], self.on_clear, self.question, self.outputs, **options)
-        cleared.then(None, js="() => sessionStorage.removeItem('vqa-chat')")
-        self.changes = [asking, again, cleared]
+        again = self.again.click(self.on_again, [self.messages, self.chat_id, *how], self.outputs, **PRIVATE)
+        self.edit.click(self.on_edit, self.messages, self.outputs, **PRIVATE)
+        self.editing.input(self.on_choose, [self.messages, self.editing], self.outputs, **PRIVATE)
+        self.stop.click(self.on_stop, None, None, **PRIVATE)
+        cleared = gr.on([self.clear.click, self.shown.clear], self.on_clear, self.question, self.outputs, **PRIVATE)
+        cleared.then(None, js="() => vqa.current('')")
+        return [asking, again, cleared]
 
     def show(self, step: Step, language: str) -> Updates:
         """Return the updates for a step of an answer."""
@@ -111,7 +108,7 @@ class ChatTab:
         updates: Updates = {
             self.messages: step.history,
             self.shown: shown,
-            self.status: step.line,
+            self.status: as_markdown(step.line),
             self.stop: gr.update(interactive=step.busy),
         }
         for button in (self.ask, self.again, self.edit, self.clear):

@@ -75,6 +75,13 @@ def test_rows_of_a_file_keep_their_fields_and_a_bad_row_fails_alone(tmp_path, up
     assert as_table(batch)[2][2].startswith("⚠ not valid JSON")
 
 
+def test_no_text_is_a_formula_in_a_spreadsheet():
+    rows = [{"image": "=1.png", "question": "+?", "answer": "-5"}, {"image": "1.png", "question": -5, "error": "@x"}]
+    table = list(csv.reader(io.StringIO(as_csv(rows).decode("utf-8-sig"))))
+    assert table[1:] == [["'=1.png", "'+?", "'-5", ""], ["1.png", "-5", "", "'@x"]]
+    assert [json.loads(line) for line in as_jsonl(rows).splitlines()] == rows
+
+
 class ReadingEngine(SpokenEngine):
     """Reads the photos, as a model does."""
 

@@ -1,6 +1,8 @@
 """The handlers of the page's panels, called as Gradio calls them, with an engine that tells what it was sent."""
 
+import gc
 import types
+import weakref
 from pathlib import Path
 
 import gradio as gr
@@ -64,6 +66,36 @@ def test_side_by_side_obeys_stop_and_takes_its_turn(panels, history):
     *_, last = other
     assert last.history[-1]["content"] == "(64, 48) mine"
     assert shared.running == {}
+
+
+def test_names_are_no_markdown(panels, batch, history):
+    (_, chat, beside), (tab, photos) = panels, batch
+    name = "![](http://127.0.0.1/x.png)"
+    photo = {"path": history[0]["photos"][0].path}
+    asked = {"text": "What?", "files": [photo]}
+    states = [line for line, *_ in tab.on_run(request_of("one"), photos, "What?", name, *SETTINGS)]
+    states += [line for line, *_ in beside.on_compare(request_of("one"), history, name, "c7", *SETTINGS)]
+    states += [
+        step[chat.status]
+        for step in chat.on_ask(request_of("one"), [], "", asked, "add", -1, "", name, *SETTINGS)
+        if chat.status in step
+    ]
+    named = [state for state in states if "x\\.png" in state]
+    assert len(named) == 5  # one is loaded in each; the chat shows its error elsewhere
+    assert all("\\!\\[\\]\\(http" in state for state in named)
+
+
+def test_an_answer_that_waits_to_be_shown_holds_no_model(panels, history):
+    shared, *_ = panels
+    gone, work = weakref.ref(shared.engines.loaded("c7")), Work()
+    photo = {"path": history[0]["photos"][0].path}
+    asked = [{"role": "user", "content": "What?"}]
+    steps = answer(shared, Caller("one", "en", "c7", {"system": ""}), work, asked, [photo])
+    while next(steps).busy:
+        pass
+    shared.engines._loaded["c7"] = SpokenEngine()  # as if another session had asked another one
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_session_asks_one_thing_at_a_time(panels, history):
