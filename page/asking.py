@@ -191,10 +191,9 @@ def _answered(shared: Shared, caller: Caller, work: Work, history: History, sett
             reply = stream.reply
             figures = line_of_figures(reply, engine, language)
             del engine, stream  # the next in the line may load another model while this waits to be shown
-    if reply.finish_reason != "cancelled":
-        yield Step([*history, {"role": "assistant", "content": text}], figures, busy=False)
-    elif text:
-        line = f"{say(language, 'stopped')} {figures}"
+    stopped = reply.finish_reason == "cancelled"
+    if text or not stopped:
+        line = f"{say(language, 'stopped')} {figures}" if stopped else figures
         yield Step([*history, {"role": "assistant", "content": text}], line, busy=False)
     else:  # before the first word: return the question to the box
         question = in_box(history[-1]["content"], history[-1]["photos"])

@@ -56,19 +56,16 @@ def answer_rows(
     for photo in photos:
         by_name.setdefault(_last_name(photo.name), set()).add(photo.path)
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        done, requests = [], []
-        for row in rows[start : start + ROWS_AT_ONCE]:
+        batch, asked = rows[start : start + ROWS_AT_ONCE], []
+        for row in batch:
             try:
-                request = row if "error" in row else _request(engine, row, by_name, system)
+                asked.append(_request(engine, row, by_name, system))
             except UserError as error:
-                request = row | {"error": str(error)}
-            done.append(request)
-            if isinstance(request, Request):
-                requests.append(request)
-        replies = iter(engine.answer_many(requests, settings))
+                asked.append(error)
+        replies = iter(engine.answer_many([item for item in asked if isinstance(item, Request)], settings))
         yield [
-            _with_reply(row, next(replies), photos) if isinstance(request, Request) else request
-            for row, request in zip(rows[start : start + ROWS_AT_ONCE], done, strict=True)
+            _with_reply(row, next(replies) if isinstance(item, Request) else item, photos)
+            for row, item in zip(batch, asked, strict=True)
         ]
 
 
@@ -80,8 +77,11 @@ def _request(engine: AnyAnswerer, row: Row, by_name: dict[str, set[str]], system
     """Return the request of a row.
 
     Raises:
-        UserError: it has no question, a wrong box, or a photo that is no name, or the name of no upload or several.
+        UserError: its line has an error, its question is missing, its box is wrong, or a photo is no name, or the name
+            of no upload or of several.
     """
+    if "error" in row:
+        raise UserError(row["error"])
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise UserError(f'"question" must be a text, found {shortened(repr(question))}')
