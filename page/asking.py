@@ -292,11 +292,13 @@ def line_of_figures(reply: Reply, engine: AnyAnswerer, language: str) -> str:
 def sentence_of(error: Exception, photos: list[UploadedPhoto], language: str) -> str:
     """Return the message for the user, with file names instead of paths on the server."""
     if is_out_of_memory(error):
-        return f"⚠ {say(language, 'out_of_memory')}"
-    if isinstance(error, NotUploadedError):
-        return f"⚠ {say(language, 'gone')}"
-    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return f"⚠ {say(language, 'error', sentence=with_names(text, photos))}"
+        sentence = say(language, "out_of_memory")
+    elif isinstance(error, NotUploadedError):
+        sentence = say(language, "gone")
+    else:
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        sentence = say(language, "error", sentence=with_names(text, photos))
+    return f"⚠ {sentence}"
 
 
 def _readable(photos: list[UploadedPhoto]) -> tuple[list[UploadedPhoto], list[UserError]]:
