@@ -33,7 +33,8 @@ def explain(item: ErrorDetails, keys: list[str]) -> str:
     reason = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and isinstance(item["input"], dict):  # of a whole section: the reason names keys
         return f"'{key}': {reason}"
-    return f"'{key}' = {_shown(item['input'])}: {reason}"
+    shown = "…" if key.rpartition(".")[2] == "password" else _shown(item["input"])  # a message may stand in a log
+    return f"'{key}' = {shown}: {reason}"
 
 
 class _Shown(reprlib.Repr):

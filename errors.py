@@ -52,6 +52,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
 
 
+def is_defect(error: Exception) -> bool:
+    """Whether neither the user's input nor a lack of memory explains an error."""
+    return not isinstance(error, UserError) and not is_out_of_memory(error)
+
+
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 
 

@@ -47,12 +47,17 @@ def sample_photos() -> dict[str, bytes]:
 
 
 def with_password(gui: Gui) -> Gui:
-    """Take the password of the environment, unless one is set; check that name and password are set, or neither."""
-    if gui.user is None:
-        if gui.password is not None:
-            raise UserError("gui.password needs gui.user: set both, or none")
-        return gui
+    """Take the password of the environment, unless one is set.
+
+    Raises:
+        UserError: a user without a password, or a password without a user.
+    """
     password = gui.password or os.environ.get(PASSWORD_VARIABLE)
+    if gui.user is None:
+        if password or gui.password is not None:  # else the page would be open to all
+            name = PASSWORD_VARIABLE if gui.password is None else "gui.password"
+            raise UserError(f"{name} needs gui.user: set both, or none")
+        return gui
     if not password:
         raise UserError(f"gui.user needs a password: set the environment variable {PASSWORD_VARIABLE}")
     return changed(gui, {"password": password}, PASSWORD_VARIABLE)

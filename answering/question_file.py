@@ -26,8 +26,7 @@ def answer_file(answerer: AnyAnswerer, source: Path, target: Path) -> tuple[int,
         The number of rows answered and of rows with an error.
     """
     counts = {"answer": 0, "error": 0}
-    lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # Windows editors add a byte order mark
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    numbered = numbered_lines(source)
     try:
         # half a surrogate pair is legal in JSON but not in UTF-8: it becomes "?"
         with (
@@ -44,13 +43,19 @@ def answer_file(answerer: AnyAnswerer, source: Path, target: Path) -> tuple[int,
     return counts["answer"], counts["error"]
 
 
+def numbered_lines(source: Path) -> list[tuple[int, bytes]]:
+    """Return the lines of a file that are not empty, with their numbers."""
+    lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # Windows editors add a byte order mark
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
 def _answered(answerer: AnyAnswerer, lines: list[tuple[int, bytes]], folder: Path) -> Iterator[dict[str, Any]]:
     """Yield each row with its answer or its error; a failed row does not end the file."""
     rows: list[tuple[dict[str, Any], Request | Exception]] = []
     for number, line in lines:
         row: dict[str, Any] = {"line": number}
         try:
-            row = _parse(line)
+            row = parse_row(line)
             rows.append((row, _request(answerer, row, folder)))
         except Exception as error:
             _raise_hopeless(error)
@@ -89,7 +94,12 @@ def _raise_hopeless(error: Exception) -> None:
         raise error
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def parse_row(line: bytes) -> dict[str, Any]:
+    """Return the row of a line, without answers of an earlier run.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
     try:
         row = json.loads(line, parse_constant=_no_number, parse_float=_finite)
         json.dumps(row, ensure_ascii=False)  # some rows can be read but not written, as with deeply nested brackets
@@ -136,7 +146,7 @@ def _request(answerer: AnyAnswerer, row: dict[str, Any], folder: Path) -> Reques
 
 def _turns(row: dict[str, Any]) -> Turns:
     """Return the turns of a row, with photos at tags in the questions as in training; the last turn has no answer."""
-    names = _photo_names(row)
+    names = photo_names(row)
     items, where = [row], ""
     if "conversations" in row:
         items, where = _pairs(row["conversations"]), "a human turn: "
@@ -149,7 +159,7 @@ def _turns(row: dict[str, Any]) -> Turns:
         turns.append({"q": _text(item, "question", where)})
         if number < len(items):
             turns[-1]["a"] = _text(item, "answer", where)
-    own = [_photo_names(item) if item is not row else [] for item in items]
+    own = [photo_names(item) if item is not row else [] for item in items]
     try:
         for turn, item in zip(turns, items, strict=True):
             turn |= box_of(item)
@@ -191,8 +201,12 @@ def _text(item: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _photo_names(item: dict[str, Any]) -> list[str]:
-    """Return the photo files of a row or turn: `image` or `images`, else `image_id`."""
+def photo_names(item: dict[str, Any]) -> list[str]:
+    """Return the photo files of a row or turn: `image` or `images`, else `image_id`.
+
+    Raises:
+        UserError: one is no text, or both fields name different photos.
+    """
     values = [item[field] for field in ("image", "images") if item.get(field) not in (None, [])]
     if not values and item.get("image_id") is not None:
         values = [item["image_id"]]

@@ -14,8 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from answering.answer import Answerer
 from answering.remote import RemoteAnswerer
 from answering.request import AnyAnswerer, PhotoSource
@@ -31,12 +29,10 @@ from evaluation.scores import Result, are_sentences, judged, score_pass, visual_
 from model.checkpoint_folder import PROVENANCE_FILE, checksum
 from model.model import MMultiModal
 from model.portable import portable_config
-from model.projector import build_projector
 from qwen.half import HalfLinear
 from visual.augment import STRENGTHS, distort
 from visual.photo import load_image
 
-UNTRAINED_SEED = 0
 DISTORTION_SEED = 0
 
 
@@ -234,12 +230,7 @@ def other_photos(own: tuple[int, ...], IDs: list[int]) -> tuple[int, ...]:
 def untrained_projector(model: MMultiModal) -> Iterator[None]:
     """Give the model a projector with fresh weights, always the same ones; the trained one comes back at the end."""
     trained = model.feature_proj
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(UNTRAINED_SEED)
-        fresh = build_projector(
-            model.config.projector, model.encoder.grid, model.encoder.width, model.LLM.config.hidden_size
-        )
-    model.feature_proj = fresh.to(trained.device, trained.dtype).eval()
+    model.feature_proj = model.fresh_projector()
     try:
         yield
     finally:

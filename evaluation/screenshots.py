@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 QUESTIONS = {"en": ["What is in the picture?", "How many objects are there?"], "zh": ["这幅图像中有什么？"]}
 BROWSERS = ["chromium", "chromium-browser", "google-chrome", "chrome"]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
-START_SECONDS, ANSWER_SECONDS = 300, 300
+START_SECONDS, ANSWER_SECONDS, WORD_SECONDS = 300, 300, 20
 
 
 @contextmanager
@@ -97,8 +97,13 @@ class Shot(NamedTuple):
 
 
 def _look(page: "Page") -> None:
+    from playwright.sync_api import TimeoutError
+
     page.click("#looking > button")
-    page.locator("#words label").nth(1).click()
+    try:
+        page.locator("#words label").nth(1).click(timeout=WORD_SECONDS * 1000)
+    except TimeoutError:  # the answer has no word
+        page.click("#look")
     page.locator("#map img").wait_for()
     page.locator("#map").scroll_into_view_if_needed()
 

@@ -24,7 +24,7 @@ from model.contrastive import contrastive_loss
 from model.parts import make_parts
 from model.precision import DTYPES, pick_device, pick_precision
 from model.processor import Processor
-from model.projector import build_projector
+from model.projector import FeatureProjector, build_projector
 from qwen.chat import IGNORE_INDEX, ChatFormat
 from qwen.loading import load_language_model
 from qwen.lora import merge_lora
@@ -37,6 +37,7 @@ from visual.transform import ImageTransform
 # crops per encoder call, for any batch size: 5,832 rows at so400m, enough to use a GPU fully; their widest activation
 # (4,304 columns in bf16) is 50 MB
 ENCODER_CROPS = 8
+UNTRAINED_SEED = 0
 
 
 class MMultiModal(nn.Module):
@@ -141,6 +142,15 @@ class MMultiModal(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.feature_proj.device
+
+    def fresh_projector(self) -> FeatureProjector:
+        """Return an untrained projector, always the same one, in eval mode; all else is as the model's."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(UNTRAINED_SEED)
+            fresh = build_projector(
+                self.config.projector, self.encoder.grid, self.encoder.width, self.LLM.config.hidden_size
+            )
+        return fresh.to(self.feature_proj.device, self.feature_proj.dtype).eval()
 
     @property
     def suppressed_ids(self) -> list[int]:

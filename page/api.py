@@ -30,15 +30,18 @@ def add_endpoints(shared: Shared) -> None:
             system: system message; empty: that of the training.
         """
         session = request.session_hash or ""
-        if session in shared.running:
-            raise gr.Error(say("en", "busy"), print_exception=False)
         if not isinstance(question, str) or not question.strip():
             raise gr.Error(say("en", "no_question"), print_exception=False)
         settings = {"temperature": temperature, "system": system}
         settings |= {"max_new_tokens": longest} if longest else {}
         caller = Caller(session, "en", checkpoint or shared.engines.first, settings)
-        *_, step = answer(shared, caller, [{"role": "user", "content": question.strip()}], photos)
-        shared.files.release(session)
+        with shared.work(session) as work:
+            if work is None:
+                raise gr.Error(say("en", "busy"), print_exception=False)
+            try:
+                *_, step = answer(shared, caller, work, [{"role": "user", "content": question.strip()}], photos)
+            finally:
+                shared.files.release(session)
         if step.failed:
             raise gr.Error(step.failed[-1]["content"], print_exception=False)
         return step.history[-1]["content"]

@@ -16,26 +16,40 @@ from answering.answer import Answerer
 from answering.remote import RemoteAnswerer
 from answering.request import AnyAnswerer, Reply, ReplyStream
 from config import Generate, changed
-from errors import UserError, check_text, is_out_of_memory
-from page.chat import History, UploadedPhoto, checked, in_box, photos_of, with_part
+from errors import UserError, check_text, is_defect, is_out_of_memory
+from page.chat import History, UploadedPhoto, checked, in_box, photos_of, with_names, with_part
 from page.checkpoints import Engines
 from page.line import Place, WaitingLine
 from page.texts import say
-from page.uploads import NotUploadedError, SessionFiles
+from page.uploads import BATCH, NotUploadedError, SessionFiles
 from visual.region import parse_box
 from visual.transform import load_image
 
 REFRESH_SECONDS = 0.05  # the page is redrawn at most this often while an answer grows
 WAIT_SECONDS = 0.5  # the place in the line is shown anew this often
 
+# of events that only the page sends. preprocess=False: Gradio would raise a traceback for a file that is not an upload.
+# No limit: else Gradio would let four wait in the page's line, and tell the others nothing.
+PRIVATE: dict[str, Any] = {
+    "preprocess": False,
+    "show_progress": "hidden",
+    "api_visibility": "private",
+    "concurrency_limit": None,
+}
+
 decoded = functools.lru_cache(maxsize=8)(load_image)  # each upload has its own path; follow-ups decode nothing
 
 
 class Work:
-    """The answer that a session waits for; another thread may stop it."""
+    """The answer that a session waits for; another thread may stop it.
+
+    Attributes:
+        left: whether the session has ended.
+    """
 
     def __init__(self) -> None:
         self.stopped = False
+        self.left = False
         self._stream: ReplyStream | None = None
 
     def begin(self, stream: ReplyStream) -> None:
@@ -67,6 +81,37 @@ class Shared:
     @property
     def folder(self) -> Path:
         return self.files.folder
+
+    @contextlib.contextmanager
+    def work(self, session: str) -> Iterator[Work | None]:
+        """Begin the work of a session; None: it waits for an answer already."""
+        work = Work()
+        if self.running.setdefault(session, work) is not work:
+            yield None
+            return
+        try:
+            yield work
+        finally:
+            work.stop()
+            del self.running[session]
+            if work.left:  # it may have held files since
+                self._release(session)
+
+    def stop(self, session: str) -> None:
+        """Stop the answer that a session waits for, if any."""
+        if work := self.running.get(session):
+            work.stop()
+
+    def end(self, session: str) -> None:
+        """Stop a session's answer and let go of its files."""
+        if work := self.running.get(session):
+            work.left = True
+            work.stop()
+        self._release(session)
+
+    def _release(self, session: str) -> None:
+        self.files.release(session)
+        self.files.release(session + BATCH)
 
 
 class Caller(NamedTuple):
@@ -102,11 +147,10 @@ class Step(NamedTuple):
     question: dict[str, Any] | None = None
 
 
-def answer(shared: Shared, caller: Caller, history: History, uploads: list[Any]) -> Iterator[Step]:
+def answer(shared: Shared, caller: Caller, work: Work, history: History, uploads: list[Any]) -> Iterator[Step]:
     """Answer the last question of `history`, sent with `uploads`; any error becomes a sentence in the chat."""
     *before, question = history
     readable: list[UploadedPhoto] = []
-    work = shared.running[caller.session] = Work()
     try:
         # check before display, because the page serves every displayed file
         photos = [checked(upload, shared.folder) for upload in uploads]
@@ -124,26 +168,19 @@ def answer(shared: Shared, caller: Caller, history: History, uploads: list[Any])
             shared.files.hold(caller.session, question["part"])
         yield from _answered(shared, caller, work, [*before, question], settings)
     except Exception as error:
-        sentence = f"⚠ {sentence_of(error, photos_of(history) + photos_of([question]), caller.language)}"
+        sentence = sentence_of(error, photos_of(history) + photos_of([question]), caller.language)
         failed = [question | {"photos": readable}, {"role": "assistant", "content": sentence}]
         yield Step(before, "", busy=False, failed=failed, question=in_box(question["content"], readable))
-        if not isinstance(error, UserError) and not is_out_of_memory(error):
+        if is_defect(error):
             raise
-    finally:
-        work.stop()
-        shared.running.pop(caller.session, None)
 
 
 def _answered(shared: Shared, caller: Caller, work: Work, history: History, settings: Generate) -> Iterator[Step]:
     """Wait for the turn, then answer."""
     language, text, figures = caller.language, "", ""
     with shared.line.place() as place:
-        for sentence in waiting(place, language):
-            if work.stopped:
-                break
+        for sentence in until_turn(shared, place, work, language, caller.checkpoint):
             yield Step(history, sentence)
-        if not work.stopped and shared.engines.loaded(caller.checkpoint) is None:
-            yield Step(history, say(language, "loading", name=caller.checkpoint))
         reply = Reply("", "cancelled", 0, 0)  # before its turn
         if not work.stopped:
             (engine,) = shared.engines.get(caller.checkpoint)
@@ -153,20 +190,23 @@ def _answered(shared: Shared, caller: Caller, work: Work, history: History, sett
             assert stream.reply is not None, "the stream has ended"
             reply = stream.reply
             figures = line_of_figures(reply, engine, language)
-    if reply.finish_reason != "cancelled":
-        yield Step([*history, {"role": "assistant", "content": text}], figures, busy=False)
-    elif text:
-        line = f"{say(language, 'stopped')} {figures}"
+            del engine, stream  # the next in the line may load another model while this waits to be shown
+    stopped = reply.finish_reason == "cancelled"
+    if text or not stopped:
+        line = f"{say(language, 'stopped')} {figures}" if stopped else figures
         yield Step([*history, {"role": "assistant", "content": text}], line, busy=False)
     else:  # before the first word: return the question to the box
         question = in_box(history[-1]["content"], history[-1]["photos"])
         yield Step(history[:-1], say(language, "stopped"), busy=False, question=question)
 
 
-def waiting(place: Place, language: str) -> Iterator[str]:
-    """Yield sentences until it is the turn of `place`."""
-    while ahead := place.ahead(WAIT_SECONDS):
+def until_turn(shared: Shared, place: Place, work: Work, language: str, *names: str) -> Iterator[str]:
+    """Yield sentences until it is the turn of `place`, then those about checkpoints to load; none after a stop."""
+    while (ahead := place.ahead(WAIT_SECONDS)) and not work.stopped:
         yield say(language, "waiting", ahead=ahead)
+    for name in names:
+        if not work.stopped and shared.engines.loaded(name) is None:
+            yield say(language, "loading", name=name)
 
 
 def decoding(generate: Generate, settings: dict[str, Any]) -> Generate:
@@ -177,6 +217,17 @@ def decoding(generate: Generate, settings: dict[str, Any]) -> Generate:
     """
     known = {name: value for name, value in settings.items() if name in Generate.model_fields}
     return changed(generate, {k: v for k, v in known.items() if v != getattr(generate, k)}, "settings")
+
+
+def system_text(system: Any) -> str:
+    """Return the text of the settings' system message; empty: that of the training.
+
+    Raises:
+        UserError: half a surrogate pair.
+    """
+    text = system.strip() if isinstance(system, str) else ""
+    check_text(text, "the system message")
+    return text
 
 
 def sent(history: History, engine: AnyAnswerer, folder: Path, system: Any) -> list[dict[str, Any]]:
@@ -192,9 +243,8 @@ def sent(history: History, engine: AnyAnswerer, folder: Path, system: Any) -> li
         return Path(path) if isinstance(engine, RemoteAnswerer) else image  # a file is smaller on its way
 
     messages: list[dict[str, Any]] = []
-    if isinstance(system, str) and system.strip():
-        check_text(system, "the system message")
-        messages.append({"role": "system", "content": system.strip()})
+    if text := system_text(system):
+        messages.append({"role": "system", "content": text})
     for message in history:
         images = [load(photo) for photo in message.get("photos", ())]
         messages.append({"role": message["role"], "content": message["content"], "images": images})
@@ -242,13 +292,13 @@ def line_of_figures(reply: Reply, engine: AnyAnswerer, language: str) -> str:
 def sentence_of(error: Exception, photos: list[UploadedPhoto], language: str) -> str:
     """Return the message for the user, with file names instead of paths on the server."""
     if is_out_of_memory(error):
-        return say(language, "out_of_memory")
-    if isinstance(error, NotUploadedError):
-        return say(language, "gone")
-    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    for photo in photos:
-        text = text.replace(photo.path, photo.name)
-    return say(language, "error", sentence=text)
+        sentence = say(language, "out_of_memory")
+    elif isinstance(error, NotUploadedError):
+        sentence = say(language, "gone")
+    else:
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        sentence = say(language, "error", sentence=with_names(text, photos))
+    return f"⚠ {sentence}"
 
 
 def _readable(photos: list[UploadedPhoto]) -> tuple[list[UploadedPhoto], list[UserError]]:

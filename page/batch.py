@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from answering.question_file import numbered_lines, parse_row, photo_names
 from answering.request import AnyAnswerer, PhotoSource, Reply, Request, add_region
 from config import Generate
 from errors import UserError, check_text, shortened
-from page.chat import UploadedPhoto
+from page.chat import UploadedPhoto, with_names
 from qwen.chat import Message
 from visual.region import checked_box
 
 ROWS_AT_ONCE = 16  # answered together; the progress is shown, and Cancel acts, after each such batch
 MOST_ROWS = 10_000
+FORMULA_SIGNS = ("=", "+", "-", "@")  # of Excel and LibreOffice
 
 Row = dict[str, Any]  # as in the file, or {"image", "question"}; with "answer" or "error" at the end
 
@@ -24,38 +26,22 @@ def read_rows(photos: list[UploadedPhoto], tables: list[UploadedPhoto], question
     """Return the rows to answer: those of the files `tables`, else one for each photo.
 
     Raises:
-        UserError: a table is not UTF-8, or has too many rows.
+        UserError: there are too many rows.
     """
     if not tables:
         return [{"image": photo.name, "question": question} for photo in photos] if question else []
     rows: list[Row] = []
     for table in tables:
-        try:
-            lines = Path(table.path).read_bytes().decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{table.name} is not text in UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
-        rows += [_parsed(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+        for number, line in numbered_lines(Path(table.path)):
+            try:
+                rows.append(parse_row(line))
+            except UserError as error:
+                rows.append({"line": number, "error": str(error)})
     if len(rows) > MOST_ROWS:
         raise UserError(
             f"{len(rows)} rows are more than the page answers at once ({MOST_ROWS}): use predict.py --input"
         )
     return rows
-
-
-def _parsed(line: str, number: int) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return {"line": number, "error": f"not valid JSON: {shortened(error)}"}
-    if not isinstance(row, dict):
-        return {"line": number, "error": f'expected {{"image": …, "question": …}}, found {type(row).__name__}'}
-    return {key: value for key, value in row.items() if key not in ("answer", "error")}
-
-
-def image_names(row: Row) -> list[Any]:
-    """Return what a row names under "image" or "images"."""
-    names = row.get("image", row.get("images")) or []
-    return names if isinstance(names, list) else [names]
 
 
 def answer_rows(
@@ -70,19 +56,16 @@ def answer_rows(
     for photo in photos:
         by_name.setdefault(_last_name(photo.name), set()).add(photo.path)
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        done, requests = [], []
-        for row in rows[start : start + ROWS_AT_ONCE]:
+        batch, asked = rows[start : start + ROWS_AT_ONCE], []
+        for row in batch:
             try:
-                request = row if "error" in row else _request(engine, row, by_name, system)
+                asked.append(_request(engine, row, by_name, system))
             except UserError as error:
-                request = row | {"error": str(error)}
-            done.append(request)
-            if isinstance(request, Request):
-                requests.append(request)
-        replies = iter(engine.answer_many(requests, settings))
+                asked.append(error)
+        replies = iter(engine.answer_many([item for item in asked if isinstance(item, Request)], settings))
         yield [
-            _with_reply(row, next(replies)) if isinstance(request, Request) else request
-            for row, request in zip(rows[start : start + ROWS_AT_ONCE], done, strict=True)
+            _with_reply(row, next(replies) if isinstance(item, Request) else item, photos)
+            for row, item in zip(batch, asked, strict=True)
         ]
 
 
@@ -94,15 +77,18 @@ def _request(engine: AnyAnswerer, row: Row, by_name: dict[str, set[str]], system
     """Return the request of a row.
 
     Raises:
-        UserError: it has no question, a wrong box, or a name that no upload or several have.
+        UserError: its line has an error, its question is missing, its box is wrong, or a photo is no name, or the name
+            of no upload or of several.
     """
+    if "error" in row:
+        raise UserError(row["error"])
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise UserError(f'"question" must be a text, found {shortened(repr(question))}')
     check_text(question, '"question"')
     photos: list[PhotoSource] = []
-    for name in image_names(row):
-        paths = by_name.get(_last_name(name), set()) if isinstance(name, str) else set()
+    for name in photo_names(row):
+        paths = by_name.get(_last_name(name), set())
         if len(paths) != 1:
             reason = "is the name of several uploads: rename them" if paths else "was not uploaded: add it to the files"
             raise UserError(f"the photo {shortened(repr(name))} {reason}")
@@ -113,15 +99,24 @@ def _request(engine: AnyAnswerer, row: Row, by_name: dict[str, set[str]], system
     return Request(photos, [*messages, engine.chat.typed_question(question, len(photos))])
 
 
-def _with_reply(row: Row, reply: Reply | UserError) -> Row:
-    return row | ({"answer": reply.text} if isinstance(reply, Reply) else {"error": str(reply)})
+def _shown_names(row: Row) -> str:
+    """Return the names of a row's photos; empty if they are wrong, which its error says."""
+    try:
+        return ", ".join(photo_names(row))
+    except UserError:
+        return ""
+
+
+def _with_reply(row: Row, reply: Reply | UserError, photos: list[UploadedPhoto]) -> Row:
+    done = {"answer": reply.text} if isinstance(reply, Reply) else {"error": with_names(str(reply), photos)}
+    return row | done
 
 
 def as_table(rows: list[Row]) -> list[list[str]]:
     """Return photo, question and answer of each row, as texts."""
     return [
         [
-            ", ".join(map(str, image_names(row))),
+            _shown_names(row),
             str(row.get("question", "")),
             row["answer"] if "answer" in row else f"⚠ {row['error']}",
         ]
@@ -133,12 +128,19 @@ def as_jsonl(rows: list[Row]) -> bytes:
     return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode(errors="replace")
 
 
+def _no_formula(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_SIGNS) else cell
+
+
 def as_csv(rows: list[Row]) -> bytes:
-    """Return the rows for a spreadsheet; the byte order mark tells Excel that it is UTF-8."""
+    """Return the rows for a spreadsheet; the byte order mark tells Excel that it is UTF-8.
+
+    An apostrophe stands before a text that a spreadsheet would take for a formula.
+    """
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow(["image", "question", "answer", "error"])
     for row in rows:
-        names = ", ".join(map(str, image_names(row)))
-        writer.writerow([names, row.get("question", ""), row.get("answer", ""), row.get("error", "")])
+        cells = [_shown_names(row), *(row.get(field, "") for field in ("question", "answer", "error"))]
+        writer.writerow(map(_no_formula, cells))
     return file.getvalue().encode("utf-8-sig", errors="replace")

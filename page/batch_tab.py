@@ -5,15 +5,13 @@ from typing import Any
 
 import gradio as gr
 
-from errors import UserError, is_out_of_memory
-from page.asking import Shared, Work, decoding, sentence_of, waiting
+from errors import is_defect
+from page.asking import PRIVATE, Shared, Work, decoding, sentence_of, system_text, until_turn
 from page.batch import Row, answer_rows, as_csv, as_jsonl, as_table, read_rows
 from page.chat import UploadedPhoto, checked
 from page.settings import as_settings
-from page.texts import label, language_of, say
-from page.uploads import store
-
-OPTIONS = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+from page.texts import as_markdown, label, language_of, say
+from page.uploads import BATCH, store
 
 
 class BatchTab:
@@ -44,60 +42,58 @@ class BatchTab:
 
     def connect(self, checkpoint: Any, settings: list[Any]) -> None:
         outputs = [self.state, self.table, self.run, self.cancel, *self.downloads]
-        self.run.click(self.on_run, [self.files, self.question, checkpoint, *settings], outputs, **OPTIONS)
-        self.cancel.click(self.on_cancel, None, None, **OPTIONS)
+        self.run.click(self.on_run, [self.files, self.question, checkpoint, *settings], outputs, **PRIVATE)
+        self.cancel.click(self.on_cancel, None, None, **PRIVATE)
 
     def on_cancel(self, request: gr.Request) -> None:
-        if work := self._shared.running.get(request.session_hash or ""):
-            work.stop()
+        self._shared.stop(request.session_hash or "")
 
     def on_run(self, request: gr.Request, files, question, name, *settings) -> Iterator[list[Any]]:
-        language, session, done = language_of(request), request.session_hash or "", []
-        if session in self._shared.running:
-            yield self._show(say(language, "busy"), [], language)
-            return
-        work, photos = self._shared.running.setdefault(session, Work()), []
-        try:
-            uploads = [checked(upload, self._shared.folder) for upload in files or []]
-            self._shared.files.hold(session, *(upload.path for upload in uploads))
-            tables = [upload for upload in uploads if upload.name.lower().endswith(".jsonl")]
-            photos = [upload for upload in uploads if upload not in tables]
-            rows = read_rows(photos, tables, question.strip() if isinstance(question, str) else "")
-            if not rows:
-                yield self._show(say(language, "no_rows"), [], language)
+        language, session = language_of(request), request.session_hash or ""
+        with self._shared.work(session) as work:
+            if work is None:
+                yield self._show(say(language, "busy"), [], language)
                 return
-            for sentence, answered in self._answered(work, rows, photos, str(name), as_settings(settings), language):
-                done += answered
-                yield self._show(sentence, done, language, busy=True)
-            failed = sum("error" in row for row in done)
-            ends = [say(language, "batch_state", done=len(done) - failed, all=len(rows))]
-            ends += [say(language, "batch_failed", failed=failed)] if failed else []
-            ends += [say(language, "stopped")] if work.stopped else []
-            yield self._show(" · ".join(ends), done, language, files=self._stored(session, done))
-        except Exception as error:
-            sentence = f"⚠ {sentence_of(error, photos, language)}"
-            yield self._show(sentence, done, language, files=self._stored(session, done))
-            if not isinstance(error, UserError) and not is_out_of_memory(error):
-                raise
-        finally:
-            self._shared.running.pop(session, None)
+            done, photos = [], []
+            try:
+                uploads = [checked(upload, self._shared.folder) for upload in files or []]
+                paths = [upload.path for upload in uploads]
+                self._shared.files.hold(session + BATCH, *paths)
+                self._shared.files.release(session + BATCH, keep=paths)  # the answers before
+                tables = [upload for upload in uploads if upload.name.lower().endswith(".jsonl")]
+                photos = [upload for upload in uploads if upload not in tables]
+                rows = read_rows(photos, tables, question.strip() if isinstance(question, str) else "")
+                if not rows:
+                    yield self._show(say(language, "no_rows"), [], language)
+                    return
+                values = as_settings(settings)
+                for sentence, answered in self._answered(work, rows, photos, str(name), values, language):
+                    done += answered
+                    yield self._show(sentence, done, language, busy=True)
+                failed = sum("error" in row for row in done)
+                ends = [say(language, "batch_state", done=len(done) - failed, all=len(rows))]
+                ends += [say(language, "batch_failed", failed=failed)] if failed else []
+                ends += [say(language, "stopped")] if work.stopped else []
+                yield self._show(" · ".join(ends), done, language, files=self._stored(session, done))
+            except Exception as error:
+                sentence = sentence_of(error, photos, language)
+                yield self._show(sentence, done, language, files=self._stored(session, done))
+                if is_defect(error):
+                    raise
 
     def _answered(
         self, work: Work, rows: list[Row], photos: list[UploadedPhoto], name: str, values: dict[str, Any], language: str
     ) -> Iterator[tuple[str, list[Row]]]:
         """Yield what to say, and the rows that are answered since."""
-        settings, system = decoding(self._shared.generate, values), values["system"]
+        settings, system = decoding(self._shared.generate, values), system_text(values["system"])
         with self._shared.line.place() as place:
-            for sentence in waiting(place, language):
-                if work.stopped:
-                    return
+            for sentence in until_turn(self._shared, place, work, language, name):
                 yield sentence, []
-            if self._shared.engines.loaded(name) is None:
-                yield say(language, "loading", name=name), []
+            if work.stopped:
+                return
             (engine,) = self._shared.engines.get(name)
             count = 0
             yield say(language, "batch_state", done=0, all=len(rows)), []
-            system = system.strip() if isinstance(system, str) else ""
             for batch in answer_rows(engine, rows, photos, settings, system):
                 count += len(batch)
                 yield say(language, "batch_state", done=count, all=len(rows)), batch
@@ -110,7 +106,7 @@ class BatchTab:
             return []
         contents = {"answers.csv": as_csv(rows), "answers.jsonl": as_jsonl(rows)}
         paths = [store(self._shared.folder, content, name) for name, content in contents.items()]
-        self._shared.files.hold(session, *paths)
+        self._shared.files.hold(session + BATCH, *paths)
         return paths
 
     def _show(
@@ -119,4 +115,4 @@ class BatchTab:
         headers = [say(language, key) for key in ("batch_photo", "batch_asked", "batch_answer")]
         table = gr.update(value=as_table(rows), headers=headers, visible=bool(rows))
         downloads = [gr.update(value=path, visible=True) for path in files or []] or [gr.update(visible=False)] * 2
-        return [sentence, table, gr.update(interactive=not busy), gr.update(interactive=busy), *downloads]
+        return [as_markdown(sentence), table, gr.update(interactive=not busy), gr.update(interactive=busy), *downloads]

@@ -5,15 +5,13 @@ from typing import Any
 
 import gradio as gr
 
-from errors import UserError, is_out_of_memory
-from page.asking import Shared, Work, decoding, growing, line_of_figures, sent, sentence_of, waiting
+from errors import is_defect
+from page.asking import PRIVATE, Shared, decoding, growing, line_of_figures, sent, sentence_of, until_turn
 from page.chat import answered, photos_of
 from page.chat_tab import ChatTab
 from page.checkpoints import UNTRAINED
 from page.settings import as_settings
-from page.texts import label, language_of, say
-
-OPTIONS = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+from page.texts import as_markdown, label, language_of, say
 
 
 class BesidePanel:
@@ -37,13 +35,13 @@ class BesidePanel:
                 # the figures of an answer stand below it
             with gr.Row():
                 self.figures = [gr.Markdown("", elem_id=f"{side}-figures") for side in ("left", "right")]
-        stop.click(chat.on_stop, None, None, **OPTIONS)
+        stop.click(chat.on_stop, None, None, **PRIVATE)
 
     def connect(self, page: gr.Blocks, settings: list[Any]) -> None:
-        page.load(self._choices, None, self.names, api_visibility="private", show_progress="hidden")
+        page.load(self._choices, None, self.names, **PRIVATE)
         outputs = [self.state, *self.answers, *self.figures]
         inputs = [self._chat.messages, *self.names, *settings]
-        self.compare.click(self.on_compare, inputs, outputs, **OPTIONS)
+        self.compare.click(self.on_compare, inputs, outputs, **PRIVATE)
 
     def _choices(self, request: gr.Request) -> list[Any]:
         names, first = self._shared.engines.names(), self._shared.engines.first
@@ -55,35 +53,27 @@ class BesidePanel:
     def on_compare(self, request: gr.Request, history, left, right, *settings) -> Iterator[list[Any]]:
         language, history = language_of(request), answered(history)
         shown, figures = ["", ""], ["", ""]
-        if self._chat.is_busy(request) or not history:
-            key = "busy" if history else "nothing_to_look_at"
-            yield [say(language, key), *shown, *figures]
-            return
-        work = self._shared.running[request.session_hash or ""] = Work()
-        try:
-            steps = self._steps(history, [str(left), str(right)], as_settings(settings), work, shown, figures, language)
-            for line in steps:
-                yield [line, *shown, *figures]
-            yield [say(language, "stopped") if work.stopped else "", *shown, *figures]
-        except Exception as error:
-            yield [f"⚠ {sentence_of(error, photos_of(history), language)}", *shown, *figures]
-            if not isinstance(error, UserError) and not is_out_of_memory(error):
-                raise
-        finally:
-            work.stop()
-            self._shared.running.pop(request.session_hash or "", None)
+        with self._shared.work(request.session_hash or "") as work:
+            if work is None or not history:
+                yield [say(language, "busy" if history else "nothing_to_look_at"), *shown, *figures]
+                return
+            names, values = [str(left), str(right)], as_settings(settings)
+            try:
+                for line in self._steps(history, names, values, work, shown, figures, language):
+                    yield [as_markdown(line), *shown, *figures]
+                yield [say(language, "stopped") if work.stopped else "", *shown, *figures]
+            except Exception as error:
+                yield [as_markdown(sentence_of(error, photos_of(history), language)), *shown, *figures]
+                if is_defect(error):
+                    raise
 
     def _steps(self, history, names, values, work, shown, figures, language) -> Iterator[str]:
         """Fill `shown` and `figures`; yield lines for the state whenever they have changed."""
         settings, engines = decoding(self._shared.generate, values), self._shared.engines
         with self._shared.line.place() as place:
-            for sentence in waiting(place, language):
-                if work.stopped:
-                    return
-                yield sentence
-            for name in names:
-                if "|" not in name and engines.loaded(name) is None:
-                    yield say(language, "loading", name=name)
+            yield from until_turn(self._shared, place, work, language, *(name for name in names if "|" not in name))
+            if work.stopped:
+                return
             for side, engine in enumerate(engines.get(*names)):
                 if work.stopped:
                     return

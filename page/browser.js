@@ -71,15 +71,24 @@ const vqa = {
     return vqa.choices(chats)
   },
 
+  current(id) {  // the chat that this tab shows, also after a reload; a given one from now on
+    try {
+      if (id !== undefined) sessionStorage.setItem("vqa-chat", id)
+      return sessionStorage.getItem("vqa-chat")
+    } catch {
+      return null  // the storage is closed to us
+    }
+  },
+
   choices(chats) {
-    const value = sessionStorage.getItem("vqa-chat")
+    const value = vqa.current()
     const choices = chats.map(chat => [chat.title, chat.id])
     return {__type__: "update", choices, value: chats.some(chat => chat.id === value) ? value : null}
   },
 
   keep(chat) {
     if (!chat || !chat.messages.length) return vqa.choices(vqa.kept())
-    sessionStorage.setItem("vqa-chat", chat.id)
+    vqa.current(chat.id)
     return vqa.store([chat, ...vqa.kept().filter(other => other.id !== chat.id)])
   },
 
@@ -89,7 +98,7 @@ const vqa = {
 
   open(id) {
     const chat = vqa.kept().find(chat => chat.id === id)
-    if (chat) sessionStorage.setItem("vqa-chat", id)
+    if (chat) vqa.current(id)
     return chat || null
   },
 

@@ -59,7 +59,7 @@ def build_page(
             switch = gr.Button(label("switch"), size="sm", scale=1, min_width=80, elem_id="language")
             switch.click(None, js="() => vqa.switch_language()")
         with gr.Tabs():
-            with gr.Tab(label("chat_tab")), gr.Row():
+            with gr.Tab(label("chat")), gr.Row():
                 with gr.Column(scale=5, min_width=320):
                     chat = ChatTab(shared)
                     examples_panel(chat.question, samples or {}, shared)
@@ -72,19 +72,15 @@ def build_page(
                     settings = settings_panel(generate)
             with gr.Tab(label("batch_tab")):
                 batch = BatchTab(shared)
-        chat.connect(checkpoint, settings, part.box)
-        kept.connect(page, checkpoint)
-        part.connect(chat.changes, chat, shared)
-        looking.connect(chat.changes, checkpoint, settings)
+        changes = [*chat.connect(checkpoint, settings, part.box), *kept.connect(page, checkpoint)]
+        part.connect(changes, chat, shared)
+        looking.connect(changes, checkpoint, settings)
         beside.connect(page, settings)
         batch.connect(checkpoint, settings)
         add_endpoints(shared)
 
         def on_unload(request: gr.Request) -> None:
-            session = request.session_hash or ""
-            if work := shared.running.get(session):
-                work.stop()
-            shared.files.release(session)
+            shared.end(request.session_hash or "")
 
         page.unload(on_unload)
     return page

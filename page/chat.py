@@ -74,6 +74,13 @@ def files_of(history: History) -> list[str]:
     return [photo.path for photo in photos_of(history)] + parts
 
 
+def with_names(text: str, photos: list[UploadedPhoto]) -> str:
+    """Return a message with names of files in place of their paths on the server."""
+    for photo in photos:
+        text = text.replace(photo.path, photo.name)
+    return text
+
+
 def with_part(question: dict[str, Any], box: Box, image: Image.Image, folder: Path) -> dict[str, Any]:
     """Return a question about the part of `image` inside `box`; errors as `pixel_box`."""
     file = io.BytesIO()

@@ -7,11 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from page.asking import Caller, Shared, Step, answer
+from page.asking import PRIVATE, Caller, Shared, Step, Work, answer
 from page.chat import History, answered, as_shown, as_upload, in_box, photos_of, typed, typed_files
 from page.kept import to_keep
 from page.settings import as_settings
-from page.texts import label, language_of, say
+from page.texts import as_markdown, label, language_of, say
 
 Updates = dict[Any, Any]  # component → its new value
 NONE = -1  # no question is edited
@@ -76,8 +76,8 @@ class ChatTab:
             self.clear = gr.Button(label("clear"), min_width=80, elem_id="clear")
             self.download = gr.Button(label("download"), min_width=80, elem_id="download")
 
-    def connect(self, checkpoint: Any, settings: list[Any], box: Any) -> None:
-        """Connect the buttons; sets `changes`, the events after which the chat has another last answer.
+    def connect(self, checkpoint: Any, settings: list[Any], box: Any) -> list[Any]:
+        """Connect the buttons; return the events after which the chat has another last answer.
 
         Args:
             checkpoint, settings: of `page/settings.py`.
@@ -88,22 +88,19 @@ class ChatTab:
             self.messages, self.chat_id, self.shown, self.status, self.question, self.where, self.ask, self.stop,
             self.again, self.edit, self.clear, self.editing, box, self.kept,
         ]  # fmt: skip
-        # preprocess=False: Gradio would raise a traceback for a file that is not an upload
-        options = {"preprocess": False, "show_progress": "hidden", "concurrency_limit": None}
         how = [checkpoint, *settings]
         asking = gr.on(
             [self.ask.click, self.question.submit], self.on_ask,
             [self.messages, self.chat_id, self.question, self.where, self.editing, box, *how], self.outputs,
-            api_name="on_ask", api_visibility="undocumented", **options,
+            api_name="on_ask", **PRIVATE | {"api_visibility": "undocumented"},
         )  # fmt: skip
-        options["api_visibility"] = "private"
-        again = self.again.click(self.on_again, [self.messages, self.chat_id, *how], self.outputs, **options)
-        self.edit.click(self.on_edit, self.messages, self.outputs, **options)
-        self.editing.input(self.on_choose, [self.messages, self.editing], self.outputs, **options)
-        self.stop.click(self.on_stop, None, None, **options)
-        cleared = gr.on([self.clear.click, self.shown.clear], self.on_clear, self.question, self.outputs, **options)
-        cleared.then(None, js="() => sessionStorage.removeItem('vqa-chat')")
-        self.changes = [asking, again, cleared]
+        again = self.again.click(self.on_again, [self.messages, self.chat_id, *how], self.outputs, **PRIVATE)
+        self.edit.click(self.on_edit, self.messages, self.outputs, **PRIVATE)
+        self.editing.input(self.on_choose, [self.messages, self.editing], self.outputs, **PRIVATE)
+        self.stop.click(self.on_stop, None, None, **PRIVATE)
+        cleared = gr.on([self.clear.click, self.shown.clear], self.on_clear, self.question, self.outputs, **PRIVATE)
+        cleared.then(None, js="() => vqa.current('')")
+        return [asking, again, cleared]
 
     def show(self, step: Step, language: str) -> Updates:
         """Return the updates for a step of an answer."""
@@ -111,7 +108,7 @@ class ChatTab:
         updates: Updates = {
             self.messages: step.history,
             self.shown: shown,
-            self.status: step.line,
+            self.status: as_markdown(step.line),
             self.stop: gr.update(interactive=step.busy),
         }
         for button in (self.ask, self.again, self.edit, self.clear):
@@ -138,31 +135,36 @@ class ChatTab:
         history, (text, uploads) = answered(history), typed(payload)
         editing = _is_question(place, history)
         before = history[:place] if editing else history
-        if self.is_busy(request):
-            yield self.complain(request, "busy")
-        elif not text or not (uploads or photos_of(before)):
-            yield self.complain(request, "no_question" if uploads or photos_of(before) else "no_photo")
-        else:
+        session = request.session_hash or ""
+        with self._shared.work(session) as work:
+            if work is None:
+                yield self.complain(request, "busy")
+                return
+            if not text or not (uploads or photos_of(before)):
+                yield self.complain(request, "no_question" if uploads or photos_of(before) else "no_photo")
+                return
             emptied = self.closed() | {self.question: in_box("")}
             if where == "new" and uploads and before and not editing:
                 history, before, chat_id, emptied = [], [], "", emptied | {self.chat_id: ""}
+                self._shared.files.release(session, keep=typed_files(payload))
             yield emptied
             box_text = box_text.strip() if isinstance(box_text, str) else ""
-            caller = Caller(request.session_hash or "", language_of(request), str(name), as_settings(values), box_text)
-            yield from self._run(caller, chat_id, history, [*before, {"role": "user", "content": text}], uploads)
+            caller = Caller(session, language_of(request), str(name), as_settings(values), box_text)
+            yield from self._run(caller, work, chat_id, history, [*before, {"role": "user", "content": text}], uploads)
 
     def on_again(self, request: gr.Request, history, chat_id, name, *values) -> Iterator[Updates]:
         history, settings = answered(history), as_settings(values)
-        if self.is_busy(request) or not history:
-            yield self.complain(request, "busy" if history else "nothing_to_repeat")
-            return
-        if settings["temperature"] == 0:
-            gr.Info(say(language_of(request), "same_answer"))
-        settings["seed"] = time.time_ns() % 2**31
-        question, uploads = history[-2], [as_upload(photo) for photo in history[-2]["photos"]]
-        caller = Caller(request.session_hash or "", language_of(request), str(name), settings, _box_text(question))
-        asked = [*history[:-2], {"role": "user", "content": question["content"]}]
-        yield from self._run(caller, chat_id, history, asked, uploads)
+        with self._shared.work(request.session_hash or "") as work:
+            if work is None or not history:
+                yield self.complain(request, "busy" if history else "nothing_to_repeat")
+                return
+            if settings["temperature"] == 0:
+                gr.Info(say(language_of(request), "same_answer"))
+            settings["seed"] = time.time_ns() % 2**31
+            question, uploads = history[-2], [as_upload(photo) for photo in history[-2]["photos"]]
+            caller = Caller(request.session_hash or "", language_of(request), str(name), settings, _box_text(question))
+            asked = [*history[:-2], {"role": "user", "content": question["content"]}]
+            yield from self._run(caller, work, chat_id, history, asked, uploads)
 
     def on_edit(self, request: gr.Request, history: Any) -> Updates:
         """Offer the questions of the chat, the last one first of all."""
@@ -183,8 +185,7 @@ class ChatTab:
         return {self.question: in_box(question["content"], question["photos"]), self.box: _box_text(question)}
 
     def on_stop(self, request: gr.Request) -> None:
-        if work := self._shared.running.get(request.session_hash or ""):
-            work.stop()
+        self._shared.stop(request.session_hash or "")
 
     def on_clear(self, request: gr.Request, payload: Any) -> Updates:
         """Begin a new chat; photos that wait in the question box stay."""
@@ -194,10 +195,10 @@ class ChatTab:
         return self.show(Step([], "", busy=False), language_of(request)) | self.closed() | {self.chat_id: ""}
 
     def _run(
-        self, caller: Caller, chat_id: str, whole: History, asked: History, uploads: list[Any]
+        self, caller: Caller, work: Work, chat_id: str, whole: History, asked: History, uploads: list[Any]
     ) -> Iterator[Updates]:
         """Answer the last question of `asked`; if it gets no answer, the chat is the `whole` one again."""
-        for step in answer(self._shared, caller, asked, uploads):
+        for step in answer(self._shared, caller, work, asked, uploads):
             if step.question is not None:
                 yield self.show(step._replace(history=whole), caller.language) | {self.box: caller.box}
             elif step.busy:

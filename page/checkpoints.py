@@ -16,10 +16,8 @@ from errors import UserError
 from model.checkpoint import load_checkpoint
 from model.checkpoint_folder import METRICS_FILE, check_complete
 from model.model import MMultiModal
-from model.projector import build_projector
 
 UNTRAINED = "untrained projector"  # name that follows the one of a checkpoint
-UNTRAINED_SEED = 0  # as in the evaluation's baseline
 
 
 class Engines:
@@ -69,6 +67,11 @@ class Engines:
             UserError: no such checkpoint, or as `load_checkpoint`.
         """
         checkpoints = {name.partition("|")[0] for name in names}
+        known = {name for _, name in self.names()} | self._loaded.keys()
+        for name in names:  # before any model is freed, because a server's cannot be loaded again
+            checkpoint, _, variant = name.partition("|")
+            if checkpoint not in known or variant not in ("", UNTRAINED):
+                raise UserError(f"there is no checkpoint {name!r} any more: choose another in the settings")
         for other in [name for name in self._loaded if name.partition("|")[0] not in checkpoints]:
             del self._loaded[other]
             gc.collect()  # a model is part of reference cycles
@@ -88,8 +91,7 @@ class Engines:
         return self._loaded[name]
 
     def _load(self, name: str) -> Answerer:
-        if self._folder is None or name not in [known for _, known in self.names()]:
-            raise UserError(f"there is no checkpoint {name!r} any more: choose another in the settings")
+        assert self._folder is not None, "a server has one name, which is in memory"
         return Answerer(load_checkpoint(self._folder.with_name(name), overrides=self._overrides))
 
 
@@ -97,12 +99,7 @@ def untrained_twin(model: MMultiModal) -> MMultiModal:
     """Return a model that shares all weights with `model` but those of the projector, which are fresh."""
     twin = copy.copy(model)
     twin._modules = dict(model._modules)  # the copy would share it
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(UNTRAINED_SEED)
-        fresh = build_projector(
-            model.config.projector, model.encoder.grid, model.encoder.width, model.LLM.config.hidden_size
-        )
-    twin.feature_proj = fresh.to(model.feature_proj.device, model.feature_proj.dtype).eval()
+    twin.feature_proj = model.fresh_projector()
     return twin
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from page.asking import Shared
+from page.asking import PRIVATE, Shared
 from page.chat import UploadedPhoto, checked, in_box, typed
 from page.texts import label
 from page.uploads import store
@@ -19,7 +19,6 @@ def examples_panel(question: gr.MultimodalTextbox, samples: dict[str, bytes], sh
         question: the question box.
         samples: photos by file name.
     """
-    events = {"outputs": question, "preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
     with gr.Row(elem_id="examples"):
         for key in QUESTIONS:
             button = gr.Button(label(key), size="sm", min_width=60)
@@ -45,8 +44,9 @@ def examples_panel(question: gr.MultimodalTextbox, samples: dict[str, bytes], sh
             for name, content in samples.items():
                 icon = store(shared.folder, content, f"icon-{name}")
                 button = gr.Button(label("sample"), icon=icon, size="sm", min_width=60)
-                button.click(sample(name), question, **events)
+                # Gradio keeps only values: an icon would go an hour after the start, as an old upload
+                button.keep_in_cache.add(button.icon["path"])
+                button.click(sample(name), question, question, **PRIVATE)
     with gr.Accordion(label("camera"), open=False, elem_id="camera"):
         camera = gr.Image(sources=["webcam"], show_label=False, label=label("camera"), buttons=[], height=240)
-        events["outputs"] = [question, camera]
-        camera.input(on_snapshot, [question, camera], **events)
+        camera.input(on_snapshot, [question, camera], [question, camera], **PRIVATE)

@@ -6,7 +6,6 @@ the chat to read, and the chat as a row for `predict.py --input`.
 """
 
 import base64
-import binascii
 import io
 import json
 import os
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from errors import UserError, check_text, shortened
 from page.asking import decoded
 from page.chat import History, UploadedPhoto, photos_of, with_part
 from page.texts import TEXTS
 from page.uploads import store
-from visual.region import checked_box
+from visual.region import checked_box, pixel_box
 from visual.transform import load_image
 
 COPY_PX = 512  # longest edge of a kept photo: some 40 KB, so 5 MB of storage hold a hundred
@@ -66,23 +65,44 @@ def opened(stored: Any, folder: Path) -> tuple[History, str]:
     """
     try:
         chat = _Chat.model_validate(stored)
-        history: History = []
-        for number, message in enumerate(chat.messages):
-            check_text(message.content, "a message")
-            if message.role != ("user", "assistant")[number % 2]:
-                raise ValueError("roles do not take turns")
-            kept: dict[str, Any] = {"role": message.role, "content": message.content}
-            if message.role == "user":
-                kept["photos"] = [UploadedPhoto(_restored(url, folder), name) for url, name in message.photos]
-                if message.box is not None:
-                    image = decoded(photos_of([*history, kept])[-1].path)
-                    kept = with_part(kept, checked_box(message.box), image, folder)
-            history.append(kept)
-        if len(history) % 2 or not history or not history[0]["photos"]:
-            raise ValueError("not a whole chat")
-    except (ValidationError, ValueError, IndexError, binascii.Error) as error:  # ValueError: UserError too
+        contents = _checked_contents(chat.messages)
+    except (ValueError, IndexError) as error:  # ValueError: UserError and pydantic's too
         raise UserError(TEXTS["bad_kept"][0]) from error
+    history: History = []
+    for message, photos in zip(chat.messages, contents, strict=True):
+        kept: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.role == "user":
+            names = [name for _, name in message.photos]
+            paths = [store(folder, content, "photo.jpg") for content in photos]
+            kept["photos"] = [UploadedPhoto(path, name) for path, name in zip(paths, names, strict=True)]
+            if message.box is not None:
+                image = decoded(photos_of([*history, kept])[-1].path)
+                kept = with_part(kept, checked_box(message.box), image, folder)
+        history.append(kept)
     return history, chat.id
+
+
+def _checked_contents(messages: list[_Message]) -> list[list[bytes]]:
+    """Return the photos of each message, as files.
+
+    Raises:
+        ValueError: the first message has no photo, roles do not take turns, or a text, photo or box is wrong.
+        IndexError: there are no messages.
+    """
+    contents = [[_content(url) for url, _ in message.photos] for message in messages]
+    if len(messages) % 2 or not contents[0]:
+        raise ValueError("not a whole chat")
+    image = None
+    for number, (message, photos) in enumerate(zip(messages, contents, strict=True)):
+        check_text(message.content, "a message")
+        if message.role != ("user", "assistant")[number % 2]:
+            raise ValueError("roles do not take turns")
+        for photo in photos:
+            image = load_image(io.BytesIO(photo))  # nothing else gets a file here
+        if message.box is not None:
+            assert image is not None, "the first message has a photo"
+            pixel_box(checked_box(message.box), *image.size)
+    return contents
 
 
 def _small_copy(path: str) -> str:
@@ -98,11 +118,8 @@ def _small_copy(path: str) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _restored(url: str, folder: Path) -> str:
-    """Write the photo of a data URL; return its path."""
-    content = base64.b64decode(url.removeprefix("data:image/jpeg;base64,"), validate=True)
-    load_image(io.BytesIO(content))  # nothing else gets a file here
-    return store(folder, content, "photo.jpg")
+def _content(url: str) -> bytes:
+    return base64.b64decode(url.removeprefix("data:image/jpeg;base64,"), validate=True)
 
 
 def zipped(history: History, name: str) -> bytes:

@@ -5,14 +5,12 @@ from typing import Any
 import gradio as gr
 
 from errors import UserError
-from page.asking import Shared, Step
-from page.chat import answered, files_of, typed_files
+from page.asking import PRIVATE, Shared, Step
+from page.chat import answered, checked, files_of, photos_of, typed_files
 from page.chat_tab import ChatTab, Updates
 from page.kept import opened, zipped
-from page.texts import label, language_of, say
-from page.uploads import store
-
-PRIVATE = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
+from page.texts import label, language_of
+from page.uploads import NotUploadedError, store
 
 
 class KeptPanel:
@@ -29,21 +27,23 @@ class KeptPanel:
         forget.click(None, self.list, self.list, js="id => vqa.forget(id)")
         forget_all.click(None, None, self.list, js="() => vqa.forget(null)")
 
-    def connect(self, page: gr.Blocks, checkpoint: Any) -> None:
-        """Keep the chat after each answer; open chats, also the one before a reload."""
+    def connect(self, page: gr.Blocks, checkpoint: Any) -> list[Any]:
+        """Keep the chat after each answer; open chats, also the one before a reload; return the events that open."""
         chat = self._chat
         chat.kept.change(None, chat.kept, self.list, js="chat => vqa.keep(chat)")
         # the browser sends the stored chat in place of its id
         loaded = page.load(None, None, self.list, js="() => vqa.choices(vqa.kept())")
-        for listener in (self.list.input, loaded.then):
-            opening = listener(
+        openings = [
+            listener(
                 self.on_open, [self.list, chat.chat_id, chat.question], chat.outputs,
                 js="(id, ...others) => [vqa.open(id), ...others]", **PRIVATE,
-            )  # fmt: skip
-            chat.changes.append(opening)
+            )
+            for listener in (self.list.input, loaded.then)
+        ]  # fmt: skip
         chat.download.click(self.on_download, [chat.messages, checkpoint], [self._file, chat.status], **PRIVATE).then(
             None, self._file, None, js="file => vqa.download(file)"
         )
+        return openings
 
     def on_open(self, request: gr.Request, stored: Any, open_id: Any, payload: Any) -> Updates:
         """Show a stored chat; photos that wait in the question box stay."""
@@ -63,12 +63,15 @@ class KeptPanel:
         step = Step(history, "", busy=False)
         return self._chat.show(step, language_of(request)) | self._chat.closed() | {self._chat.chat_id: chat_id}
 
-    def on_download(self, request: gr.Request, history: Any, name: Any) -> tuple[Any, str]:
+    def on_download(self, request: gr.Request, history: Any, name: Any) -> Updates:
         history = answered(history)
         if not history:
-            sentence = say(language_of(request), "nothing_to_save")
-            gr.Warning(sentence)
-            return None, sentence
+            return self._chat.complain(request, "nothing_to_save") | {self._file: None}
+        try:
+            for photo in photos_of(history):
+                checked({"path": photo.path}, self._shared.folder)
+        except NotUploadedError:
+            return self._chat.complain(request, "gone") | {self._file: None}
         path = store(self._shared.folder, zipped(history, str(name)), "chat.zip")
         self._shared.files.hold(request.session_hash or "", path)
-        return path, ""
+        return {self._file: path, self._chat.status: ""}

@@ -8,17 +8,16 @@ import gradio as gr
 from answering.answer import Answerer
 from answering.heat_picture import draw_heatmaps
 from answering.heatmap import answer_words
-from errors import UserError, is_out_of_memory
-from page.asking import Shared, decoded, sent, sentence_of, waiting
+from errors import UserError, is_defect
+from page.asking import PRIVATE, Shared, Work, decoded, sent, sentence_of, until_turn
 from page.chat import History, answered, photos_of, typed
 from page.chat_tab import ChatTab
 from page.settings import as_settings
-from page.texts import TEXTS, label, language_of, say
+from page.texts import TEXTS, as_markdown, label, language_of, say
 from page.uploads import NotUploadedError, uploaded_photo
 from visual.transform import load_image
 
 WHOLE = -1  # the choice that is no word
-OPTIONS = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 
 
 class LookingPanel:
@@ -43,10 +42,10 @@ class LookingPanel:
         """Connect the panel; `changes` are the events after which the chat may have another last answer."""
         chat = self._chat
         for event in changes:
-            event.then(self.on_chat, [chat.messages, checkpoint], [self.words, self.map], **OPTIONS)
+            event.then(self.on_chat, [chat.messages, checkpoint], [self.words, self.map], **PRIVATE)
         inputs = [chat.messages, checkpoint, self.words, self.method, *settings]
         events = [self.look.click, self.words.input, self.method.input]
-        gr.on(events, self.on_look, inputs, [self.map, self.state], trigger_mode="always_last", **OPTIONS)
+        gr.on(events, self.on_look, inputs, [self.map, self.state], trigger_mode="always_last", **PRIVATE)
 
     def on_chat(self, history: Any, name: Any) -> tuple[Any, Any]:
         """Offer the words of the last answer."""
@@ -64,14 +63,14 @@ class LookingPanel:
             return
         try:
             with self._shared.line.place() as place:
-                for sentence in waiting(place, language):
+                for sentence in until_turn(self._shared, place, Work(), language):
                     yield gr.update(), sentence
                 yield gr.update(), say(language, "working")
                 picture = self._draw(history, str(name), chosen, method, as_settings(settings)["system"])
             yield gr.update(value=picture, visible=True, alt_text=say(language, "map")), ""
         except Exception as error:
-            yield gr.update(visible=False), f"⚠ {sentence_of(error, photos_of(history), language)}"
-            if not isinstance(error, UserError) and not is_out_of_memory(error):
+            yield gr.update(visible=False), as_markdown(sentence_of(error, photos_of(history), language))
+            if is_defect(error):
                 raise
 
     def _draw(self, history: History, name: str, chosen: Any, method: Any, system: Any) -> Any:
@@ -126,7 +125,7 @@ class PartPanel:
         chat.question.change(None, chat.question, attached, js=script)
         for listener in (attached.change, *(event.then for event in changes)):
             listener(
-                on_photos, [chat.question, chat.messages, chat.editing, self.photo], [self.photo, chat.where], **OPTIONS
+                on_photos, [chat.question, chat.messages, chat.editing, self.photo], [self.photo, chat.where], **PRIVATE
             )
 
 

@@ -8,9 +8,9 @@ from config import Generate
 from page.checkpoints import Engines
 from page.texts import label
 
-# in the order of the panel; the first is no field of `Generate`
+# in the order of the panel
 NAMES = ("greedy", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "longest", "system")
-DRAWN = (*NAMES[1:5], "seed")  # mean nothing if the likeliest token is always taken
+DRAWN = ("temperature", "top_p", "top_k", "min_p", "seed")  # mean nothing if the likeliest token is always taken
 FIRST_TEMPERATURE = 0.7  # where drawing begins if the config has 0
 
 

@@ -5,6 +5,7 @@ cookie). Gradio translates the labels in the browser (`label`); sentences that a
 the language of the request (`say`).
 """
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,10 +19,9 @@ TEXTS = {
     "title": ("Ask about a photo", "看图问答"),
     "title_line": ("# Ask about a photo", "# 看图问答"),
     "switch": ("中文", "English"),
-    "chat_tab": ("Chat", "对话"),
+    "chat": ("Chat", "对话"),
     "batch_tab": ("Many photos", "批量提问"),
     # chat
-    "chat": ("Chat", "对话"),
     "hello": (
         "<center>Add a photo with the paper clip, drop or paste one,<br>or take a sample below. Then ask.</center>",
         "<center>点回形针添加照片，或拖入、粘贴照片，<br>也可以选用下面的样例，然后提问。</center>",
@@ -40,7 +40,7 @@ TEXTS = {
     "where_add": ("Add the new one to this chat", "新照片加入当前对话"),
     "where_new": ("Ask about the new one in a new chat", "用新照片开始新对话"),
     "example_1": ("What is in the picture?", "这幅图像中有什么？"),
-    "example_2": ("How many objects are there?", "这幅图像描述了什么？"),
+    "example_2": ("How many objects are there?", "有几个物体？"),
     "example_3": ("Describe the picture.", "请描述这幅图像。"),
     "sample": ("Sample photo", "样例照片"),
     "camera": ("Camera", "拍照"),
@@ -189,3 +189,8 @@ def language_of(request: "gr.Request | None") -> str:
 def say(language: str, key: str, **values: Any) -> str:
     """Return a sentence in a language, with values filled in."""
     return TEXTS[key][LANGUAGES.index(language)].format(**values)
+
+
+def as_markdown(text: str) -> str:
+    """Return Markdown that shows a text as it is; else the browser would fetch the pictures that it names."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)

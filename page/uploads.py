@@ -23,6 +23,7 @@ from page.texts import TEXTS
 from paths import is_file_in
 
 PREFIX = "vqa-photos-"
+BATCH = " batch"  # after a session: holder of the batch tab's files, which stay when a new chat begins
 # The same sentence for existing and missing files, because the page must not reveal what is on the server's disk.
 NOT_UPLOADED = TEXTS["gone"][0]
 

@@ -418,6 +418,21 @@ def test_a_chat_comes_back_from_the_browsers_storage(page, photos):
     page.wait_for_function("JSON.parse(localStorage.getItem('vqa-chats')).length === 0")
 
 
+def test_a_browser_without_storage_keeps_nothing_and_goes_on(page):
+    kept = """() => {
+        const storages = ['localStorage', 'sessionStorage']
+        const closed = {configurable: true, get() { throw new DOMException('closed') }}
+        const open = storages.map(name => Object.getOwnPropertyDescriptor(window, name))
+        storages.forEach(name => Object.defineProperty(window, name, closed))
+        try {
+            return [vqa.keep({id: 'x', title: 'x', messages: [1]}).choices, vqa.open('x'), vqa.current('x')]
+        } finally {
+            storages.forEach((name, number) => Object.defineProperty(window, name, open[number]))
+        }
+    }"""
+    assert page.evaluate(kept) == [[], None, None]
+
+
 def test_a_downloaded_chat_can_be_read_and_asked_by_the_command_line(page, photos, tmp_path):
     page.click("#download")
     expect_text(page, "#status", "nothing to download")

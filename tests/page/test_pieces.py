@@ -1,7 +1,6 @@
-"""The pieces of the page without a browser: texts, line, kept chats, rows of a batch, checkpoints, password."""
+"""The pieces of the page without a browser: texts, line, kept chats, checkpoints, password."""
 
 import base64
-import csv
 import gc
 import io
 import json
@@ -22,7 +21,6 @@ from config import Config, Generate, Gui, load_config
 from errors import UserError
 from model.checkpoint import load_checkpoint
 from model.portable import portable_config
-from page.batch import answer_rows, as_csv, as_jsonl, as_table, read_rows
 from page.chat import UploadedPhoto, files_of, with_part
 from page.checkpoints import UNTRAINED, Engines
 from page.kept import COPY_PX, opened, to_keep
@@ -169,14 +167,15 @@ SAID = {"role": "assistant", "content": "!"}
         [GOOD | {"content": "a\ud800"}, SAID],
         [GOOD | {"content": 5}, SAID],
         [GOOD | {"box": [0.5, 0.5, 0.1, 0.1]}, SAID],
+        [GOOD | {"box": [0, 0, 5, 5]}, SAID],
+        [GOOD, SAID, GOOD | {"photos": [[picture_url(b"no photo"), "a"]]}, SAID],
         [GOOD | {"path": "/etc/passwd"}, SAID],
     ],
 )
 def test_what_is_no_kept_chat(tmp_path, messages):
-    before = sorted(tmp_path.rglob("*.png"))
     with pytest.raises(UserError, match="cannot be opened"):
         opened({"id": "x", "title": "x", "messages": messages}, tmp_path)
-    assert sorted(tmp_path.rglob("*.png")) == before
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_a_name_in_a_kept_chat_leads_nowhere(tmp_path):
@@ -185,74 +184,6 @@ def test_a_name_in_a_kept_chat_leads_nowhere(tmp_path):
     history, _ = opened(chat, tmp_path / "uploads")
     assert history[0]["photos"][0].path.startswith(str(tmp_path / "uploads"))
     assert [path.name for path in tmp_path.iterdir()] == ["uploads"]
-
-
-@pytest.fixture
-def uploaded(tmp_path):
-    photos = []
-    for number in (1, 2):
-        Image.new("RGB", (number, 1)).save(tmp_path / f"{number}.png")
-        photos.append(UploadedPhoto(str(tmp_path / f"{number}.png"), f"{number}.png"))
-    return photos
-
-
-def rows_of(tmp_path, *lines):
-    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
-    return read_rows([], [UploadedPhoto(str(tmp_path / "rows.jsonl"), "rows.jsonl")], "")
-
-
-def test_rows_of_photos_and_one_question(uploaded):
-    rows = read_rows(uploaded, [], "What?")
-    (batch,) = answer_rows(SpokenEngine(), rows, uploaded, Generate(), "")
-    assert batch == [
-        {"image": "1.png", "question": "What?", "answer": "1 What?"},
-        {"image": "2.png", "question": "What?", "answer": "1 What?"},
-    ]
-    assert read_rows(uploaded, [], "") == []
-
-
-def test_rows_of_a_file_keep_their_fields_and_a_bad_row_fails_alone(tmp_path, uploaded):
-    rows = rows_of(
-        tmp_path,
-        '{"image": "photos/1.png", "question": "One?", "id": 5, "answer": "old"}',
-        "",
-        '{"image": ["1.png", "2.png"], "question": "二？"}',
-        "{",
-        "[1]",
-        '{"image": "3.png", "question": "?"}',
-        '{"image": "../../etc/passwd", "question": "?"}',
-        '{"image": "1.png"}',
-        '{"image": "1.png", "question": "Part?", "box": [0.0, 0.0, 0.5, 1.0]}',
-        '{"image": "1.png", "question": "Part?", "box": [0.5, 0.0, 0.1, 1.0]}',
-    )
-    (batch,) = answer_rows(SpokenEngine(), rows, uploaded, Generate(), "")
-    assert batch[0] == {"image": "photos/1.png", "question": "One?", "id": 5, "answer": "1 One?"}
-    assert batch[1]["answer"] == "2 二？"
-    assert [row.get("error", "")[:14] for row in batch[2:]] == [
-        "not valid JSON", "expected {\"ima", "the photo '3.p", "the photo '../", '"question" mus', "", "the box 0.5,0."
-    ]  # fmt: skip
-    assert batch[7]["answer"] == "2 Part?"  # the photo and its part
-    lines = [json.loads(line) for line in as_jsonl(batch).decode().splitlines()]
-    assert lines == batch
-    table = list(csv.reader(io.StringIO(as_csv(batch).decode("utf-8-sig"))))
-    assert table[0] == ["image", "question", "answer", "error"]
-    assert table[2][:3] == ["1.png, 2.png", "二？", "2 二？"]
-    assert as_table(batch)[2][2].startswith("⚠ not valid JSON")
-
-
-def test_a_name_that_two_different_uploads_have_is_refused(tmp_path, uploaded):
-    (tmp_path / "other").mkdir()
-    Image.new("RGB", (3, 1)).save(tmp_path / "other" / "1.png")
-    photos = [*uploaded, UploadedPhoto(str(tmp_path / "other" / "1.png"), "1.png"), uploaded[1]]
-    (batch,) = answer_rows(SpokenEngine(), read_rows(photos, [], "What?"), photos, Generate(), "")
-    assert ["several uploads" in row.get("error", "") for row in batch] == [True, False, True, False]
-
-
-def test_many_rows_come_in_batches(uploaded):
-    rows = [{"image": "1.png", "question": str(number)} for number in range(40)]
-    batches = list(answer_rows(SpokenEngine(), rows, uploaded, Generate(), ""))
-    assert [len(batch) for batch in batches] == [16, 16, 8]
-    assert [row["answer"] for batch in batches for row in batch] == [f"1 {number}" for number in range(40)]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -292,7 +223,16 @@ def test_checkpoints_are_listed_and_only_those_that_are_asked_are_in_memory(tiny
         engines.get("../x")
 
 
+def test_a_wrong_name_leaves_the_only_answerer():
+    engines = Engines(SpokenEngine(), "c7")
+    for name in ("typo", "c7|typo"):
+        with pytest.raises(UserError, match="no checkpoint"):
+            engines.get(name)
+    assert engines.get("c7") == [engines.loaded("c7")]
+
+
 def test_the_password_comes_from_the_environment_and_goes_nowhere(monkeypatch):
+    monkeypatch.delenv("VQA_GUI_PASSWORD", raising=False)
     assert test_gui.with_password(Gui()).password is None
     with pytest.raises(UserError, match="set the environment variable VQA_GUI_PASSWORD"):
         test_gui.with_password(Gui(user="me"))
@@ -305,6 +245,11 @@ def test_the_password_comes_from_the_environment_and_goes_nowhere(monkeypatch):
     assert "secret" not in json.dumps(portable_config(config))
     with pytest.raises(UserError, match="gui.password needs gui.user"):
         test_gui.with_password(Gui(password="secret"))
+    with pytest.raises(UserError, match="VQA_GUI_PASSWORD needs gui.user"):
+        test_gui.with_password(Gui())
+    with pytest.raises(UserError, match="'gui.password' = …: Input should be a valid string") as caught:
+        load_config("config.yaml", {"gui.password": 123456})
+    assert "123456" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["vqa", "/vqa/", "/v qa", "javascript:x"])

@@ -11,7 +11,7 @@ from answering.answer import Answerer
 from config import Generate
 from evaluation import screenshots
 from model.checkpoint import load_checkpoint
-from page.checkpoints import Engines
+from page.checkpoints import UNTRAINED, Engines
 from tests.page.driver import ask, expect, expect_text, fresh, no_browser, opened, served, upload
 
 pytest.importorskip("playwright.sync_api")
@@ -127,7 +127,7 @@ def test_another_checkpoint_answers_without_a_restart(page, photo, engines):
     page.get_by_role("option", name="checkpoint-2").click()
 
 
-def test_two_checkpoints_answer_side_by_side(page, photo):
+def test_two_checkpoints_answer_side_by_side(page, photo, engines):
     asked(page, photo)
     page.click("#compare")
     for side in ("left", "right"):
@@ -136,8 +136,11 @@ def test_two_checkpoints_answer_side_by_side(page, photo):
     assert left == right  # copies of one checkpoint
     page.click("#right-name input")
     page.get_by_role("option", name="checkpoint-2 · with an untrained projector").click()
+    before = page.inner_text("#right-figures")
     page.click("#compare")
-    page.wait_for_function("document.querySelector('#beside-state').textContent.trim() === ''")
+    expect(page, "#right-figures").not_to_contain_text(before)
+    expect_text(page, "#right-figures", "GiB in use")
+    assert engines.loaded(f"checkpoint-2|{UNTRAINED}") is not None
     assert page.input_value("#left-answer textarea") == left
 
 
