@@ -36,7 +36,7 @@ S = TypeVar("S", bound=Section)
 
 class Source(Section):
     name: str = Field(min_length=1)
-    format: Literal["ai_challenger", "llava", "jsonl", "coco_captions", "vqav2"]
+    format: Literal["ai_challenger", "llava", "jsonl", "coco_captions", "vqav2", "webdataset"]
     annotations: str
     images: str
     questions: str | None = None  # vqav2 keeps its questions in a second file

@@ -37,7 +37,7 @@ from dataset.records import Captions, ImageMap, json_pieces, write_files, write_
 from dataset.register import MemoryRecords
 from dataset.rows import Report, report_text
 from errors import UserError, file_error
-from paths import existing_path, resolve_path
+from paths import Kind, existing_path, resolve_path
 
 __all__ = ["main", "process_ali", "process_coco", "process_sources", "read_json"]
 
@@ -152,7 +152,8 @@ def process_sources(data: Data, disk: DiskRecords | None = None) -> tuple[ImageM
     reports = []
     for index, source in enumerate(data.sources):
         key = f"data.sources.{index}"
-        annotations = existing_path(source.annotations, f"{key}.annotations")
+        kind: Kind = "folder" if source.format == "webdataset" else "file"  # texts lie in the shards
+        annotations = existing_path(source.annotations, f"{key}.annotations", kind)
         questions = existing_path(source.questions, f"{key}.questions") if source.questions is not None else None
         images = resolve_path(source.images)
         if data.check_images != "none":

@@ -1,14 +1,15 @@
-"""Loaders of annotation files in five public formats; `dataset/raw.py` converts their rows to photos and questions.
+"""Loaders of annotation files in public formats; `dataset/raw.py` converts their rows to photos and questions.
 
 Definition of a row, with kept + rejected = read:
 
 * `ai_challenger`, `llava`: an item of the list.
-* `jsonl`: a line that is not blank. The only format that is read line by line and can be larger than the memory.
+* `jsonl`: a line that is not blank. It is read line by line, so it can be larger than the memory.
 * `coco_captions`: an item of `annotations`, that is, a caption. Also an item of `images` that has no caption, has no
   id or repeats an earlier id. All captions of a photo become one entry with several answers. A file without
   `annotations` is a test set: each of its photos is a row without references.
 * `vqav2`: an item of `questions`, with its annotation. Also an item of `annotations` without a question of its own.
   Without a file of annotations, the questions are a test set.
+* `webdataset`: a sample (`dataset/shards.py`).
 
 `dataset/turns.py` has examples of `llava` and `jsonl` rows with several turns and photos.
 """

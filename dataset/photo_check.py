@@ -22,6 +22,7 @@ from tqdm import tqdm
 from errors import UserError, shortened
 from paths import resolve_path
 from visual.photo import load_image
+from visual.shard import member_of, read_member
 
 CHUNK = 16  # photos per task of a process
 MOST_PROCESSES = 8  # a process may need 0.8 GB for a large photo; 8 processes decode about as fast as a disk reads
@@ -64,6 +65,12 @@ def _cores() -> int:
 
 def _missing(path: str) -> Problem | None:
     file = resolve_path(path)
+    if member := member_of(file):
+        try:
+            read_member(member)
+        except UserError as error:
+            return "photo not found in its shard", shortened(error)
+        return None if member.size else ("photo file is empty", shortened(path))
     if not os.path.isfile(file):  # Path.is_file raises an error for names that are too long
         return "photo not found", shortened(path)
     if file.stat().st_size == 0:

@@ -1,4 +1,4 @@
-"""Readers of raw annotations: rows of five public formats → photos and questions in the form of `dataset/records.py`.
+"""Readers of raw annotations: rows of six public formats → photos and questions in the form of `dataset/records.py`.
 
 `process_image.py` selects a reader from `READERS` by `format` and re-exports `process_ali` and `process_coco`.
 `Report` stores every rejected row with a reason; no row is lost silently.
@@ -17,6 +17,7 @@ from dataset.photo_check import Check
 from dataset.records import Captions, ImageMap
 from dataset.register import MemoryRecords, Records, Register
 from dataset.rows import DropRowError, Report, Row, RowPart, shown
+from dataset.shards import load_shards
 from dataset.turns import (
     Notes,
     Turns,
@@ -35,6 +36,7 @@ ENGLISH_QUESTIONS = (f"What does this picture show?{IMAGE_TAG}", f"{IMAGE_TAG}Wh
 CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
 CHUNK = 50_000  # usable rows in memory at a time, about 150 MB; their photos are checked together
 
+Parser = Callable[[dict[str, Any], Notes], Turns]
 ParsedRow = tuple[int, Any, Turns, Notes | None]  # number, row, turns, notes
 
 
@@ -73,6 +75,11 @@ def process_ali(
     Raises:
         ValueError: `start_ID` is not the number of photos in `image_map`.
     """
+    parse = _caption_parser(seed, questions)
+    return _process(parse, rows, image_path, start_ID, image_map, source, report, check, into)
+
+
+def _caption_parser(seed: int, questions: tuple[str, str] | None) -> Parser:
     choice = random.Random(seed)
 
     def parse(row: dict[str, Any], notes: Notes) -> Turns:
@@ -87,7 +94,7 @@ def process_ali(
         question = language[choice.random() < 0.5]
         return [{"q": question.replace(IMAGE_TAG, IMAGE_TAG * len(names)), "a": answers, "images": names}]
 
-    return _process(parse, rows, image_path, start_ID, image_map, source, report, check, into)
+    return parse
 
 
 def process_captions(
@@ -115,19 +122,41 @@ def process_coco(
     gives all readers the same signature. Arguments as in `process_ali`.
     """
 
+    return _process(_parse_dialogue, rows, image_path, start_ID, image_map, source, report, check, into)
+
+
+def process_shards(
+    rows: Iterable[Any],
+    image_path: str | Path,
+    start_ID: int,
+    *,
+    image_map: ImageMap | None = None,
+    seed: int = 0,
+    source: str = "shards",
+    report: Report | None = None,
+    check: Check | None = None,
+    into: Records | None = None,
+) -> tuple[ImageMap, Captions]:
+    """Read rows of `dataset/shards.py`: those with `caption` as `process_captions`, others as `process_coco`."""
+    parse_caption = _caption_parser(seed, None)
+
     def parse(row: dict[str, Any], notes: Notes) -> Turns:
-        names = image_names(row)
-        if "turns" in row and "conversations" not in row:
-            return place_by_turn(row["turns"], names, notes, box_of(row))
-        turns = dialogue(row["conversations"], notes) if "conversations" in row else [turn_of(row, notes)]
-        turns[0] |= box_of(row)
-        return place_photos(turns, names, notes)
+        return (parse_caption if "caption" in row else _parse_dialogue)(row, notes)
 
     return _process(parse, rows, image_path, start_ID, image_map, source, report, check, into)
 
 
+def _parse_dialogue(row: dict[str, Any], notes: Notes) -> Turns:
+    names = image_names(row)
+    if "turns" in row and "conversations" not in row:
+        return place_by_turn(row["turns"], names, notes, box_of(row))
+    turns = dialogue(row["conversations"], notes) if "conversations" in row else [turn_of(row, notes)]
+    turns[0] |= box_of(row)
+    return place_photos(turns, names, notes)
+
+
 def _process(
-    parse: Callable[[dict[str, Any], Notes], Turns],
+    parse: Parser,
     rows: Iterable[Any],
     image_path: str | Path,
     start_ID: int,
@@ -174,9 +203,7 @@ def _enter(chunk: list[ParsedRow], register: Register, report: Report, check: Ch
             setattr(report, name, getattr(report, name) + count)
 
 
-def _parse_rows(
-    parse: Callable[[dict[str, Any], Notes], Turns], rows: Iterable[Any], report: Report
-) -> Iterator[ParsedRow]:
+def _parse_rows(parse: Parser, rows: Iterable[Any], report: Report) -> Iterator[ParsedRow]:
     """Yield (number, row, turns, notes) of each usable row; the report gets the other rows."""
     for number, row in enumerate(rows, start=1):
         report.rows += len(row.parts) if isinstance(row, Row) else 1
@@ -211,4 +238,5 @@ READERS = {
     "jsonl": Reader(load_jsonl, process_coco),
     "coco_captions": Reader(load_coco_captions, process_captions),
     "vqav2": Reader(load_vqav2, process_coco),
+    "webdataset": Reader(load_shards, process_shards),
 }

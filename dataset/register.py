@@ -14,6 +14,7 @@ from dataset.records import TEXT_KEY, Captions, ImageMap
 from dataset.turns import Turns
 from paths import resolve_path
 from visual.region import Box
+from visual.shard import without_place
 
 
 class Records(Protocol):
@@ -106,7 +107,7 @@ class Register:
         ID = self.records.find(place)
         if ID is None:
             ID = self.records.photos
-            name = path[len(self.folder) + 1 :]
+            name = without_place(path[len(self.folder) + 1 :])
             key = f"{self.folder_name}/{name}{_suffix(box)}"
             while self.records.has_key(key):
                 key = f"{self.source}/{key}"

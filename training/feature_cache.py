@@ -32,6 +32,7 @@ from model.processor import Processor
 from paths import resolve_path
 from visual.augment import Augment
 from visual.photo import load_image, photo_size
+from visual.shard import file_of
 from visual_plan import VisualPlan
 
 END = b"features complete 1"
@@ -208,7 +209,7 @@ def _digest(model: MMultiModal, photos: list[Photo], config: Config) -> str:
                 digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
     for photo in photos:
         try:
-            state = photo.path.stat()
+            state = file_of(photo.path).stat()
         except OSError as error:
             raise UserError(f"photo {photo.path} cannot be read: {error.strerror}") from error
         digest.update(f"{photo.key}{photo.box or ''} {state.st_size} {state.st_mtime_ns}\n".encode())

@@ -4,6 +4,7 @@ This module imports no torch, so the decoding processes of `process_image.py` st
 small. `visual/transform.py` re-exports `load_image`.
 """
 
+import io
 import os
 import stat
 import warnings
@@ -15,6 +16,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from errors import UserError, file_error, shortened
 from visual.region import Region, pixel_box
+from visual.shard import member_of, read_member
 
 # Formats that Pillow may read. Formats that start another program (EPS: Ghostscript) and formats that no camera or
 # website uses are excluded. JPEG includes MPO (cameras with several views), PPM covers PBM, PGM, PNM and PFM.
@@ -61,8 +63,8 @@ def load_image(file: str | Path | BinaryIO | Image.Image | Region, max_pixels: i
     if isinstance(file, Image.Image):
         image, orientation = _decode(file, "the given picture", max_pixels)
     else:
-        name = "the given file" if not isinstance(file, str | Path) else _checked_name(file)
-        image, orientation = _decode_file(file, name, max_pixels)
+        content, name = _content(file) if isinstance(file, str | Path) else (file, "the given file")
+        image, orientation = _decode_file(content, name, max_pixels)
     # last, after the memory of the decoded original is freed
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
@@ -73,12 +75,20 @@ def photo_size(file: str | Path | Region) -> tuple[int, int]:
         assert isinstance(file.photo, str | Path), "only files have a header"
         left, top, right, bottom = pixel_box(file.box, *photo_size(file.photo))
         return right - left, bottom - top
-    name = _checked_name(file)
-    with _opened(file, name, MAX_PIXELS) as image:
+    content, name = _content(file)
+    with _opened(content, name, MAX_PIXELS) as image:
         _check_size(image, name, MAX_PIXELS)
         width, height = image.size
         # orientations 5 to 8 rotate the photo by 90 degrees
         return (height, width) if (_orientation(image) or 1) >= 5 else (width, height)
+
+
+def _content(file: str | Path) -> tuple[str | Path | BinaryIO, str]:
+    """Return what Pillow opens, and its name."""
+    if member := member_of(file):
+        _checked_name(member.shard)
+        return io.BytesIO(read_member(member)), str(file)
+    return file, _checked_name(file)
 
 
 def _checked_name(file: str | Path) -> str:

@@ -1,0 +1,78 @@
+"""Photos inside uncompressed tar files ("shards", as WebDataset packs them).
+
+Millions of photos are slow to list, copy and delete as files of their own, and some file systems have no room for so
+many. The path of a photo in a shard says where its bytes are, so reading it takes one seek, and nothing has to know the
+other members:
+
+    photos/part-00007.tar/000123.jpg@1536+24012         24,012 bytes from byte 1,536 of photos/part-00007.tar on
+
+`dataset/shards.py` writes such paths, `visual/photo.py` reads them. This module imports no torch.
+"""
+
+import re
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+from errors import UserError, file_error, shortened
+
+_PATH = re.compile(r"(.+\.tar)/(.+)@(\d{1,18})\+(\d{1,18})", re.DOTALL)
+_REMEDY = "run process_image.py again"
+
+
+class Member(NamedTuple):
+    """A file in a shard: `size` bytes from byte `start` on."""
+
+    shard: str
+    name: str
+    start: int
+    size: int
+
+    @property
+    def path(self) -> str:
+        return f"{self.shard}/{self.name}@{self.start}+{self.size}"
+
+
+def member_of(path: str | Path) -> Member | None:
+    """Return the member that a path means; None: it is the path of an ordinary file."""
+    found = _PATH.fullmatch(Path(path).as_posix())
+    return found and Member(found[1], found[2], int(found[3]), int(found[4]))
+
+
+def file_of(path: str | Path) -> Path:
+    """Return the file that has the photo: the shard, or the path itself."""
+    member = member_of(path)
+    return Path(path if member is None else member.shard)
+
+
+def without_place(path: str) -> str:
+    """Return a path without the place of the bytes, which changes when the shard is packed anew."""
+    return path if member_of(path) is None else path.rpartition("@")[0]
+
+
+def read_member(member: Member) -> bytes:
+    """Return the bytes of a member.
+
+    Raises:
+        UserError: the shard is missing or cannot be read, or it has something else at that place.
+    """
+    block = tarfile.BLOCKSIZE
+    try:
+        with open(member.shard, "rb") as shard:
+            shard.seek(max(member.start - block, 0))
+            header = tarfile.TarInfo.frombuf(shard.read(block), "utf-8", "surrogateescape")
+            content = shard.read(member.size)
+    except FileNotFoundError as error:
+        raise UserError(f"shard not found: {shortened(member.shard)}") from error
+    except OSError as error:
+        raise file_error(error, f"shard {shortened(member.shard)}") from error
+    except tarfile.HeaderError as error:
+        raise UserError(f"{member.path}: the shard has no file there any more: {_REMEDY}") from error
+    # a header has the first 100 bytes of a longer name, in UTF-8 (GNU tar) or with "?" for other letters (POSIX)
+    names = member.name.encode("utf-8", "surrogateescape"), member.name.encode("ascii", "replace")
+    found = header.name.removeprefix("./").encode("utf-8", "surrogateescape")
+    if header.size != member.size or not any(name.startswith(found) for name in names):
+        raise UserError(f"{member.path}: the shard has {shortened(header.name)} there: {_REMEDY}")
+    if len(content) < member.size:
+        raise UserError(f"{member.path}: the shard ends before: it was cut off, fetch it again")
+    return content
