@@ -46,15 +46,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--format", choices=list(TARGETS), default=next(iter(TARGETS)),
         help="llava (the default, a stock class that most programs read), vipllava (exact for SigLIP's own output), "
-        "onnx or openvino (graphs)",
+        "onnx or openvino (graphs), gguf (for llama.cpp)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["auto", *DTYPES], default="auto",
         help="of the weights and the comparison; auto (the default): that of the language model's own folder, for "
         "graphs float32 in place of bfloat16",
     )  # fmt: skip
+    quantised = {name: key for key, target in TARGETS.items() for name in target.quantised}
+    parser.add_argument(
+        "--weights", choices=list(quantised), help="of the language model, in place of --dtype's; --format gguf only"
+    )
     args = parser.parse_intermixed_args(arguments)
     target = TARGETS[args.format]
+    if args.weights and args.weights not in target.quantised:
+        raise UserError(f"--weights {args.weights}: only --format {quantised[args.weights]} has such weights")
     missing = [name for name in target.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--format {args.format} needs {', '.join(missing)}: pip install -r requirements-export.txt")
@@ -69,7 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
         dtype = torch.float32
     try:
         model = load_checkpoint(checkpoint, device="cpu", dtype=dtype, overrides=overrides | OVERRIDES)
-        written = write_export(model, output, args.format, card_facts(model, checkpoint, config))
+        card = card_facts(model, checkpoint, config)
+        written = write_export(model, output, args.format, card, args.weights or "")
         del model  # the comparison loads the folder in another process
         gc.collect()
         report = check_export(written)
@@ -80,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     same = sum(question["same"] for question in questions)
     print(
         f"{output}: {same} of {len(questions)} greedy answers are the same, logits differ by at most "
-        f"{max(question['logits'] for question in questions):.1e} ({report['dtype']})"
+        f"{max(question['logits'] for question in questions):.1e} ({report['weights']})"
     )
 
 

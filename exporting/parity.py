@@ -31,9 +31,11 @@ LONGEST_ANSWER = 32  # tokens of a compared answer
 # Largest allowed (relative error of the projected features, logit difference in standard deviations of our logits).
 # In float32 an exact format differs only by the order of sums. In 16 bits both sides round at every layer, each with
 # its own kernels, and the differences grow with the square root of the depth. The limits are several times what six
-# layers of Qwen2.5-0.5B behind SigLIP-base differ by; `export_report.json` has the figures of each export.
+# layers of Qwen2.5-0.5B behind SigLIP-base differ by; `export_report.json` has the figures of each export. Weights of
+# 8 bits have a precision near bfloat16's, and get its limits.
 TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.float16: (1e-2, 0.1), torch.bfloat16: (5e-2, 0.5)}
 FOLDED = (2e-3, 0.05)  # in float32, for a folded layer norm
+LOWEST = -80.0  # logarithm of a probability; a program that gives probabilities cannot tell smaller ones from 0
 LARGEST_PIXEL_DIFFERENCE = 0.02  # of normalised pixels: 2.5 of 255 levels, as libraries resize differently
 
 
@@ -71,10 +73,14 @@ class Reference:
     texts: list[str] = field(default_factory=list)
 
 
-def store_reference(model: MMultiModal, folder: Path) -> Reference:
-    """Compute our outputs on the run's validation photos, or on drawn ones, and store them in `folder`."""
+def store_reference(model: MMultiModal, folder: Path, photos_first: bool = False) -> Reference:
+    """Compute our outputs on the run's validation photos, or on drawn ones, and store them in `folder`.
+
+    Args:
+        photos_first: the program puts photos before the text, so questions with a photo elsewhere are left out.
+    """
     chat, settings = model.processor.chat, model.config.generate
-    cases = _real_cases(model)
+    cases = _real_cases(model, photos_first)
     source = "photos and questions of the validation set, and drawn ones" if cases else "drawn photos"
     cases += _drawn_cases(model)
     tensors, rows, pixels_of = {}, [], {}
@@ -112,6 +118,7 @@ def compare(
     program: str,
     feature_error: float = 0.0,
     python: str = sys.executable,
+    weights: str = "",
 ) -> dict[str, Any]:
     """Load `folder` in a fresh process and return the report; `problems` is empty if all agrees.
 
@@ -119,6 +126,7 @@ def compare(
         program: that reads the folder, a key of `stock_check.READERS`.
         feature_error: that the conversion itself makes, 0 for an exact format.
         python: interpreter whose libraries are used.
+        weights: type of quantised ones.
     """
     script = Path(__file__).with_name("stock_check.py")
     done = subprocess.run(
@@ -128,12 +136,13 @@ def compare(
         text=True,
         check=False,
     )
-    limits = TOLERANCES[reference.dtype]
+    limits = TOLERANCES[torch.bfloat16 if weights else reference.dtype]
     if feature_error:
         limits = (max(limits[0], FOLDED[0]), max(limits[1], FOLDED[1]))
     report: dict[str, Any] = {
         "dtype": str(reference.dtype).removeprefix("torch."),
         "photos": reference.source,
+        "weights": weights or str(reference.dtype).removeprefix("torch."),
         "error of the conversion": feature_error,
         "allowed": {"features": limits[0], "logits": limits[1], "pixels": LARGEST_PIXEL_DIFFERENCE},
     }
@@ -144,9 +153,15 @@ def compare(
     questions = json.loads((reference.folder / "cases.json").read_text(encoding="utf-8"))
     problems = [f"{kind}: {', '.join(names[:3])}" for kind, names in theirs["tensors"].items()]
     files = {name: load_file(reference.folder / f"{name}.safetensors") for name in ("pixels", "reference", "theirs")}
+    if theirs["log_probabilities"]:  # their smallest are 0 as probabilities
+        for file in (files["reference"], files["theirs"]):
+            for name in [name for name in file if name.endswith(".logits")]:
+                file[name] = torch.log_softmax(file[name], -1).clamp_min(LOWEST)
     cases = []
     for number, (question, text) in enumerate(zip(questions, reference.texts, strict=True)):
         case = _differences(files, number, question, theirs["cases"][number])
+        if theirs["log_probabilities"]:  # those of later tokens are not known, but may differ as much as allowed
+            case["tie"] = limits[1] * case["logit_std"]
         problems += [f"question {number + 1}: {problem}" for problem in _problems(case, limits)]
         asked = question["messages"][-1]["content"]
         asked = asked if isinstance(asked, str) else asked[-1]["text"]
@@ -164,11 +179,12 @@ def _differences(
     if question["photos"]:
         difference = outputs[f"{number}.pixels"] - pixels[f"{number}.pixels"]
         case["pixels"] = float(difference.abs().max())
-        features = ours[f"{number}.features"]
-        difference = outputs[f"{number}.features"].reshape(features.shape) - features
-        case["features"] = float(difference.norm() / features.norm())
-    logits = ours[f"{number}.logits"]  # (N, V)
-    case["logits"] = float((outputs[f"{number}.logits"] - logits).abs().max())
+        if f"{number}.features" in outputs:
+            features = ours[f"{number}.features"]
+            difference = outputs[f"{number}.features"].reshape(features.shape) - features
+            case["features"] = float(difference.norm() / features.norm())
+    logits, rows = ours[f"{number}.logits"], outputs[f"{number}.logits"]  # (N, V), and (N, V) or the first of them
+    case["logits"] = float((rows - logits[: len(rows)]).abs().max())
     case["logit_std"] = float(logits.std())
     case["margin"] = margin(question["tokens"], theirs["tokens"], logits)
     return case
@@ -184,7 +200,7 @@ def margin(ours: list[int], theirs: list[int], logits: torch.Tensor) -> float | 
 
 def _problems(case: dict[str, Any], limits: tuple[float, float]) -> list[str]:
     """Sentences on what differs more than allowed. Comparisons are written so that NaN fails."""
-    problems, (features, logits) = [], limits
+    problems, (features, logits), tie = [], limits, 2 * case.pop("tie", case["logits"])
     if not case["ids_equal"]:
         problems.append("its prompt has other token ids")
     if not case.get("pixels", 0.0) <= LARGEST_PIXEL_DIFFERENCE:
@@ -195,12 +211,12 @@ def _problems(case: dict[str, Any], limits: tuple[float, float]) -> list[str]:
     if not relative <= logits:
         problems.append(f"the logits differ by {relative:.1e} standard deviations (allowed {logits})")
     # where both rate two tokens equal up to the difference of the logits, either may come first
-    if case["margin"] is not None and not case["margin"] <= 2 * case["logits"]:
+    if case["margin"] is not None and not case["margin"] <= tie:
         problems.append("the greedy answer is another")
     return problems
 
 
-def _real_cases(model: MMultiModal) -> list[Case]:
+def _real_cases(model: MMultiModal, photos_first: bool) -> list[Case]:
     """Questions of the run's validation set, as far as its files are on this machine."""
     data, cases = model.config.data, []
     files = [resolve_path(data.image_map), resolve_path(data.captions)]
@@ -213,6 +229,8 @@ def _real_cases(model: MMultiModal) -> list[Case]:
             turn = entry.turns[0]
             text = turn.question.replace(IMAGE_TAG, PLACEHOLDER)
             if not turn.images or "<|" in text or text.count(PLACEHOLDER) != len(turn.images):
+                continue
+            if photos_first and (len(turn.images) > 1 or not text.startswith(f"{PLACEHOLDER}\n")):
                 continue
             if len(cases) == REAL_CASES:
                 break

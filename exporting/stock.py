@@ -3,9 +3,10 @@
 Used by the modules of the targets (`llava.py`, `vipllava.py`) and by `folder.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ class ExportTarget(NamedTuple):
         program: that reads the folder, a key of `stock_check.READERS`.
         bfloat16: whether the program computes in it on a CPU.
         packages: libraries that it needs, besides those of requirements.txt.
+        quantised: value of --weights → `write` with such weights.
+        photos_first: whether the program puts the photos of a question before its text.
     """
 
     check: Callable[[MMultiModal], None]
@@ -50,6 +53,8 @@ class ExportTarget(NamedTuple):
     program: str = "transformers"
     bfloat16: bool = True
     packages: tuple[str, ...] = ()
+    quantised: Mapping[str, Callable[[MMultiModal, torch.Tensor, Path], float]] = MappingProxyType({})
+    photos_first: bool = False
 
 
 def check_parts(model: MMultiModal) -> None:

@@ -6,11 +6,15 @@ PROGRAM is a key of `READERS`. `parity.py` writes REFERENCE, starts this file an
 REFERENCE/theirs.safetensors and REFERENCE/theirs.json.
 """
 
+import base64
 import functools
 import importlib
 import importlib.metadata
+import io
 import json
+import os
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,8 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-IMAGE_TAG = "<|extra_0|>"
+IMAGE_TAG, PLACEHOLDER = "<|extra_0|>", "<image>"  # of a prompt, and of a message that is a string
+CONTEXT = 8192  # tokens of a question with its photos in llama.cpp, which would keep room for all that the model takes
 
 
 class TransformersReader:
@@ -190,10 +195,103 @@ class GraphReader:
         return logits[0, -1].astype(np.float32)
 
 
+class LlamaCppReader:
+    """The two files of `gguf_files.py` in llama.cpp's own server, which xllamacpp runs; pixels are transformers'.
+
+    It gives no features, and the probabilities behind the prompt only. It takes text only, so `logits` and `answer`
+    are those of the last `inputs`.
+    """
+
+    packages = ("xllamacpp", "transformers")
+    log_probabilities = True
+
+    def __init__(self, folder: Path) -> None:
+        llama, transformers = importlib.import_module("xllamacpp"), importlib.import_module("transformers")
+        settings = llama.CommonParams()
+        settings.model.path, settings.mmproj.path = str(next(folder.glob("model-*.gguf"))), str(folder / "mmproj.gguf")
+        settings.n_ctx, settings.verbosity = CONTEXT, 1  # errors only
+        # float16 otherwise
+        settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+        settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = int(os.environ.get("OMP_NUM_THREADS", -1))
+        self.server = llama.Server(settings)
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.wrong_tensors: dict[str, list[str]] = {}  # it does not load such files
+        self.image_processor = transformers.AutoImageProcessor.from_pretrained(folder)
+        self.settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        self.rows = self._ask("models")["data"][0]["meta"]["n_vocab"]
+        self.marker = self._ask("props")["media_marker"]
+        self.tokenizer = self
+
+    def inputs(self, messages: list[dict[str, Any]], photos: list[Image.Image]) -> tuple[list[int], Any]:
+        """As the other readers'; a photo is as many placeholders as it has tokens in the server."""
+        pixels = np.asarray(self.image_processor(photos, return_tensors="np")["pixel_values"] if photos else [])
+        pictures = [self._picture(picture) for picture in pixels]
+        left = iter(pictures)
+        for message in messages:
+            text = message["content"]
+            if isinstance(text, str) and text.startswith(PLACEHOLDER):
+                message["content"] = [
+                    {"type": "image"},
+                    {"type": "text", "text": text.removeprefix(f"{PLACEHOLDER}\n")},
+                ]
+            for part in message["content"] if isinstance(message["content"], list) else []:
+                if part["type"] == "image":
+                    part |= {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{next(left)}"}}
+        prompt = self._ask("apply-template", messages=messages)["prompt"]
+        self.prompt = {"prompt_string": prompt, "multimodal_data": pictures}
+        # the probabilities are those without the bias; a token that is part of a letter would be sent without any
+        self.first = self._answer(1, n_probs=self.rows, logit_bias=[[self._ids("a")[0], 1e6]])
+        texts = [self._ids(text) for text in prompt.split(self.marker)]
+        tokens = self.first["tokens_evaluated"] - sum(map(len, texts))
+        photo = self._ids(IMAGE_TAG) * (tokens // max(len(photos), 1))
+        return [*texts[0], *(token for text in texts[1:] for token in photo + text)], pixels if photos else None
+
+    def logits(self, ids: list[int], tokens: list[int], pixels: np.ndarray | None) -> np.ndarray:
+        """Logarithms of probabilities (1, V) behind the prompt."""
+        row = np.full((1, self.rows), -np.inf, np.float32)
+        for entry in self.first["completion_probabilities"][0]["top_logprobs"]:
+            row[0, entry["id"]] = entry["logprob"]
+        return row
+
+    def answer(self, ids: list[int], pixels: np.ndarray | None, longest: int) -> list[int]:
+        """As the other readers', by the settings in the file."""
+        return self._answer(longest)["tokens"]
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
+        stops = self.settings["eos_token_id"]
+        return self._ask("detokenize", tokens=[token for token in tokens if token not in stops])["content"]
+
+    def _answer(self, longest: int, **settings: Any) -> dict[str, Any]:
+        return self._ask(
+            "completion", prompt=self.prompt, n_predict=longest, temperature=0, cache_prompt=False, return_tokens=True,
+            **settings,
+        )  # fmt: skip
+
+    def _ids(self, text: str) -> list[int]:
+        return self._ask("tokenize", content=text, parse_special=True)["tokens"]
+
+    def _picture(self, pixels: np.ndarray) -> str:
+        """A PNG in base64 of normalised pixels (3, H, W), which the server normalises again."""
+        mean, std = (
+            np.array(getattr(self.image_processor, f"image_{kind}"))[:, None, None] for kind in ("mean", "std")
+        )
+        levels = np.rint((pixels * std + mean) * 255).clip(0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(levels.transpose(1, 2, 0)).save(file, "PNG")
+        return base64.b64encode(file.getvalue()).decode()
+
+    def _ask(self, path: str, **body: Any) -> dict[str, Any]:
+        data = json.dumps(body).encode() if body else None
+        with self.opener.open(f"{self.server.listening_address}/{path}", data) as response:
+            return json.load(response)
+
+
 READERS: dict[str, Any] = {
     "transformers": TransformersReader,
     "onnx": functools.partial(GraphReader, kind=OnnxGraph),
     "openvino": functools.partial(GraphReader, kind=OpenvinoGraph),
+    "llama.cpp": LlamaCppReader,
 }
 
 
@@ -208,7 +306,8 @@ def main() -> None:
         if photos:
             theirs[f"{number}.pixels"] = pixels
             pixels = ours[f"{number}.pixels"]
-            theirs[f"{number}.features"] = reader.features(pixels)
+            if hasattr(reader, "features"):
+                theirs[f"{number}.features"] = reader.features(pixels)
         theirs[f"{number}.logits"] = reader.logits(case["ids"], case["tokens"], pixels)
         tokens = reader.answer(case["ids"], pixels, case["max_new_tokens"])
         rows.append({"ids": ids, "tokens": tokens})
@@ -216,6 +315,7 @@ def main() -> None:
     save_file({name: np.ascontiguousarray(array) for name, array in theirs.items()}, reference / "theirs.safetensors")
     versions = {name: importlib.metadata.version(name) for name in reader.packages}
     result = {"versions": versions, "tensors": reader.wrong_tensors, "cases": rows}
+    result["log_probabilities"] = getattr(reader, "log_probabilities", False)
     (reference / "theirs.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """The table of export formats. A new one is a module with an `ExportTarget`, and a line here."""
 
-from exporting import llava, onnx_graphs, openvino_graphs, vipllava
+from exporting import gguf_files, llava, onnx_graphs, openvino_graphs, vipllava
 from exporting.stock import ExportTarget
 
 # value of --format → target; the first is the default
@@ -9,4 +9,5 @@ TARGETS: dict[str, ExportTarget] = {
     "vipllava": vipllava.TARGET,
     "onnx": onnx_graphs.TARGET,
     "openvino": openvino_graphs.TARGET,
+    "gguf": gguf_files.TARGET,
 }

@@ -4,6 +4,7 @@ from config import IMAGE_TAG
 from model.model import MMultiModal
 
 PLACEHOLDER = "<image>"  # what data in LLaVA's format writes for a photo
+TEXTS = "{%- for part in message.content if part.type == 'text' %}{{- part.text }}{%- endfor %}"
 
 
 def chat_template(model: MMultiModal) -> str:
@@ -13,11 +14,7 @@ def chat_template(model: MMultiModal) -> str:
     of its photos. A system message at the beginning replaces the model's own sentence.
     """
     prompt = model.config.prompt
-    think = model.processor.chat.think
-    assistant = _text(f"<|im_start|>assistant\n{think}")
     prefix, tag, placeholder = _text(prompt.question_prefix), _text(IMAGE_TAG), _text(PLACEHOLDER)
-    # Qwen v1 has a system block for an empty sentence too
-    shown = "true" if model.processor.chat.first_generation else "system"
     if prompt.image_first:
         of_string = (
             "{%- set photos = message.content.split(" + placeholder + ") | length - 1 %}"
@@ -29,24 +26,56 @@ def chat_template(model: MMultiModal) -> str:
     else:
         of_string = "{{- " + prefix + f" + message.content.replace({placeholder}, {tag}) }}}}"
         before, after = prefix, "''"
-    texts = "{%- for part in message.content if part.type == 'text' %}{{- part.text }}{%- endfor %}"
+    return _dialogue(
+        model,
+        "{%- if message.content is string %}" + of_string + "{%- else %}"
+        "{%- set photos = message.content | selectattr('type', 'equalto', 'image') | list | length %}"
+        f"{{{{- {before} + {tag} * photos }}}}"
+        "{%- if photos %}{{- '\\n' }}{%- endif %}"
+        f"{{{{- {after} }}}}" + TEXTS + "{%- endif %}",
+    )
+
+
+def llama_cpp_template(model: MMultiModal) -> str:
+    """Return the template for llama.cpp; photos go before the text.
+
+    llama.cpp puts a marker at the place of each photo, `<__media…__>`. Its middle part changes at every start. The
+    content is a string or a list of parts, and a marker's part has a text too.
+    """
+    prompt = model.config.prompt
+    prefix = _text(prompt.question_prefix)
+    before, after = ("''", prefix) if prompt.image_first else (prefix, "''")
+    return _dialogue(
+        model,
+        "{%- if message.content is string %}{%- set text = message.content %}"
+        "{%- else %}{%- set text = message.content | map(attribute='text') | join %}{%- endif %}"
+        "{%- set pieces = (text + '<__media').split('<__media') %}"
+        "{%- set marker = '<__media' + pieces[1].split('__>')[0] + '__>' %}"
+        "{%- set photos = text.split(marker) | length - 1 %}"
+        f"{{{{- {before} }}}}{{%- for photo in range(photos) %}}{{{{- marker }}}}{{%- endfor %}}"
+        "{%- if photos %}{{- '\\n' }}{%- endif %}"
+        f"{{{{- {after} + text.replace(marker + '\\n', '').replace(marker, '') }}}}",
+    )
+
+
+def _dialogue(model: MMultiModal, question: str) -> str:
+    """Return a template that writes a user's `message` by `question`."""
+    assistant = _text(f"<|im_start|>assistant\n{model.processor.chat.think}")
+    # Qwen v1 has a system block for an empty sentence too
+    shown = "true" if model.processor.chat.first_generation else "system"
     return (
-        f"{{%- set system = {_text(prompt.system)} %}}"
+        f"{{%- set system = {_text(model.config.prompt.system)} %}}"
         "{%- if messages[0].role == 'system' %}"
         "{%- set system = messages[0].content if messages[0].content is string else messages[0].content[0].text %}"
         "{%- set messages = messages[1:] %}{%- endif %}"
         f"{{%- if {shown} %}}{{{{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}}}{{%- endif %}}"
         "{%- for message in messages %}{%- if message.role == 'user' %}{{- '<|im_start|>user\\n' }}"
-        "{%- if message.content is string %}" + of_string + "{%- else %}"
-        "{%- set photos = message.content | selectattr('type', 'equalto', 'image') | list | length %}"
-        f"{{{{- {before} + {tag} * photos }}}}"
-        "{%- if photos %}{{- '\\n' }}{%- endif %}"
-        f"{{{{- {after} }}}}" + texts + "{%- endif %}"
-        "{{- '<|im_end|>\\n' }}"
+        + question
+        + "{{- '<|im_end|>\\n' }}"
         "{%- elif message.role == 'assistant' %}"
         f"{{{{- {assistant} }}}}"
-        "{%- if message.content is string %}{{- message.content | trim }}{%- else %}" + texts + "{%- endif %}"
-        f"{{{{- {_text(prompt.end_token + chr(10))} }}}}"
+        "{%- if message.content is string %}{{- message.content | trim }}{%- else %}" + TEXTS + "{%- endif %}"
+        f"{{{{- {_text(model.config.prompt.end_token + chr(10))} }}}}"
         "{%- endif %}{%- endfor %}"
         f"{{%- if add_generation_prompt %}}{{{{- {assistant} }}}}{{%- endif %}}"
     )

@@ -30,6 +30,7 @@ class Written:
         folder: under a temporary name.
         output: its final name.
         target: format, a key of `TARGETS`.
+        weights: a key of its `quantised`, or empty.
         reference: our outputs.
         feature_error: that the conversion makes.
         card: what the model card says, without the comparison.
@@ -38,13 +39,17 @@ class Written:
     folder: Path
     output: Path
     target: str
+    weights: str
     reference: Reference
     feature_error: float
     card: dict[str, Any]
 
 
-def write_export(model: MMultiModal, output: Path, target: str, card: dict[str, Any]) -> Written:
+def write_export(model: MMultiModal, output: Path, target: str, card: dict[str, Any], weights: str = "") -> Written:
     """Write `model` (on the CPU, in the dtype of the export) beside `output`; its weights are changed.
+
+    Args:
+        weights: a key of the target's `quantised`, or empty.
 
     Raises:
         UserError: the format cannot hold this model.
@@ -56,13 +61,14 @@ def write_export(model: MMultiModal, output: Path, target: str, card: dict[str, 
     folder.mkdir(parents=True)
     outputs.mkdir()
     try:
-        reference = store_reference(model, outputs)
-        feature_error = TARGETS[target].write(model, reference.pixels, folder)
+        reference = store_reference(model, outputs, TARGETS[target].photos_first)
+        write = TARGETS[target].quantised.get(weights, TARGETS[target].write)
+        feature_error = write(model, reference.pixels, folder)
     except BaseException:  # a partial folder is of no use and may have filled the disk
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(outputs, ignore_errors=True)
         raise
-    return Written(folder, output, target, reference, feature_error, card)
+    return Written(folder, output, target, weights, reference, feature_error, card)
 
 
 def check_export(written: Written) -> dict[str, Any]:
@@ -76,7 +82,8 @@ def check_export(written: Written) -> dict[str, Any]:
     """
     start = time.monotonic()
     report: dict[str, Any] = {"format": written.target, "passed": False}
-    report |= compare(written.reference, written.folder, TARGETS[written.target].program, written.feature_error)
+    program = TARGETS[written.target].program
+    report |= compare(written.reference, written.folder, program, written.feature_error, weights=written.weights)
     report |= {"passed": not report["problems"], "seconds": round(time.monotonic() - start, 1)}
     (written.folder / REPORT_FILE).write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
     write_card(written.folder, written.card, report)

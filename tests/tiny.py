@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from config import Config, parse_config
+from qwen.tokenizer import QWEN1_PATTERN
 
 IMAGE_SIZE = 56  # 4 × 4 patches of 14 px
 CHATML = (
@@ -40,15 +41,19 @@ def fill_trained(model: torch.nn.Module, seed: int = 3) -> None:
             parameter.data.normal_(std=0.2)
 
 
-def write_tokenizer(folder: Path, thinks: bool = False) -> int:
-    """A byte-level tokenizer without merges, in Qwen2's layout, or with Qwen3's think block; returns its size."""
+def write_tokenizer(folder: Path, thinks: bool = False, merges: tuple[str, ...] = ()) -> int:
+    """A byte-level tokenizer in Qwen2's layout, or with Qwen3's think block; returns its size."""
     template = CHATML.replace(
         "NO_THINKING", "enable_thinking is defined and not enable_thinking" if thinks else "false"
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokens = [*alphabet, *(merge.replace(" ", "") for merge in merges)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(QWEN1_PATTERN), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template
@@ -69,9 +74,11 @@ def write_tiktoken(folder: Path, size: int) -> None:
     (folder / "qwen.tiktoken").write_bytes(b"".join(lines))
 
 
-def write_qwen(folder: Path, kind: str = "qwen2", tied: bool = True, spare_rows: int = 8, **settings) -> Path:
+def write_qwen(
+    folder: Path, kind: str = "qwen2", tied: bool = True, spare_rows: int = 8, merges: tuple[str, ...] = (), **settings
+) -> Path:
     """A Qwen2, Qwen3 or Llama checkpoint with 2 layers of width 32."""
-    size = write_tokenizer(folder, thinks=kind == "qwen3")
+    size = write_tokenizer(folder, thinks=kind == "qwen3", merges=merges)
     torch.manual_seed(1)
     common = {
         "vocab_size": size + spare_rows,

@@ -30,8 +30,8 @@ def make(backbones):
 def export(tmp_path, same_process):
     """`export(model, format)`: the folder and its report; `change(folder)` runs between writing and comparing."""
 
-    def run(model, target="llava", change=None, name="out"):
-        written = write_export(model, tmp_path / name, target, FACTS)
+    def run(model, target="llava", change=None, name="out", weights=""):
+        written = write_export(model, tmp_path / name, target, FACTS, weights)
         if change is not None:
             change(written.folder)
         return tmp_path / name, check_export(written)
