@@ -111,7 +111,8 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
             raise UserError(
                 f"override '{shortened(override)}' is not of the form key=value, for example train.max_steps=100"
             )
-        values[key] = _parse_yaml(text, f"override '{shortened(override)}'", "the value is not valid YAML, quote it")
+        shown = f"{key}=…" if key.rpartition(".")[2] == "password" else override  # a message may stand in a log
+        values[key] = _parse_yaml(text, f"override '{shortened(shown)}'", "the value is not valid YAML, quote it")
     return values
 
 

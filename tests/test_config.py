@@ -189,6 +189,12 @@ def test_files_that_yaml_itself_cannot_read(tmp_path):
     assert "not valid YAML" in message_of("a: \x01")
 
 
+def test_a_password_that_is_not_yaml_is_not_shown():
+    with pytest.raises(UserError, match=r"override 'gui\.password=…': the value is not valid YAML") as caught:
+        parse_overrides(["gui.password=[secret"])
+    assert "secret" not in str(caught.value)
+
+
 def test_config_paths_that_are_no_file(tmp_path):
     def message_of(path):
         with pytest.raises(UserError) as caught:
