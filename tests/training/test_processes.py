@@ -153,7 +153,8 @@ SHARDED = {  # equal to one process that has all weights
 }
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
+@pytest.mark.nightly  # a minute of two cores
+@pytest.mark.parametrize("processes", [2, 4])
 def test_sharded_weights_train_as_whole_ones(make_case, tmp_path, workshop, processes):
     prefix, shard = f"shard {processes} ", {"shard": True, "micro_batch": 1}
     one = [make_case(prefix + "one " + name, **kind | {"accumulation": processes}) for name, kind in SHARDED.items()]
