@@ -65,7 +65,10 @@ class BeamSearch:
         found = {}
         for number, beams in zip(self._order, self._beams, strict=True):
             answer = OpenAnswer(self._model, self._batch.prompts[number], self._settings)
-            for token, seconds in zip(beams.best(), self._seconds, strict=False):
+            tokens = beams.best()
+            for token, seconds in zip(
+                tokens, self._seconds[: len(tokens)], strict=True
+            ):  # later passes were for others
                 if answer.reason is None:  # a stop string may end it
                     answer.add(token, seconds)
             found[number] = answer.reply()

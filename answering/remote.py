@@ -202,9 +202,8 @@ class RemoteAnswerer:
     def _fields(self, messages: Iterable[dict[str, Any]], settings: Generate | None) -> dict[str, Any]:
         fields = (settings or self.settings).model_dump(exclude_unset=True)
         neutral = Generate()
-        if (
-            fields.pop("num_beams", 1) != 1
-        ):  # OpenAI's protocol has no field for it, and servers ignore what they do not know
+        # OpenAI's protocol has no field for it, and servers ignore what they do not know
+        if fields.pop("num_beams", 1) != 1:
             raise UserError("a server is asked with its own number of beams: leave generate.num_beams out")
         fields = {
             name: value for name, value in fields.items() if name not in EXTENSIONS or value != getattr(neutral, name)

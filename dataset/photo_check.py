@@ -22,7 +22,7 @@ from tqdm import tqdm
 from errors import UserError, shortened
 from paths import resolve_path
 from visual.photo import load_image
-from visual.shard import member_of, read_member
+from visual.shard import member_of
 
 CHUNK = 16  # photos per task of a process
 MOST_PROCESSES = 8  # a process may need 0.8 GB for a large photo; 8 processes decode about as fast as a disk reads
@@ -66,10 +66,9 @@ def _cores() -> int:
 def _missing(path: str) -> Problem | None:
     file = resolve_path(path)
     if member := member_of(file):
-        try:
-            read_member(member)
-        except UserError as error:
-            return "photo not found in its shard", shortened(error)
+        # the loader has just read its header
+        if member.start + member.size > os.path.getsize(member.shard):
+            return "photo is cut off in its shard", shortened(path)
         return None if member.size else ("photo file is empty", shortened(path))
     if not os.path.isfile(file):  # Path.is_file raises an error for names that are too long
         return "photo not found", shortened(path)

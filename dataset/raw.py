@@ -34,6 +34,7 @@ from dataset.turns import (
 CHINESE_QUESTIONS = (f"这幅图像描述了什么？{IMAGE_TAG}", f"{IMAGE_TAG}这幅图像中有什么？")
 ENGLISH_QUESTIONS = (f"What does this picture show?{IMAGE_TAG}", f"{IMAGE_TAG}What is in this picture?")
 CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
+DIALOGUE_FIELDS = ("conversations", "turns", "question", "q")
 CHUNK = 50_000  # usable rows in memory at a time, about 150 MB; their photos are checked together
 
 Parser = Callable[[dict[str, Any], Notes], Turns]
@@ -118,30 +119,14 @@ def process_coco(
 ) -> tuple[ImageMap, Captions]:
     """Read rows with `conversations` (LLaVA), with `turns`, or with `question`/`q` and `answer`/`a`.
 
-    `dataset/turns.py` defines the positions of the photos; a row without photo is text only. `seed` is not used; it
-    gives all readers the same signature. Arguments as in `process_ali`.
+    A row with none of them may have a `caption`, which is read as by `process_captions`. `dataset/turns.py` defines the
+    positions of the photos; a row without photo is text only. Arguments as in `process_ali`.
     """
-
-    return _process(_parse_dialogue, rows, image_path, start_ID, image_map, source, report, check, into)
-
-
-def process_shards(
-    rows: Iterable[Any],
-    image_path: str | Path,
-    start_ID: int,
-    *,
-    image_map: ImageMap | None = None,
-    seed: int = 0,
-    source: str = "shards",
-    report: Report | None = None,
-    check: Check | None = None,
-    into: Records | None = None,
-) -> tuple[ImageMap, Captions]:
-    """Read rows of `dataset/shards.py`: those with `caption` as `process_captions`, others as `process_coco`."""
     parse_caption = _caption_parser(seed, None)
 
     def parse(row: dict[str, Any], notes: Notes) -> Turns:
-        return (parse_caption if "caption" in row else _parse_dialogue)(row, notes)
+        is_caption = "caption" in row and row.keys().isdisjoint(DIALOGUE_FIELDS)
+        return parse_caption(row, notes) if is_caption else _parse_dialogue(row, notes)
 
     return _process(parse, rows, image_path, start_ID, image_map, source, report, check, into)
 
@@ -238,5 +223,5 @@ READERS = {
     "jsonl": Reader(load_jsonl, process_coco),
     "coco_captions": Reader(load_coco_captions, process_captions),
     "vqav2": Reader(load_vqav2, process_coco),
-    "webdataset": Reader(load_shards, process_shards),
+    "webdataset": Reader(load_shards, process_coco),
 }

@@ -45,7 +45,9 @@ class _Shards:
                     yield from _rows(tar, shard)
             except tarfile.TarError as error:
                 remedy = "fetch it again, or decompress it (gunzip)"
-                raise UserError(f"{shard}: not an uncompressed tar file ({shortened(error)}): {remedy}") from error
+                raise UserError(
+                    f"{shard}: damaged, or not an uncompressed tar file ({shortened(error)}): {remedy}"
+                ) from error
             except OSError as error:
                 raise file_error(error, shard) from error
 

@@ -376,6 +376,15 @@ class TestFormats:
         assert len(found) == len(report.rejected)
         return found
 
+    def test_a_line_of_jsonl_may_be_a_caption(self, tmp_path):
+        lines = [
+            {"image": "0.jpg", "caption": ["A cat.", "A red cat."]},
+            {"image": "1.jpg", "caption": "ours, not asked", "question": "What?", "answer": "a dog"},
+        ]
+        _, captions = self.load(tmp_path, "jsonl", "\n".join(map(json.dumps, lines)))
+        assert [captions["0"][0]["a"], captions["1"][0]["a"]] == [["A cat.", "A red cat."], ["a dog"]]
+        assert captions["0"][0]["q"] in ENGLISH_QUESTIONS
+
     @pytest.mark.parametrize("name", ["ai_challenger", "llava"])
     def test_not_a_list(self, tmp_path, name):
         with pytest.raises(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -10,8 +11,9 @@ from PIL import Image
 
 import process_image
 from config import Data
+from dataset.photo_check import photo_check
 from dataset.records import read_records
-from errors import UserError
+from errors import UserError, shortened
 from tests.tiny import tiny_config
 from training.loop import Trainer
 from visual.photo import load_image, photo_size
@@ -159,8 +161,25 @@ def test_shards_that_cannot_be_read(shards, tmp_path):
         prepare(tmp_path / "empty")
     with tarfile.open(shards / "part-2.tar", "w:gz") as tar:
         tar.add(shards / "part-0.tar", "0.png")
-    with pytest.raises(UserError, match=r"part-2\.tar: not an uncompressed tar file"):
+    with pytest.raises(UserError, match=r"part-2\.tar: damaged, or not an uncompressed tar file"):
         prepare(shards)
+
+
+def test_a_shard_that_ends_too_soon_is_found_before_training(shards):
+    whole = (shards / "part-1.tar").read_bytes()
+    (shards / "part-1.tar").write_bytes(whole[: whole.index(picture(2)) + 50])
+    with pytest.raises(
+        UserError, match=r"part-1\.tar: damaged, or not an uncompressed tar file \(unexpected end of data\)"
+    ):
+        prepare(shards)
+
+
+def test_a_photo_that_its_shard_no_longer_holds_is_rejected(shards):
+    image_map, _, _ = prepare(shards)
+    paths = [photo["path"] for photo in image_map.values()]
+    cut = member_of(paths[-1])
+    os.truncate(cut.shard, cut.start + cut.size - 1)
+    assert photo_check("exists", "s")(paths) == {paths[-1]: ("photo is cut off in its shard", shortened(paths[-1]))}
 
 
 def test_a_shard_that_changed_is_said(shards):

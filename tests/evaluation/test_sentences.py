@@ -48,6 +48,10 @@ def test_what_is_a_sentence():
     assert not are_sentences(["red", "yes", "A dog runs over the grass with a ball."])
     assert are_sentences(["一个穿红衣服的男孩跳进泳池", "草地上有一只狗在跑"])
     assert not are_sentences(["红色", "两个"])
+    assert are_sentences(
+        ["两只狗在草地上跑", "一个男孩在玩球", "小孩在雪里"]
+    )  # as short as half of Flickr8k's Chinese ones
+    assert not are_sentences(["two cups of coffee", "on the left side", "a lamp"])
 
 
 def test_cider_d_stands_where_accuracy_does_for_answers(run, captions):
