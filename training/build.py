@@ -45,6 +45,7 @@ from training.data import (
     validation_sample,
 )
 from training.estimate import Estimate, Setting, Trial, choose_setting, longest_sample, usable_memory
+from training.folder_lock import folder_lock
 from training.movement import sample_weights
 from training.optimizer import build_optimizer, build_schedule
 from training.run_log import check_trackers
@@ -67,6 +68,7 @@ class Run:
 
     Attributes:
         accelerator, precision: the processes of the run and their compute precision.
+        in_use: lock of the output folder, which the first process holds while the run trains.
         model, wrapped: the model, and the wrapper of its loss that synchronises gradients over processes.
         train_set, val_set: the data; each validation reads the indices in `val_samples`.
         setting: micro-batch size, accumulation and gradient checkpointing of a step.
@@ -95,6 +97,7 @@ class Run:
         self.config = config
         self.accelerator, self.precision = make_accelerator(config)
         self.output_dir = resolve_path(config.train.output_dir)
+        self.in_use = folder_lock(self.output_dir)
         check_folder(self.output_dir, "'train.output_dir'")
         resumed = None if dry_run else state.find_checkpoint(self.accelerator, self.output_dir, resume)
         saved = None if resumed is None else state.read_state(resumed, self.accelerator)

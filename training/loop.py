@@ -50,6 +50,7 @@ class Trainer(Run):
             raise problem from error
         finally:
             watch.close()
+            self.in_use.release()
         return self.output_dir / f"checkpoint-{self.progress.step}"
 
     def forward(self, batch: Batch, num_items: int) -> torch.Tensor:

@@ -19,13 +19,14 @@ from accelerate.utils import gather_object
 
 from config import Config, Parts, overridden
 from errors import UserError, file_error, shortened
-from model.checkpoint_folder import check_complete, list_checkpoints, recover
+from model.checkpoint_folder import check_complete, list_checkpoints
 from model.parts import check_part_name
 from paths import existing_path, resolve_path
 from training import state
 from training.agreement import on_main
 from training.build import make_accelerator
 from training.dry_run import describe_run
+from training.folder_lock import recover_free
 from training.loop import Trainer
 from training.run_log import check_trackers
 
@@ -186,7 +187,7 @@ def _first_stage(configs: list[Config], folders: list[Path], resume: str | None)
 
 def _stage_to_resume(folders: list[Path], resume: str) -> tuple[int, Path | None]:
     for folder in folders:
-        recover(folder)
+        recover_free(folder)
     number = _newest_stage(folders) if resume == "auto" else _stage_of(Path(resume), folders)
     before = list_checkpoints(folders[number - 1]) if number > 0 else []
     return number, before[-1] if before else None

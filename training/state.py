@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from filelock import BaseFileLock
 from torch.optim.lr_scheduler import LambdaLR
 
 from backbones.backbone import remember_backbones
@@ -28,11 +29,11 @@ from model.checkpoint_folder import (
     damage,
     list_checkpoints,
     read_provenance,
-    recover,
 )
 from model.model import MMultiModal
 from training.agreement import all_or_none, on_main
 from training.estimate import Setting
+from training.folder_lock import hold, recover_free
 from training.movement import WeightSample
 from training.sharding import shards_of, whole, whole_parts
 
@@ -83,6 +84,7 @@ class Resumable(Protocol):
     config: Config
     accelerator: Accelerator
     output_dir: Path
+    in_use: BaseFileLock
     model: MMultiModal
     optimizer: Any
     schedule: LambdaLR
@@ -103,7 +105,8 @@ def find_checkpoint(accelerator: Accelerator, output_dir: Path, resume: str | No
 
     Raises:
         UserError: a damaged checkpoint (the message names its files and an intact older one), a checkpoint that is
-            missing on another machine, or a new run in a folder that already contains checkpoints.
+            missing on another machine, another run that is training in the folder, or a new run in a folder that
+            already contains checkpoints.
     """
     folder = on_main(accelerator, lambda: _choose(output_dir, resume))
     unseen = folder is not None and not (folder / PROVENANCE_FILE).is_file()
@@ -117,7 +120,7 @@ def find_checkpoint(accelerator: Accelerator, output_dir: Path, resume: str | No
 
 
 def _choose(output_dir: Path, resume: str | None) -> Path | None:
-    recover(output_dir)
+    recover_free(output_dir)
     existing = list_checkpoints(output_dir)
     if resume is None:
         if existing:
@@ -211,15 +214,16 @@ def accepted_changes(folder: Path, shape: dict[str, Any], accept: bool) -> list[
 
 
 def make_ready(run: Resumable) -> None:
-    """Create the run folder on the first process, and rename checkpoints beyond the resumed step.
+    """Create the run folder on the first process, hold its lock, and rename checkpoints beyond the resumed step.
 
     Raises:
-        UserError: the folder cannot be created or changed.
+        UserError: the folder cannot be created or changed, or another run is training in it.
     """
 
     def make() -> None:
         try:
             run.output_dir.mkdir(parents=True, exist_ok=True)
+            hold(run.in_use)
             names = set_newer_aside(run.output_dir, run.progress.step)
             remember_backbones(run.output_dir, run.model.visual_folder, run.model.llm_folder)
         except OSError as error:

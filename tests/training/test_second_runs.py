@@ -2,15 +2,20 @@
 
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from errors import UserError
+from paths import REPO_ROOT
 from tests.training.runs import at_step, lines, names, same
-from training import build, loop
+from training import build, folder_lock, loop
 from training.checks import MOST_SKIPPED, NonFiniteError
+from training.dry_run import describe_run
 from training.loop import Trainer
 
 
@@ -167,3 +172,51 @@ def test_a_scaler_that_skips_for_ever_stops_the_run(config, tmp_path, scaled):
     with pytest.raises(NonFiniteError, match=rf"the gradient became nan at step {MOST_SKIPPED};"):
         trainer.run()
     assert names(tmp_path / "run") == []
+
+
+LOCKED = "'train.output_dir': a run is training in .*: wait for its end, or set another train.output_dir"
+HOLDER = """
+import sys, time
+from pathlib import Path
+from training.folder_lock import folder_lock
+lock = folder_lock(Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_in_which_a_run_is_training_is_refused(config, monkeypatch):
+    monkeypatch.setattr(folder_lock, "WAIT", 0.1)
+    settings = config(max_steps=1)
+    folder = Path(settings.train.output_dir)
+    half_written = folder / "checkpoint-1.tmp"
+    half_written.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, cwd=REPO_ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        for resume in (None, "auto"):
+            with pytest.raises(UserError, match=LOCKED):
+                Trainer(settings, resume)
+        assert half_written.is_dir()  # it may be the checkpoint that the other run is just writing
+        describe_run(Trainer(settings, dry_run=True))
+        other.kill()
+    Trainer(settings).run()
+    assert not half_written.exists()
+
+
+def test_a_run_holds_its_folder_until_it_ends(config, monkeypatch):
+    monkeypatch.setattr(folder_lock, "WAIT", 0.1)
+    settings = config(max_steps=1)
+    first, second = Trainer(settings), Trainer(settings)  # neither had a checkpoint when the other was built
+    forward = first.forward
+
+    def asking(*arguments):
+        with pytest.raises(UserError, match=LOCKED):
+            second.run()
+        return forward(*arguments)
+
+    monkeypatch.setattr(first, "forward", asking)
+    folder = first.run()
+    assert sorted(path.name for path in folder.parent.glob("checkpoint-*")) == ["checkpoint-1"]
+    assert folder_lock.folder_lock(folder.parent).acquire()
