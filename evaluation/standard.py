@@ -41,6 +41,7 @@ def read_standard(
 
     Returns:
         Photos by ID and entries, as `dataset.records.read_records` returns them, and the report with all rejected rows.
+        The source is named after the format, that of `jsonl`, which may hold any data set, after the file's folder.
         `Entry.id` is the question_id (`vqav2`), the image_id (`coco_captions`), or the `"id"` of the row and without
         one its line number (`jsonl`). In a test set, `Turn.answers` is ().
 
@@ -56,7 +57,8 @@ def read_standard(
         raise UserError(f"--images: folder not found: {shortened(images)}. {nearest_name_hint(images)}".rstrip())
     images = images.absolute()  # the readers take a relative path from the repository root
     file, *answers = annotations
-    report = Report(format_name, str(file), kept_rows={})
+    source = (file.absolute().parent.name if format_name == "jsonl" else "") or format_name
+    report = Report(source, str(file), kept_rows={})
     reader = READERS[format_name]
     if format_name == "vqav2":
         rows = load_vqav2(answers[0] if answers else None, file, images, report.encodings)
@@ -67,9 +69,9 @@ def read_standard(
         [row._replace(value=row.value | _STAND_IN, problem=None) if _lacks_references(row) else row for row in rows],
         images,
         0,
-        source=format_name,
+        source=source,
         report=report,
-        check=photo_check("exists", format_name),
+        check=photo_check("exists", source),
     )
     if not captions:
         raise UserError(_nothing_to_ask(file, report))

@@ -166,9 +166,13 @@ def test_standard_files_are_scored_and_their_result_file_written(score, standard
     trained = [line for line in map(json.loads, lines) if line["pass"] == "trained"]
     answers = {line["question"]: line["answer"].strip() for line in trained}
     assert [answers[text] for text in ("Which colour?", "How many?", "Is it red?")] == [row["answer"] for row in rows]
-    jsonl = ["--annotations", folder / "rows.jsonl", "--images", folder / "images"]
+    (folder / "daquar").mkdir()
+    rows = (folder / "rows.jsonl").rename(folder / "daquar" / "test.jsonl")
+    jsonl = ["--annotations", rows, "--images", folder / "images"]
     metrics = score("--format", "jsonl", *jsonl, "--limit", "1", "--baselines", output="jsonl")
     assert metrics["photos"] == 1
+    # the folder of the file is the source, by which DAQUAR's own scores are given
+    assert metrics["passes"]["trained"]["overall"]["daquar"]["accuracy"] in (0, 1)
 
 
 def test_a_test_set_gets_answers_but_no_scores(score, standard_files, tmp_path):

@@ -103,7 +103,7 @@ def test_rows_are_those_of_process_image(name, images, tmp_path):
     files = FILES[name](tmp_path)
     questions = str(files[0]) if name == "vqav2" else None
     source = {
-        "name": name,
+        "name": tmp_path.name if name == "jsonl" else name,
         "format": name,
         "annotations": str(files[-1]),
         "images": str(images),
@@ -212,7 +212,8 @@ def test_jsonl(images, tmp_path):
         ("对话-1", ["1.jpg", "2.jpg"], ["它是什么？", "And this?"], [("猫",), ("A dog.",)]),
         (7, [], ["1+1?"], [("2",)]),
     ]
-    assert [entry.type for entry in entries] == ["object", "jsonl", "jsonl", "jsonl"]
+    assert [entry.type for entry in entries] == ["object", *[tmp_path.name] * 3]
+    assert {entry.source for entry in entries} == {tmp_path.name}
     assert reasons(report) == {"line is not JSON": 1, "photo not found": 1, "no answer": 1}
 
 
