@@ -54,16 +54,17 @@ def main(arguments: list[str] | None = None) -> None:
         "graphs float32 in place of bfloat16",
     )  # fmt: skip
     quantised = {name: key for key, target in TARGETS.items() for name in target.quantised}
-    parser.add_argument(
-        "--weights", choices=list(quantised), help="of the language model, in place of --dtype's; --format gguf only"
-    )
+    kinds = ", ".join(f"{name} with --format {key}" for name, key in quantised.items())
+    parser.add_argument("--weights", choices=list(quantised), help=f"smaller ones, in place of --dtype's: {kinds}")
     args = parser.parse_intermixed_args(arguments)
     target = TARGETS[args.format]
     if args.weights and args.weights not in target.quantised:
         raise UserError(f"--weights {args.weights}: only --format {quantised[args.weights]} has such weights")
-    missing = [name for name in target.packages if importlib.util.find_spec(name) is None]
+    needed = target.packages + (target.quantised_packages if args.weights else ())
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--format {args.format} needs {', '.join(missing)}: pip install -r requirements-export.txt")
+        option = f"--format {args.format}" + (f" --weights {args.weights}" if args.weights else "")
+        raise UserError(f"{option} needs {', '.join(missing)}: pip install -r requirements-export.txt")
     output = args.output.absolute()
     if os.path.lexists(output):  # checked before the model is loaded, which may take minutes
         raise UserError(f"--output: {shortened(output)} exists already, name a new folder")

@@ -16,6 +16,7 @@ import os
 import sys
 import urllib.request
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -98,13 +99,19 @@ class OnnxGraph:
         return self.session.run(None, inputs)
 
 
+def import_openvino() -> Any:
+    """Import OpenVINO, which reports its use to its makers, as NNCF does, through a library that is empty here."""
+    sys.modules["openvino_telemetry"] = ModuleType("openvino_telemetry")
+    return importlib.import_module("openvino")
+
+
 class OpenvinoGraph:
     """A graph in OpenVINO, on the CPU."""
 
     folder, suffix, package = "openvino", "xml", "openvino"
 
     def __init__(self, file: Path) -> None:
-        openvino = importlib.import_module("openvino")
+        openvino = import_openvino()
         # some CPUs would compute in bfloat16
         self.graph = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         self.inputs = [

@@ -1,22 +1,27 @@
 """The graphs of `--format onnx` and `openvino` give our features, logits and answers."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import export as script
 from errors import UserError
+from exporting import onnx_graphs
 from exporting.targets import TARGETS
-from tests.tiny import write_clip
+from paths import REPO_ROOT
+from tests.tiny import write_clip, write_qwen
 from tests.visual.test_vit import write as write_tower
 
 # As in test_export.py: the same float32 numbers, summed in another order
 EXACT = 1e-5
 
 
-def needs(target):
-    for package in TARGETS[target].packages:
+def needs(target, quantised=False):
+    for package in TARGETS[target].packages + (TARGETS[target].quantised_packages if quantised else ()):
         pytest.importorskip(package)
 
 
@@ -68,6 +73,64 @@ def test_openvino_answers_the_same(make, export):
     assert not (folder / "onnx").exists()
 
 
+def test_fewer_bits_make_smaller_files(make, export, tmp_path):
+    """8 bits are a quarter of float32, 4 an eighth; 64 weights of 4 bits share 2.5 bytes of scale and zero point."""
+    needs("openvino", quantised=True)
+    settings = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1}
+    write_qwen(tmp_path / "wide", **settings)
+    sizes, reports = [], []
+    for weights in ("int8", "int4"):
+        model = make(llm={"path": str(tmp_path / "wide")}, generate={"max_new_tokens": 2})
+        for parameter in model.language_model.parameters():
+            if parameter.requires_grad:
+                parameter.data /= 4  # LoRA as large as the rest would make the model too sharp
+        state = model.language_model.state_dict()
+        folder, report = export(model, "openvino", name=weights, weights=weights)
+        sizes.append({file.stem: file.stat().st_size for file in (folder / "openvino").glob("*.bin")})
+        reports.append(report)
+    whole = 4 * state["model.embed_tokens.weight"].numel()  # bytes of the embedding, and of the output matrix
+    layers = 4 * sum(tensor.numel() for name, tensor in state.items() if ".layers." in name and ".lora_" not in name)
+    eight, four = sizes
+    assert whole / 4 < eight["embed_tokens"] < whole / 4 * 1.1
+    assert layers / 4 < eight["decoder_model_merged"] - eight["embed_tokens"] < layers / 4 * 1.1
+    assert layers / 8 < four["decoder_model_merged"] - four["embed_tokens"] < layers / 8 * 1.2
+    assert [name for name, size in four.items() if size != eight[name]] == ["decoder_model_merged"]
+    assert [report["weights"] for report in reports] == ["int8", "int4"]
+    assert reports[1]["allowed"]["logits"] > reports[0]["allowed"]["logits"] > EXACT
+    assert worst(reports[1], "logits") > worst(reports[0], "logits") > EXACT * 10
+
+
+def test_widths_that_no_group_fits(make, export):
+    """Rows of 48 numbers are cut into none of 64 or 32, and get 8 bits."""
+    needs("openvino", quantised=True)
+    _, report = export(make(generate={"max_new_tokens": 2}), "openvino", weights="int4")
+    assert report["passed"]
+
+
+def test_4_bits_hide_no_wrong_file(make, export, monkeypatch):
+    needs("openvino", quantised=True)
+    merged = onnx_graphs.merged_tensors
+
+    def without_lora(module):
+        for name, parameter in module.named_parameters():
+            if ".lora_B." in name:
+                parameter.data.zero_()
+        return merged(module)
+
+    monkeypatch.setattr(onnx_graphs, "merged_tensors", without_lora)
+    with pytest.raises(UserError, match="the logits differ by .* standard deviations"):
+        export(make(generate={"max_new_tokens": 2}), "openvino", weights="int4")
+
+
+def test_no_statistics_are_sent(tmp_path):
+    """OpenVINO's library for it writes a number of the user into the home folder before it sends anything."""
+    needs("openvino", quantised=True)
+    code = "from exporting.stock_check import import_openvino; import_openvino(); import nncf.telemetry"
+    home = os.environ | {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=REPO_ROOT, env=home, check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_left_padding_changes_nothing(make, export):
     """A batch in one call of the decoder, with positions and mask as a program for batches writes them."""
     needs("onnx")
@@ -95,6 +158,20 @@ def test_an_absent_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs onnx, onnxscript, onnxruntime: pip install -r requirements"):
         script.main(["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--format", "onnx"])
+
+
+def test_absent_nncf_is_named(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nncf" else find("json"))
+    arguments = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--format", "openvino"]
+    with pytest.raises(UserError, match="--weights int4 needs nncf: pip install -r requirements-export.txt"):
+        script.main([*arguments, "--weights", "int4"])
+
+
+def test_weights_of_another_format_are_refused(tmp_path):
+    arguments = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--format", "gguf"]
+    with pytest.raises(UserError, match="--weights int4: only --format openvino has such weights"):
+        script.main([*arguments, "--weights", "int4"])
 
 
 def test_bfloat16_graphs_are_refused(make):
