@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     target = TARGETS[args.format]
     if args.weights and args.weights not in target.quantised:
         raise UserError(f"--weights {args.weights}: only --format {quantised[args.weights]} has such weights")
-    needed = target.packages + (target.quantised_packages if args.weights else ())
+    needed = target.packages + target.quantised_packages.get(args.weights, ())
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         option = f"--format {args.format}" + (f" --weights {args.weights}" if args.weights else "")

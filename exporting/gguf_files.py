@@ -3,8 +3,8 @@
     model-<type>.gguf  the language model, with tokenizer, chat template, stop tokens and decoding settings
     mmproj.gguf        encoder and projector
 
-Names and keys are those of llama.cpp's own converter; `<type>` is f32, f16, bf16 or q8_0. llama.cpp gives the language
-model every patch of a square picture and computes the projector's GELU by its tanh form.
+Names and keys are those of llama.cpp's own converter; `<type>` is f32, f16, bf16, q8_0 or q4_k_m. llama.cpp gives the
+language model every patch of a square picture and computes the projector's GELU by its tanh form.
 """
 
 import functools
@@ -35,6 +35,7 @@ PRE_TOKENIZERS = {
     "smollm": [{"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}],
     "gpt-2": [BYTES | {"use_regex": True}],
 }
+MIXED = "q4_k_m"  # of 4-bit matrices and some of 6 bits, in blocks of 256 numbers; narrow ones get 5 or 8 bits
 OTHERWISE = "or use --format llava, which other programs read"
 
 
@@ -99,14 +100,27 @@ def write(model: MMultiModal, pixels: torch.Tensor, folder: Path, quantised: str
     _add_tokenizer(gguf, file, model, config["vocab_size"])
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == config["model_type"])
     names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
-    kind = quantised or own
-    _write_file(gguf, file, folder / f"model-{kind}.gguf", _text_tensors(model, config, names), kind)
+    kind = own if quantised == MIXED else quantised or own
+    path = folder / f"model-{kind}.gguf"
+    _write_file(gguf, file, path, _text_tensors(model, config, names), kind)
+    if quantised == MIXED:
+        _quantise(gguf, path, folder / f"model-{MIXED}.gguf")
     for name, content in (
         (PREPROCESSOR_FILE, image_settings(model)),
         ("generation_config.json", generation_settings(model)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return error
+
+
+def _quantise(gguf: Any, source: Path, output: Path) -> None:
+    """Replace a file by one of the mixture `MIXED`, which only llama.cpp itself makes."""
+    library = importlib.import_module("cyllama.llama.llama_cpp")
+    library.disable_logging()  # a line for each matrix
+    settings = library.LlamaModelQuantizeParams()
+    settings.ftype = int(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    library.model_quantize(str(source), str(output), settings)
+    source.unlink()
 
 
 def _gelu_error(model: MMultiModal, pixels: torch.Tensor) -> float:
@@ -235,6 +249,7 @@ TARGET = ExportTarget(
     write,
     "llama.cpp",
     packages=("gguf", "xllamacpp"),
-    quantised={"q8_0": functools.partial(write, quantised="q8_0")},
+    quantised={kind: functools.partial(write, quantised=kind) for kind in ("q8_0", MIXED)},
+    quantised_packages={MIXED: ("cyllama",)},
     photos_first=True,
 )

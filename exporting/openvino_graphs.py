@@ -66,5 +66,5 @@ TARGET = ExportTarget(
     bfloat16=False,
     packages=("onnx", "onnxscript", "openvino"),
     quantised={name: functools.partial(write, compression=name) for name in COMPRESSIONS},
-    quantised_packages=("nncf",),
+    quantised_packages=dict.fromkeys(COMPRESSIONS, ("nncf",)),
 )

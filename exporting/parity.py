@@ -42,6 +42,7 @@ TOLERANCES: dict[torch.dtype | str, tuple[float, float]] = {
     "q8_0": BFLOAT16,
     "int8": BFLOAT16,
     "int4": (BFLOAT16[0], 2.0),
+    "q4_k_m": (BFLOAT16[0], 2.0),
 }
 FOLDED = (2e-3, 0.05)  # in float32, for a folded layer norm
 LOWEST = -80.0  # logarithm of a probability; a program that gives probabilities cannot tell smaller ones from 0

@@ -45,7 +45,7 @@ class ExportTarget(NamedTuple):
         bfloat16: whether the program computes in it on a CPU.
         packages: libraries that it needs, besides those of requirements.txt.
         quantised: value of --weights → `write` with such weights.
-        quantised_packages: libraries that these need besides.
+        quantised_packages: value of --weights → libraries that such weights need besides.
         photos_first: whether the program puts the photos of a question before its text.
     """
 
@@ -55,7 +55,7 @@ class ExportTarget(NamedTuple):
     bfloat16: bool = True
     packages: tuple[str, ...] = ()
     quantised: Mapping[str, Callable[[MMultiModal, torch.Tensor, Path], float]] = MappingProxyType({})
-    quantised_packages: tuple[str, ...] = ()
+    quantised_packages: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     photos_first: bool = False
 
 

@@ -24,9 +24,9 @@ MERGES = ("h e", "t h", "th e", "Ġ t", "Ġt he", "1 2", "12 3", "i n", "Ġ Ġ",
 
 def given(make, folder, kind="qwen2", steps=None, visual=None, **settings):
     """A model whose tokenizer has merges, which llama.cpp needs, and cuts a text by `steps`."""
-    tied = settings.pop("tied", True)
+    tied, wide = settings.pop("tied", True), settings.pop("wide", {})
     if kind != "qwen1":
-        write_qwen(folder / "llm", kind, tied, merges=MERGES)
+        write_qwen(folder / "llm", kind, tied, merges=MERGES, **wide)
         settings["llm"] = {"path": str(folder / "llm")}
     if steps is not None:
         file = folder / "llm" / "tokenizer.json"
@@ -107,6 +107,25 @@ def test_8_bit_weights(make, tmp_path):
     assert tensors_in(folder / "mmproj.gguf")["mm.0.weight"][1] == "F32"
 
 
+# type of a matrix of 32 columns, and of one with a whole block of 256; the steps between its values, as a share of the
+# largest value of a row
+@pytest.mark.parametrize(("width", "kind", "step"), [(32, "Q5_0", 1 / 16), (256, "Q4_K", 1 / 7)])
+def test_a_mixture_of_4_and_6_bits(make, tmp_path, width, kind, step):
+    pytest.importorskip("cyllama")
+    wide = {"hidden_size": width, "intermediate_size": 48}
+    model = given(make, tmp_path, wide=wide)
+    folder = written(model, tmp_path / "out", "q4_k_m")
+    assert sorted(path.name for path in folder.glob("*.gguf")) == ["mmproj.gguf", "model-q4_k_m.gguf"]
+    text = tensors_in(folder / "model-q4_k_m.gguf")
+    weight = model.language_model.state_dict()["model.layers.0.mlp.gate_proj.base_layer.weight"]
+    tensor, found = text["blk.0.ffn_gate.weight"]
+    assert found == kind
+    # llama.cpp chooses scales by the sum of squares, so a single number may be off by a whole step
+    assert ((tensor - weight).abs() <= step * weight.abs().amax(1, keepdim=True)).all()
+    assert not torch.equal(tensor, weight)
+    assert text["blk.0.attn_norm.weight"][1] == "F32"
+
+
 def test_the_metadata_are_the_models(make, tmp_path):
     model = given(make, tmp_path, generate={"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.1})
     folder = written(model, tmp_path / "out")
@@ -176,6 +195,14 @@ def test_llama_cpp_reads_8_bit_weights(make, export, tmp_path):
     pytest.importorskip("xllamacpp")
     _, report = export(given(make, tmp_path), "gguf", weights="q8_0")
     assert report["weights"] == "q8_0"
+    assert largest(report) > TABLE
+
+
+def test_llama_cpp_reads_4_bit_weights(make, export, tmp_path):
+    for package in ("xllamacpp", "cyllama"):
+        pytest.importorskip(package)
+    _, report = export(given(make, tmp_path), "gguf", weights="q4_k_m")
+    assert report["weights"] == "q4_k_m"
     assert largest(report) > TABLE
 
 
