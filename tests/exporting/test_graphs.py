@@ -73,17 +73,22 @@ def test_openvino_answers_the_same(make, export):
     assert not (folder / "onnx").exists()
 
 
+def calm(make, folder, **settings):
+    """A model that small changes of its weights change little: random ones of the usual size are far too sharp."""
+    write_qwen(folder / "calm", initializer_range=0.05, **settings)
+    model = make(llm={"path": str(folder / "calm")}, generate={"max_new_tokens": 2})
+    for parameter in model.language_model.parameters():
+        if parameter.requires_grad:
+            parameter.data /= 10
+    return model
+
+
 def test_fewer_bits_make_smaller_files(make, export, tmp_path):
     """8 bits are a quarter of float32, 4 an eighth; 64 weights of 4 bits share 2.5 bytes of scale and zero point."""
     needs("openvino", quantised=True)
-    settings = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1}
-    write_qwen(tmp_path / "wide", **settings)
     sizes, reports = [], []
     for weights in ("int8", "int4"):
-        model = make(llm={"path": str(tmp_path / "wide")}, generate={"max_new_tokens": 2})
-        for parameter in model.language_model.parameters():
-            if parameter.requires_grad:
-                parameter.data /= 4  # LoRA as large as the rest would make the model too sharp
+        model = calm(make, tmp_path, hidden_size=128, intermediate_size=256)
         state = model.language_model.state_dict()
         folder, report = export(model, "openvino", name=weights, weights=weights)
         sizes.append({file.stem: file.stat().st_size for file in (folder / "openvino").glob("*.bin")})
@@ -100,26 +105,25 @@ def test_fewer_bits_make_smaller_files(make, export, tmp_path):
     assert worst(reports[1], "logits") > worst(reports[0], "logits") > EXACT * 10
 
 
-def test_widths_that_no_group_fits(make, export):
+def test_widths_that_no_group_fits(make, export, tmp_path):
     """Rows of 48 numbers are cut into none of 64 or 32, and get 8 bits."""
     needs("openvino", quantised=True)
-    _, report = export(make(generate={"max_new_tokens": 2}), "openvino", weights="int4")
+    _, report = export(calm(make, tmp_path), "openvino", weights="int4")
     assert report["passed"]
 
 
-def test_4_bits_hide_no_wrong_file(make, export, monkeypatch):
+def test_4_bits_hide_no_wrong_file(make, export, tmp_path, monkeypatch):
+    """The model of the test above, which passes, with each token in the next one's row."""
     needs("openvino", quantised=True)
     merged = onnx_graphs.merged_tensors
 
-    def without_lora(module):
-        for name, parameter in module.named_parameters():
-            if ".lora_B." in name:
-                parameter.data.zero_()
-        return merged(module)
+    def shifted(module):
+        rows = ("model.embed_tokens.weight", "lm_head.weight")
+        return {name: tensor.roll(1, 0) if name in rows else tensor for name, tensor in merged(module).items()}
 
-    monkeypatch.setattr(onnx_graphs, "merged_tensors", without_lora)
+    monkeypatch.setattr(onnx_graphs, "merged_tensors", shifted)
     with pytest.raises(UserError, match="the logits differ by .* standard deviations"):
-        export(make(generate={"max_new_tokens": 2}), "openvino", weights="int4")
+        export(calm(make, tmp_path), "openvino", weights="int4")
 
 
 def test_no_statistics_are_sent(tmp_path):
