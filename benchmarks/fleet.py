@@ -10,6 +10,7 @@ question gets no answer or a replica gets no question. Linux.
 
 import argparse
 import collections
+import getpass
 import json
 import os
 import platform
@@ -40,6 +41,7 @@ LONGEST = 64  # tokens of an answer
 LOADING_SECONDS = 1200
 # As docs/scaling.md gives it. A question changes nothing at a replica, so it may be sent to the other one.
 PROXY = """\
+user {user};
 daemon off;
 pid {folder}/nginx.pid;
 error_log {folder}/nginx.error.log;
@@ -70,7 +72,7 @@ def proxy(folder: Path, port: int, replicas: list[int]) -> AbstractContextManage
     folder.mkdir()
     servers = " ".join(f"server 127.0.0.1:{replica};" for replica in replicas)
     config = folder / "nginx.conf"
-    config.write_text(PROXY.format(folder=folder, servers=servers, port=port), encoding="utf-8")
+    config.write_text(PROXY.format(folder=folder, servers=servers, port=port, user=getpass.getuser()), encoding="utf-8")
     command = ["nginx", "-c", str(config), "-e", str(folder / "nginx.error.log")]
     return started(command, port, folder / "nginx.log")
 
@@ -155,7 +157,10 @@ def rounds(python: str, number: int, folder: Path) -> dict[str, Any]:
         output = folder / "second.jsonl"
         with proxy(folder / "second", outside, ports):
             asking = ask(outside, questions, output)
-            until(lambda: output.is_file() and len(read(output)) >= number // 3, LOADING_SECONDS)
+            until(
+                lambda: asking.poll() is not None or (output.is_file() and len(read(output)) >= number // 3),
+                LOADING_SECONDS,
+            )
             kill(first)
             done_before = len(read(output))
             statuses = [status, asking.wait()]

@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -278,8 +279,17 @@ class Session:
 
     def page_asked(self, kind: str, name: str) -> None:
         files = [gradio_client.handle_file(file) for file in self.photos(name)]
-        job = self.page.submit(files, self.text(name), "checkpoint", 0, 0, "", api_name="/answer")
-        self.answered(kind, name, job.result(PATIENCE))
+        for _ in range(PATIENCE):
+            job = self.page.submit(files, self.text(name), "checkpoint", 0, 0, "", api_name="/answer")
+            try:
+                return self.answered(kind, name, job.result(PATIENCE))
+            except CancelledError:  # by gradio_client itself, where its stream ends with the job before
+                pass
+            except AppError as error:
+                if not str(error).startswith(BUSY):
+                    raise
+            time.sleep(1)
+        raise TimeoutError("the page stays busy")
 
     def page_chat(self, kind: str) -> None:
         """Begin a chat, and ask on."""
@@ -289,9 +299,10 @@ class Session:
     def said(self, text: str, files: list[Path]) -> str:
         """Ask in the page's chat, again while a cancelled answer of this session ends; return the answer."""
         for _ in range(PATIENCE):
-            shown, status, *_ = self.submit(text, files).result(PATIENCE)
-            if not status.startswith(BUSY):
-                return shown[-1]["content"][-1]["text"]
+            with contextlib.suppress(CancelledError):  # as in `page_asked`
+                shown, status, *_ = self.submit(text, files).result(PATIENCE)
+                if not status.startswith(BUSY):
+                    return shown[-1]["content"][-1]["text"]
             time.sleep(1)
         raise TimeoutError("the page stays busy")
 
@@ -307,7 +318,9 @@ class Session:
 
     def page_leave(self, kind: str) -> None:
         """Close the session in the middle of an answer, and begin another."""
-        self.submit(DESCRIBE, self.files[:1])
+        job = self.submit(DESCRIBE, self.files[:1])
+        while not job.outputs() and not job.done():  # its photo is still on the way
+            time.sleep(0.1)
         time.sleep(self.choose.uniform(0, LONGEST_STAY))
         self.page.close()
         self.page = self.new_page()
