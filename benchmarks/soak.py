@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.report import write_report
-from benchmarks.soak_client import KINDS, PATIENCE, QUESTIONS, Session, Target
+from benchmarks.soak_client import KINDS, PATIENCE, QUESTIONS, Services, Session
 from demo.world import Scene, description, draw, random_scene
 from paths import REPO_ROOT
 
@@ -167,8 +167,8 @@ def run(requests: int, clients: int, seed: int, folder: Path) -> dict[str, Any]:
         httpx2.Client(base_url=f"http://127.0.0.1:{ports[0]}", trust_env=False, timeout=PATIENCE) as http,
     ):
         photos = draw_photos(folder, clients, np.random.default_rng(seed))
-        target = Target(http, f"http://127.0.0.1:{ports[1]}/", CHECKPOINT.name, photos.pop())
-        report = soak(target, {"serve.py": server, "test_gui.py": pages}, photos, requests, seed, temporary)
+        services = Services(http, f"http://127.0.0.1:{ports[1]}/", CHECKPOINT.name, photos.pop())
+        report = soak(services, {"serve.py": server, "test_gui.py": pages}, photos, requests, seed, temporary)
         report["exit status after SIGTERM"] = {"serve.py": ended(server), "test_gui.py": ended(pages)}
     problems = report["problems"]
     if set(report["exit status after SIGTERM"].values()) != {0}:
@@ -181,24 +181,29 @@ def run(requests: int, clients: int, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def soak(
-    target: Target, programs: dict[str, subprocess.Popen], photos: list[Path], requests: int, seed: int, folder: Path
+    services: Services,
+    programs: dict[str, subprocess.Popen],
+    photos: list[Path],
+    requests: int,
+    seed: int,
+    folder: Path,
 ) -> dict[str, Any]:
     """Ask each question alone, then all at once; return the report, still without the end of the programs.
 
     Args:
         folder: of the page's temporary files.
     """
-    tally, problems, choose = target.tally, target.tally.problems, random.Random(seed)
+    tally, problems, choose = services.tally, services.tally.problems, random.Random(seed)
     files_before = uploads(folder)
     sessions = [
-        Session(target, photos[n : n + 2], random.Random(f"{seed} {n}")) for n in range(0, len(photos), 2)
+        Session(services, photos[n : n + 2], random.Random(f"{seed} {n}")) for n in range(0, len(photos), 2)
     ]  # fmt: skip
     for session in tqdm(sessions, desc="alone", dynamic_ncols=True):
         for name in QUESTIONS:
             first = name == "shared photo" and session is not sessions[0]
             session.expected[name] = sessions[0].expected[name] if first else session.ask(name)
-    target.descriptions = [session.expected["describe"] for session in sessions]
-    if len(set(target.descriptions)) < len(sessions):
+    services.descriptions = [session.expected["describe"] for session in sessions]
+    if len(set(services.descriptions)) < len(sessions):
         problems.append("two photos get one description: choose another seed")
     # the page too, so that the prefixes that an engine keeps (`answering/prefix_cache.py`) are in memory from now on
     for session in sessions:
@@ -209,10 +214,10 @@ def soak(
     choose.shuffle(kinds)
     began = time.monotonic()
     storm(sessions, kinds[:WARM_UP])
-    warm = at_rest(target.http, programs, problems)
+    warm = at_rest(services.http, programs, problems)
     storm(sessions, kinds[WARM_UP:])
     minutes = (time.monotonic() - began - REST_SECONDS) / 60
-    end = at_rest(target.http, programs, problems)
+    end = at_rest(services.http, programs, problems)
     growth = {name: end[name] / warm[name] - 1 for name in programs}
     problems += [f"{name} grew by {more:.1%}" for name, more in growth.items() if more > MOST_GROWTH]
     during = tally.answers.copy()

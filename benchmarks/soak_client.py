@@ -97,7 +97,7 @@ class UnexpectedError(Exception):
 
 
 @dataclass
-class Tally:
+class SoakTally:
     """What happened to all clients.
 
     Attributes:
@@ -120,7 +120,7 @@ class Tally:
 
 
 @dataclass
-class Target:
+class Services:
     """What all clients share.
 
     Attributes:
@@ -134,7 +134,7 @@ class Target:
     page: str
     model: str
     shared: Path
-    tally: Tally = field(default_factory=Tally)
+    tally: SoakTally = field(default_factory=SoakTally)
     descriptions: list[str] = field(default_factory=list)
 
 
@@ -148,17 +148,17 @@ class Session:
         expected: answers that were given alone, by question.
     """
 
-    def __init__(self, target: Target, files: list[Path], choose: random.Random) -> None:
-        self.target, self.files, self.choose = target, files, choose
+    def __init__(self, services: Services, files: list[Path], choose: random.Random) -> None:
+        self.services, self.files, self.choose = services, files, choose
         self.expected: dict[str, str] = {}
         self.page = self.new_page()
 
     def new_page(self) -> gradio_client.Client:
-        return gradio_client.Client(self.target.page, verbose=False, analytics_enabled=False, download_files=False)
+        return gradio_client.Client(self.services.page, verbose=False, analytics_enabled=False, download_files=False)
 
     def request(self, kind: str) -> None:
         """Make one request of a kind; note whatever must not happen."""
-        began, tally = time.monotonic(), self.target.tally
+        began, tally = time.monotonic(), self.services.tally
         try:
             getattr(self, kind.replace(" ", "_"))(kind)
         except (httpx.HTTPError, httpx2.HTTPError, AppError, TimeoutError, UnexpectedError) as error:
@@ -169,22 +169,22 @@ class Session:
 
     def answered(self, kind: str, name: str = "", text: str = "") -> None:
         """Count an answer, and compare that to a question of `QUESTIONS` with the one that was given alone."""
-        with self.target.tally.lock:
+        with self.services.tally.lock:
             if text == self.expected.get(name, ""):
-                self.target.tally.answers[kind] += 1
+                self.services.tally.answers[kind] += 1
                 return
-            self.target.tally.wrong += 1
-            self.target.tally.leaks += text != self.expected["describe"] and text in self.target.descriptions
+            self.services.tally.wrong += 1
+            self.services.tally.leaks += text != self.expected["describe"] and text in self.services.descriptions
         raise UnexpectedError(f"{name}: expected {self.expected[name]!r}, found {text!r}")
 
     def refused(self, name: str, status: int, sentence: str) -> None:
-        with self.target.tally.lock:
-            self.target.tally.refusals[f"{name}: {status}"] += 1
+        with self.services.tally.lock:
+            self.services.tally.refusals[f"{name}: {status}"] += 1
         if not 400 <= status < 500 or not sentence or "Traceback" in sentence:
             raise UnexpectedError(f"{name}: {status} {sentence}")
 
     def photos(self, name: str) -> list[Path]:
-        return {"two photos": self.files, "shared photo": [self.target.shared]}.get(name, self.files[:1])
+        return {"two photos": self.files, "shared photo": [self.services.shared]}.get(name, self.files[:1])
 
     def body(self, name: str) -> dict[str, Any]:
         """Return the request that asks a question of `QUESTIONS`."""
@@ -194,7 +194,7 @@ class Session:
         if name == "dialogue":
             messages.append({"role": "assistant", "content": self.expected["describe"]})
             messages.append({"role": "user", "content": COUNT})
-        return {"model": self.target.model, "messages": messages}
+        return {"model": self.services.model, "messages": messages}
 
     def text(self, name: str) -> str:
         return COUNT if name in ("count", "two photos") else DESCRIBE
@@ -207,14 +207,14 @@ class Session:
                 return response
             if response.status_code != 429 or "ask again later" not in response.json()["error"]["message"]:
                 raise UnexpectedError(f"{response.status_code} {response.text}")
-            with self.target.tally.lock:
-                self.target.tally.busy += 1
+            with self.services.tally.lock:
+                self.services.tally.busy += 1
             time.sleep(float(response.headers["retry-after"]))
         raise TimeoutError("the server stays busy")
 
     def ask(self, name: str) -> str:
         """Return the answer to a question of `QUESTIONS`."""
-        response = self.when_free(lambda: self.target.http.post(CHAT, json=self.body(name)))
+        response = self.when_free(lambda: self.services.http.post(CHAT, json=self.body(name)))
         return response.json()["choices"][0]["message"]["content"]
 
     def whole(self, kind: str) -> None:
@@ -225,7 +225,7 @@ class Session:
         name = self.choose.choice(QUESTIONS)
 
         def ask() -> httpx2.Response:
-            with self.target.http.stream("POST", CHAT, json=self.body(name) | {"stream": True}) as response:
+            with self.services.http.stream("POST", CHAT, json=self.body(name) | {"stream": True}) as response:
                 response.read()
             return response
 
@@ -238,8 +238,8 @@ class Session:
         self.answered(kind, name, "".join(chunk["delta"].get("content", "") for chunk in chunks))
 
     def models(self, kind: str) -> None:
-        names = [model["id"] for model in self.target.http.get("/v1/models").json()["data"]]
-        if names != [self.target.model]:
+        names = [model["id"] for model in self.services.http.get("/v1/models").json()["data"]]
+        if names != [self.services.model]:
             raise UnexpectedError(f"{names}")
         self.answered(kind)
 
@@ -250,7 +250,7 @@ class Session:
         body = self.body("describe") | {"stream": True}
         with (
             contextlib.suppress(httpx2.ReadTimeout),
-            self.target.http.stream(
+            self.services.http.stream(
                 "POST", CHAT, json=body, timeout=httpx2.Timeout(PATIENCE, read=patience)
             ) as response,
         ):
@@ -263,7 +263,7 @@ class Session:
         method, content = GARBAGE[name]
         if isinstance(content, dict):
             content = json.dumps(self.body("describe") | content).encode()
-        response = self.target.http.request(method, CHAT, content=content, headers=JSON)
+        response = self.services.http.request(method, CHAT, content=content, headers=JSON)
         if response.status_code == 429:
             return self.garbage(kind)
         return self.refused(name, response.status_code, response.json().get("error", {}).get("message", ""))
@@ -330,8 +330,8 @@ class Session:
         name = self.choose.choice([*PAGE_GARBAGE, *PAGE_RAW])
         if name in PAGE_RAW:
             method, path, headers, content = PAGE_RAW[name]
-            address = f"{self.target.page}gradio_api/{path}"
-            response = self.target.http.request(method, address, headers=headers, content=content)
+            address = f"{self.services.page}gradio_api/{path}"
+            response = self.services.http.request(method, address, headers=headers, content=content)
             return self.refused(f"page: {name}", response.status_code, response.text)
         try:
             self.page.predict([gradio_client.handle_file(self.files[0])], *PAGE_GARBAGE[name], api_name="/answer")

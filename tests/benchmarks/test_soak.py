@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks.soak import run
-from benchmarks.soak_client import KINDS, QUESTIONS, Session, Target, UnexpectedError
+from benchmarks.soak_client import KINDS, QUESTIONS, Services, Session, UnexpectedError
 
 
 @pytest.mark.nightly
@@ -22,9 +22,9 @@ def test_many_clients_get_their_own_answers(tmp_path):
 @pytest.fixture
 def session(tmp_path, monkeypatch):
     monkeypatch.setattr(Session, "new_page", lambda self: None)
-    target = Target(None, "", "checkpoint", tmp_path)
-    target.descriptions = ["north: red circle.", "south: blue cross."]
-    session = Session(target, [], random.Random(0))
+    services = Services(None, "", "checkpoint", tmp_path)
+    services.descriptions = ["north: red circle.", "south: blue cross."]
+    session = Session(services, [], random.Random(0))
     session.expected = dict.fromkeys(QUESTIONS, "2") | {"describe": "north: red circle."}
     return session
 
@@ -35,7 +35,7 @@ def session(tmp_path, monkeypatch):
 def test_another_answer_is_wrong_and_another_clients_answer_is_a_leak(session, monkeypatch, text, wrong, leaks):
     monkeypatch.setattr(Session, "whole", lambda self, kind: self.answered(kind, "describe", text))
     session.request("whole")
-    tally = session.target.tally
+    tally = session.services.tally
     assert (tally.wrong, tally.leaks, len(tally.problems), tally.answers["whole"]) == (wrong, leaks, wrong, 1 - wrong)
 
 
