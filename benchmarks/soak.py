@@ -10,6 +10,7 @@ at the end. Ends with status 1 if there is any problem. Linux and macOS.
 """
 
 import argparse
+import collections
 import contextlib
 import os
 import platform
@@ -33,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.report import write_report
-from benchmarks.soak_client import KINDS, PATIENCE, QUESTIONS, Services, Session
+from benchmarks.soak_client import KINDS, PATIENCE, QUESTIONS, Services, Session, SoakTally
 from demo.world import Scene, description, draw, random_scene
 from paths import REPO_ROOT
 
@@ -198,17 +199,7 @@ def soak(
     sessions = [
         Session(services, photos[n : n + 2], random.Random(f"{seed} {n}")) for n in range(0, len(photos), 2)
     ]  # fmt: skip
-    for session in tqdm(sessions, desc="alone", dynamic_ncols=True):
-        for name in QUESTIONS:
-            first = name == "shared photo" and session is not sessions[0]
-            session.expected[name] = sessions[0].expected[name] if first else session.ask(name)
-    services.descriptions = [session.expected["describe"] for session in sessions]
-    if len(set(services.descriptions)) < len(sessions):
-        problems.append("two photos get one description: choose another seed")
-    # the page too, so that the prefixes that an engine keeps (`answering/prefix_cache.py`) are in memory from now on
-    for session in sessions:
-        storm([session], ["page alone"])
-    tally.seconds.clear()
+    ask_alone(services, sessions)
     kinds = [kind for kind, often in KINDS.items() for _ in range(often)]
     kinds = [kinds[number % len(kinds)] for number in range(requests)]
     choose.shuffle(kinds)
@@ -227,26 +218,42 @@ def soak(
     until(lambda: uploads(folder) <= files_before)
     left = uploads(folder) - files_before
     problems += [f"not removed: {path.name}" for path in left]
+    memory = {
+        name: {"warm MiB": round(warm[name]), "end MiB": round(end[name]), "growth": round(growth[name], 4)}
+        for name in programs
+    }
+    report = {"requests": requests, "clients": len(sessions), "seed": seed, "minutes": round(minutes, 1)}
+    return (
+        report | figures(tally, during, requests) | {"memory": memory, "uploads left": len(left), "problems": problems}
+    )
+
+
+def ask_alone(services: Services, sessions: list[Session]) -> None:
+    """Ask every question of every client alone, first the server; the page must give the same answers."""
+    for session in tqdm(sessions, desc="alone", dynamic_ncols=True):
+        for name in QUESTIONS:
+            known = name == "shared photo" and session is not sessions[0]
+            session.expected[name] = sessions[0].expected[name] if known else session.ask(name)
+    services.descriptions = [session.expected["describe"] for session in sessions]
+    if len(set(services.descriptions)) < len(sessions):
+        services.tally.problems.append("two photos get one description: choose another seed")
+    for session in sessions:
+        storm([session], ["page alone"])
+    services.tally.seconds.clear()
+
+
+def figures(tally: SoakTally, answers: collections.Counter[str], requests: int) -> dict[str, Any]:
+    """Return what the clients counted, and the machine."""
     seconds = [took for took, _ in tally.seconds[:requests]]
     longest = {kind: round(max((took for took, own in tally.seconds if own == kind), default=0), 1) for kind in KINDS}
     return {
-        "requests": requests,
-        "clients": len(sessions),
-        "seed": seed,
-        "minutes": round(minutes, 1),
-        "answers": dict(sorted(during.items())),
+        "answers": dict(sorted(answers.items())),
         "refusals": dict(sorted(tally.refusals.items())),
         "busy, asked again": tally.busy,
         "wrong answers": tally.wrong,
         "leaks": tally.leaks,
         "seconds, median": round(statistics.median(seconds), 1),
         "seconds, longest": longest,
-        "memory": {
-            name: {"warm MiB": round(warm[name]), "end MiB": round(end[name]), "growth": round(growth[name], 4)}
-            for name in programs
-        },
-        "uploads left": len(left),
-        "problems": problems,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "torch": torch.__version__,
     }
