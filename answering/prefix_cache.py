@@ -73,8 +73,11 @@ class PrefixCache:
         shared = lengths[source]
         started.ids, started.states = source.ids[:shared], cache_prefix(source.states, shared)
         self.sequences.remove(source)
-        if source.unfinished or shared < source.prompt_length - 1:
-            self.sequences.append(source)
+        self.sequences.append(source)
+        # all whose prompt lives on in the new one, not only the source: a dialogue shares as much of its first
+        # question as that question asked again does, so copies of the question would fill the cache
+        covered = {one for one, length in lengths.items() if not one.unfinished and length >= one.prompt_length - 1}
+        self.sequences = [one for one in self.sequences if one not in covered]
         return started
 
     def keep(self, sequence: CachedSequence) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import gradio as gr
 
 from page.asking import Caller, Shared, answer
+from page.chat import typed_files
 from page.texts import say
 
 
@@ -30,6 +31,8 @@ def add_endpoints(shared: Shared) -> None:
             system: system message; empty: that of the training.
         """
         session = request.session_hash or ""
+        # also of a question that is refused, or it would stay when the session ends
+        shared.files.hold(session, *typed_files({"files": photos}))
         if not isinstance(question, str) or not question.strip():
             raise gr.Error(say("en", "no_question"), print_exception=False)
         settings = {"temperature": temperature, "system": system}

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.route_utils import FnIndexInferError
 from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from config import Generate, Gui
@@ -99,7 +102,10 @@ def launch(page: gr.Blocks, gui: Gui) -> None:
         theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=["ui-monospace", "monospace"]).set(**COLOURS),
         css=(HERE / "style.css").read_text(encoding="utf-8"),
         i18n=translations(),
-        app_kwargs={"middleware": [Middleware(FirstScript, (HERE / "browser.js").read_bytes())]},
+        app_kwargs={
+            "middleware": [Middleware(FirstScript, (HERE / "browser.js").read_bytes())],
+            "exception_handlers": {FnIndexInferError: no_such_endpoint},
+        },
         share=False,
         ssr_mode=False,
         pwa=False,
@@ -111,6 +117,11 @@ def launch(page: gr.Blocks, gui: Gui) -> None:
         quiet=True,
         prevent_thread_lock=True,
     )
+
+
+async def no_such_endpoint(request: Request, error: Exception) -> Response:
+    """Refuse a call of an unknown endpoint, for which Gradio has a traceback and status 500."""
+    return JSONResponse({"detail": "there is no such endpoint: docs/page.md names them"}, 404)
 
 
 class FirstScript:

@@ -136,6 +136,8 @@ class ChatTab:
         editing = _is_question(place, history)
         before = history[:place] if editing else history
         session = request.session_hash or ""
+        # also of a question that is refused, or it would stay when the session ends
+        self._shared.files.hold(session, *typed_files(payload))
         with self._shared.work(session) as work:
             if work is None:
                 yield self.complain(request, "busy")

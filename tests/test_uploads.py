@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -188,6 +189,14 @@ def test_the_server_goes_on_after_what_gradio_refuses(served, secret, data):
     address, _ = served
     call(address, "on_ask", *data)
     assert ask(address, photo(upload(address, secret)), text="Still there?")[0] == "(64, 48) Still there?"
+
+
+def test_an_unknown_endpoint_is_not_found(served):
+    address, _ = served
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        call(address, "other")
+    assert caught.value.code == 404
+    assert "no such endpoint" in caught.value.read().decode()
 
 
 def test_half_a_surrogate_pair_is_said(served, secret):

@@ -68,8 +68,8 @@ def test_a_stream_that_was_dropped_gives_its_sequence_away(chats):
     assert ask([RED], "What?")[1] == 1  # beside the unfinished one
     assert len(answerer._prefixes.sequences) == 2
     del stream
-    ask([RED], "What?"), ask([RED], "What?")
-    assert len(answerer._prefixes.sequences) == 2
+    ask([RED], "What?")
+    assert len(answerer._prefixes.sequences) == 1
     assert not any(sequence.unfinished for sequence in answerer._prefixes.sequences)
 
 
@@ -148,6 +148,15 @@ def test_prompts_live_on_and_answers_give_way():
     assert sorted(texts(cache)) == ["question another who: ?", "question another why: !"]
     assert read(cache, prompt("quest ")) == len("quest")
     assert len(texts(cache)) == 3
+
+
+def test_a_question_before_a_dialogue_has_no_copies():
+    """The dialogue shares as much of the question as the question asked again does, and is looked at first."""
+    cache = PrefixCache(EVERYTHING)
+    read(cache, prompt("question answer next "), "!")
+    for _ in range(3):
+        assert read(cache, prompt("question "), "answer") == len("question ") - 1
+    assert texts(cache) == ["question answer next !", "question answer"]
 
 
 def test_an_unfinished_sequence_is_shared_but_not_taken():

@@ -118,6 +118,27 @@ def test_uploads_go_when_the_session_ends(address, photo, uploads):
     wait_for(lambda: not list(uploads.rglob("green.png")))
 
 
+def test_uploads_of_refused_questions_go_too(address, photo, uploads, engine):
+    """The session is busy, or the question is empty."""
+    client = client_of(address)
+    engine.go_on.clear()
+    waiting = ask(client, photo, "wait")
+    wait_for(lambda: engine.at_work == 1)
+    for name, colour in {"blue.png": "blue", "white.png": "white"}.items():
+        Image.new("RGB", (63, 47), colour).save(photo.with_name(name))
+    ask(client, photo.with_name("blue.png"), "now?").result(60)
+    files = [gradio_client.handle_file(photo.with_name("white.png"))]
+    for question in ("now?", " "):
+        with pytest.raises(gradio_client.exceptions.AppError):
+            client.predict(files, question, api_name="/answer")
+    assert list(uploads.rglob("blue.png"))
+    assert list(uploads.rglob("white.png"))
+    engine.go_on.set()
+    waiting.result(60)
+    client.close()
+    wait_for(lambda: not [*uploads.rglob("blue.png"), *uploads.rglob("white.png")])
+
+
 def test_a_password_is_asked_for_everywhere(tmp_path, photo):
     with served(tmp_path / "uploads", user="me", password="secret") as address:
         (tmp_path / "uploads" / "x.png").write_bytes(photo.read_bytes())
