@@ -140,5 +140,6 @@ def _quieten_libraries() -> None:
     # unused generation settings) concern deliberate choices of this project.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if os.environ["TRANSFORMERS_VERBOSITY"] == "error":
-        for name in ("transformers", "peft"):
+        # bitsandbytes wants a package for faster products in 4 bits on CPUs with AVX512-BF16, also where none is in 4 bits
+        for name in ("transformers", "peft", "bitsandbytes"):
             logging.getLogger(name).setLevel(logging.ERROR)

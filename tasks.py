@@ -23,6 +23,8 @@ DEMO_RUN = "checkpoints/demo"
 SHIPPED = "demo/checkpoint"  # of an earlier demo run, so that `make gui` answers before anything was trained
 WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 CPU_LINE = """
+import logging
+logging.getLogger("bitsandbytes").setLevel("ERROR")  # as cli.py does
 import torch
 from model.precision import cpu_has_bf16
 has = torch.cpu.get_capabilities()
