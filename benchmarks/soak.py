@@ -5,8 +5,8 @@
 Both programs run as for a user, each with the demo's checkpoint and on a free port of 127.0.0.1. Every client has drawn
 photos whose descriptions differ from those of all others, so an answer to another client's question is recognised.
 Requests come in random order: whole and streamed answers, several photos, dialogues, the page's endpoints, clients
-that leave in the middle, garbage (`soak_client.py`). Memory is measured at rest, after the first 100 requests and
-at the end. Ends with status 1 if there is any problem. Linux and macOS.
+that leave in the middle, garbage (`soak_client.py`). Memory is measured at rest, after each fifth of the requests. Ends
+with status 1 if there is any problem. Linux and macOS.
 """
 
 import argparse
@@ -41,7 +41,8 @@ from paths import REPO_ROOT
 CHECKPOINT = REPO_ROOT / "demo" / "checkpoint"
 # little room, so that some requests are refused
 LIMITS = ("--max-queue", "6", "--max-request-mb", "2", "--max-megapixels", "8")
-WARM_UP = 100  # requests until the memory is measured first
+PARTS = 5  # of the requests; the memory is measured after each
+WARM_UP = 3  # parts in which kept prompts and freed blocks of memory may still become more
 START_SECONDS, REST_SECONDS, END_SECONDS = 600, 10, 60
 MOST_GROWTH = 0.05  # of the memory
 
@@ -204,12 +205,13 @@ def soak(
     kinds = [kinds[number % len(kinds)] for number in range(requests)]
     choose.shuffle(kinds)
     began = time.monotonic()
-    storm(sessions, kinds[:WARM_UP])
-    warm = at_rest(services.http, programs, problems)
-    storm(sessions, kinds[WARM_UP:])
-    minutes = (time.monotonic() - began - REST_SECONDS) / 60
-    end = at_rest(services.http, programs, problems)
-    growth = {name: end[name] / warm[name] - 1 for name in programs}
+    memory: dict[str, list[float]] = {name: [] for name in programs}
+    for part in range(PARTS):
+        storm(sessions, kinds[part::PARTS])
+        for name, used in at_rest(services.http, programs, problems).items():
+            memory[name].append(used)
+    minutes = (time.monotonic() - began - PARTS * REST_SECONDS) / 60
+    growth = {name: used[-1] / used[WARM_UP - 1] - 1 for name, used in memory.items()}
     problems += [f"{name} grew by {more:.1%}" for name, more in growth.items() if more > MOST_GROWTH]
     during = tally.answers.copy()
     storm(sessions[:3], ["whole", "stream", "page answer"])  # both still answer
@@ -218,13 +220,13 @@ def soak(
     until(lambda: uploads(folder) <= files_before)
     left = uploads(folder) - files_before
     problems += [f"not removed: {path.name}" for path in left]
-    memory = {
-        name: {"warm MiB": round(warm[name]), "end MiB": round(end[name]), "growth": round(growth[name], 4)}
-        for name in programs
+    grown = {
+        name: {"MiB after each part": [round(each) for each in used], "growth": round(growth[name], 4)}
+        for name, used in memory.items()
     }
     report = {"requests": requests, "clients": len(sessions), "seed": seed, "minutes": round(minutes, 1)}
     return (
-        report | figures(tally, during, requests) | {"memory": memory, "uploads left": len(left), "problems": problems}
+        report | figures(tally, during, requests) | {"memory": grown, "uploads left": len(left), "problems": problems}
     )
 
 
