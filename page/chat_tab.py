@@ -15,6 +15,9 @@ from page.texts import as_markdown, label, language_of, say
 
 Updates = dict[Any, Any]  # component → its new value
 NONE = -1  # no question is edited
+# in seconds: the browser may apply several updates at once, of which the last one counts, also where it leaves a
+# component as it was; so all early updates of an answer empty the question box
+SETTLING = 0.3
 
 
 class ChatTab:
@@ -152,7 +155,11 @@ class ChatTab:
             yield emptied
             box_text = box_text.strip() if isinstance(box_text, str) else ""
             caller = Caller(session, language_of(request), str(name), as_settings(values), box_text)
-            yield from self._run(caller, work, chat_id, history, [*before, {"role": "user", "content": text}], uploads)
+            asked = [*before, {"role": "user", "content": text}]
+            began = time.monotonic()
+            for updates in self._run(caller, work, chat_id, history, asked, uploads):
+                settling = time.monotonic() - began < SETTLING
+                yield emptied | updates if settling else updates
 
     def on_again(self, request: gr.Request, history, chat_id, name, *values) -> Iterator[Updates]:
         history, settings = answered(history), as_settings(values)

@@ -339,6 +339,17 @@ def test_errors_stand_in_the_chat_and_the_question_comes_back(page, photos):
     expect_text(page, "#chat", "(64, 48) short")
 
 
+def test_the_box_is_empty_after_answers_that_come_at_once(page, photos):
+    """The browser may apply the updates of a quick answer together; then every third question stayed in the box."""
+    for number in range(8):
+        upload(page, photos / "red.png")
+        ask(page, f"word{number}")
+        expect_text(page, "#chat", f"word{number}")
+        expect(page, "#ask").to_be_enabled()
+        expect(page, "#question textarea").to_have_value("")
+        expect(page, THUMBNAILS).to_have_count(0)
+
+
 def test_stop_keeps_what_was_said_and_ends_the_work(page, photos, engine):
     upload(page, photos / "red.png")
     engine.closed_early = False
