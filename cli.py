@@ -140,6 +140,6 @@ def _quieten_libraries() -> None:
     # unused generation settings) concern deliberate choices of this project.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if os.environ["TRANSFORMERS_VERBOSITY"] == "error":
-        # on CPUs with AVX512-BF16, bitsandbytes misses a package for products in 4 bits, also where nothing is in 4 bits
+        # on CPUs with AVX512-BF16, bitsandbytes misses a package for 4-bit products, also where nothing is in 4 bits
         for name in ("transformers", "peft", "bitsandbytes"):
             logging.getLogger(name).setLevel(logging.ERROR)
