@@ -32,8 +32,8 @@ LONGEST_ANSWER = 32  # tokens of a compared answer
 # In float32 an exact format differs only by the order of sums. In 16 bits both sides round at every layer, each with
 # its own kernels, and the differences grow with the square root of the depth. The limits are several times what six
 # layers of Qwen2.5-0.5B behind SigLIP-base differ by; `export_report.json` has the figures of each export. Weights of
-# 8 bits have a precision near bfloat16's, and get its limits. Those of 4 bits change the logits of the demo's
-# checkpoint by 0.6 standard deviations. Their limit still refuses a vocabulary whose rows are shifted, as a test shows.
+# 8 bits have a precision near bfloat16's, and get its limits. Those of 4 bits change logits by more, and
+# their limit refuses a wrong file only: a vocabulary whose rows are shifted, as a test shows.
 BFLOAT16 = (5e-2, 0.5)
 TOLERANCES: dict[torch.dtype | str, tuple[float, float]] = {
     torch.float32: (1e-4, 1e-3),

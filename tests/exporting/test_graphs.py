@@ -20,8 +20,8 @@ from tests.visual.test_vit import write as write_tower
 EXACT = 1e-5
 
 
-def needs(target, quantised=False):
-    for package in TARGETS[target].packages + (TARGETS[target].quantised_packages if quantised else ()):
+def needs(target, weights="same"):
+    for package in TARGETS[target].packages + TARGETS[target].quantised_packages.get(weights, ()):
         pytest.importorskip(package)
 
 
@@ -85,7 +85,7 @@ def calm(make, folder, **settings):
 
 def test_fewer_bits_make_smaller_files(make, export, tmp_path):
     """8 bits are a quarter of float32, 4 an eighth; 64 weights of 4 bits share 2.5 bytes of scale and zero point."""
-    needs("openvino", quantised=True)
+    needs("openvino", "int8")
     sizes, reports = [], []
     for weights in ("int8", "int4"):
         model = calm(make, tmp_path, hidden_size=128, intermediate_size=256)
@@ -107,14 +107,14 @@ def test_fewer_bits_make_smaller_files(make, export, tmp_path):
 
 def test_widths_that_no_group_fits(make, export, tmp_path):
     """Rows of 48 numbers are cut into none of 64 or 32, and get 8 bits."""
-    needs("openvino", quantised=True)
+    needs("openvino", "int4")
     _, report = export(calm(make, tmp_path), "openvino", weights="int4")
     assert report["passed"]
 
 
 def test_4_bits_hide_no_wrong_file(make, export, tmp_path, monkeypatch):
     """The model of the test above, which passes, with each token in the next one's row."""
-    needs("openvino", quantised=True)
+    needs("openvino", "int4")
     merged = onnx_graphs.merged_tensors
 
     def shifted(module):
@@ -128,7 +128,7 @@ def test_4_bits_hide_no_wrong_file(make, export, tmp_path, monkeypatch):
 
 def test_no_statistics_are_sent(tmp_path):
     """OpenVINO's library for it writes a number of the user into the home folder before it sends anything."""
-    needs("openvino", quantised=True)
+    needs("openvino", "int4")
     code = "from exporting.stock_check import import_openvino; import_openvino(); import nncf.telemetry"
     home = os.environ | {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], cwd=REPO_ROOT, env=home, check=True)
