@@ -272,10 +272,13 @@ class MMultiModal(nn.Module):
 
     def decode(self, embeddings: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """Process `embeddings` (1, T, Dl) after the tokens in `cache`; return the last logits (V,) in float32."""
-        start = cache.get_seq_length()
-        positions = torch.arange(start, start + embeddings.shape[1], device=embeddings.device).unsqueeze(0)
+        start, length = cache.get_seq_length(), embeddings.shape[1]
+        positions = torch.arange(start, start + length, device=embeddings.device).unsqueeze(0)
+        # A number here would give lm_head a view with the strides of all positions. In bfloat16 on a CPU, torch then
+        # copies the whole vocabulary's weights first (0.6 s of Qwen2.5-0.5B's); an index gives a tensor of its own.
+        last = torch.tensor([length - 1], device=embeddings.device)
         output = self.LLM(
-            inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last
         )
         return output.logits[0, -1].float()
 

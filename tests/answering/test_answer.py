@@ -85,6 +85,16 @@ def test_second_question_does_not_read_the_photo_again(model, monkeypatch):
     assert lengths[0] < model.processor.chat.plan.crop_tokens + len(question) + 30
 
 
+def test_lm_head_gets_a_tensor_of_its_own(model):
+    """A view with the strides of all positions would cost a copy of the vocabulary's weights in bfloat16 on a CPU."""
+    strides = []
+    hook = model.language_model.lm_head.register_forward_pre_hook(lambda _, given: strides.append(given[0].stride()))
+    Answerer(model).answer(RED, "What is it?", Generate(max_new_tokens=2))
+    hook.remove()
+    width = model.language_model.lm_head.in_features
+    assert strides == [(width, width, 1)] * 2
+
+
 def test_closing_the_stream_leaves_a_usable_answerer(model):
     answerer = Answerer(model)
     expected = Answerer(model).answer(RED, "Which colour?")
