@@ -20,8 +20,7 @@ MISTAKES = 3  # most mistakes in one message
 # Steps, samples, tokens: the limit is above any real run, and a product of two counts still fits 64 bits.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's generators take 64 bits
-# Training diverges above 1; the higher limit is for experiments.
-LearningRate = Annotated[float, Field(le=1e3)]
+LearningRate = Annotated[float, Field(le=1e3)]  # training diverges above 1; more is for experiments
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -260,6 +259,7 @@ class Gui(Section):
     host: str = "127.0.0.1"
     port: int = Field(7860, ge=1, le=65535)
     max_upload_mb: int = Field(20, ge=1, le=10_000)
+    cache_mb: int = Field(1024, ge=0, le=2**20)
     root_path: str = Field("", pattern=r"^(/[^\s/]+)*$|^https?://\S+$")
     user: str | None = Field(None, min_length=1)
     password: str | None = Field(None, exclude=True, repr=False)  # neither in a checkpoint nor in a message

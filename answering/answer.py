@@ -19,7 +19,7 @@ from answering.beams import BeamSearch, has_beams
 from answering.choice import suppress
 from answering.heatmap import Heatmap, Method, look
 from answering.open_answer import OpenAnswer
-from answering.prefix_cache import CACHE_BYTES, CachedSequence, PrefixCache
+from answering.prefix_cache import CachedSequence, PrefixCache
 from answering.request import (
     CancelledError,
     OpenPrompt,
@@ -51,14 +51,13 @@ class Answerer:
     Every call takes decoding settings (config section `generate`); None: those of the model's config.
 
     Args:
-        model: in eval mode.
-        cache_bytes: most bytes of kept keys and values, see `PrefixCache`.
+        model: in eval mode; `gui.cache_mb` of its config bounds the keys and values that are kept.
     """
 
-    def __init__(self, model: MMultiModal, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, model: MMultiModal) -> None:
         self.model = model
         self.chat = model.processor.chat
-        self._prefixes = PrefixCache(cache_bytes)
+        self._prefixes = PrefixCache(model.config.gui.cache_mb * 2**20)
         self._feature_of: dict[str, torch.Tensor] = {}
         self._lock = threading.RLock()
 

@@ -12,10 +12,6 @@ from transformers import DynamicCache
 from answering.request import OpenPrompt, common_length
 from compat import cache_prefix
 
-# Dialogues of 1000 tokens, about one photo each: 87 of Qwen2.5-0.5B and 18 of Qwen2.5-7B in bf16 (12 and 56 KiB a
-# token), 2 of Qwen-7B (v1), which has no grouped heads (512 KiB).
-CACHE_BYTES = 2**30
-
 
 @dataclass(eq=False)
 class CachedSequence:
@@ -56,10 +52,12 @@ class PrefixCache:
     another answer.
 
     Args:
-        most_bytes: of all that is kept. Answers that are being made also need memory of their own.
+        most_bytes: of all that is kept. Answers that are being made also need memory of their own. In 1 GiB, there is
+            room for 87 dialogues of 1000 tokens (about one photo each) of Qwen2.5-0.5B and 18 of Qwen2.5-7B in bf16 (12
+            and 56 KiB a token), and for 2 of Qwen-7B (v1), which has no grouped heads (512 KiB).
     """
 
-    def __init__(self, most_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
         self.sequences: list[CachedSequence] = []  # least recently used first
 

@@ -42,7 +42,8 @@ CHECKPOINT = REPO_ROOT / "demo" / "checkpoint"
 # little room, so that some requests are refused
 LIMITS = ("--max-queue", "6", "--max-request-mb", "2", "--max-megapixels", "8")
 PARTS = 5  # of the requests; the memory is measured after each
-WARM_UP = 3  # parts in which kept prompts and freed blocks of memory may still become more
+CACHE = "gui.cache_mb=64"  # 28 dialogues, so that kept prompts stop becoming more long before the end
+WARM_UP = 3  # parts in which freed blocks of memory may still become more
 START_SECONDS, REST_SECONDS, END_SECONDS = 600, 10, 60
 MOST_GROWTH = 0.05  # of the memory
 
@@ -151,7 +152,7 @@ def at_rest(http: httpx2.Client, programs: dict[str, subprocess.Popen], problems
 def run(requests: int, clients: int, seed: int, folder: Path) -> dict[str, Any]:
     """Start both programs, ask, and end them; return the report."""
     ports = [free_port(), free_port()]
-    serve = [sys.executable, "serve.py", "--checkpoint", str(CHECKPOINT), "--port", str(ports[0]), *LIMITS]
+    serve = [sys.executable, "serve.py", "--checkpoint", str(CHECKPOINT), "--port", str(ports[0]), *LIMITS, CACHE]
     page = [
         sys.executable,
         "test_gui.py",
@@ -159,6 +160,7 @@ def run(requests: int, clients: int, seed: int, folder: Path) -> dict[str, Any]:
         str(CHECKPOINT),
         f"gui.port={ports[1]}",
         "gui.max_upload_mb=1",
+        CACHE,
     ]
     temporary = folder / "temporary"
     temporary.mkdir()

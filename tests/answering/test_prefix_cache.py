@@ -52,6 +52,15 @@ def test_an_edited_third_question_reads_what_changed_and_the_old_one_stays(chats
     assert ask([RED], "What?")[1] == 1
 
 
+@pytest.mark.parametrize("megabytes", [0, 1])
+def test_the_config_bounds_what_is_kept(qwen2, monkeypatch, megabytes):
+    monkeypatch.setattr(qwen2.config.gui, "cache_mb", megabytes)
+    answerer = Answerer(qwen2)
+    again = [answerer.stream(None, dialogue([RED], ["What?"], []), SHORT).rest().tokens_reused for _ in range(2)][1]
+    assert (again > 0) == (kept_bytes(answerer) > 0) == (megabytes > 0)
+    assert answerer._prefixes.most_bytes == megabytes * 2**20
+
+
 def test_the_same_question_again_takes_no_more_memory(chats):
     answerer, ask = chats
     ask([RED], "What?")
