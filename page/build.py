@@ -22,6 +22,7 @@ from page.checkpoints import Engines
 from page.examples import examples_panel
 from page.kept_panel import KeptPanel
 from page.looking import LookingPanel, PartPanel
+from page.sessions import forget_closed, keep_component_numbers
 from page.settings import checkpoint_choice, settings_panel
 from page.texts import TEXTS, label, translations
 from page.uploads import SessionFiles
@@ -84,6 +85,7 @@ def build_page(
 
         def on_unload(request: gr.Request) -> None:
             shared.end(request.session_hash or "")
+            forget_closed(page.state_holder)
 
         page.unload(on_unload)
     return page
@@ -93,6 +95,7 @@ def launch(page: gr.Blocks, gui: Gui) -> None:
     """Serve the page on `gui.host`:`gui.port` in background threads; return when it is ready."""
     for variable in ("no_proxy", "NO_PROXY"):  # Gradio requests its own page once, which fails through a proxy
         os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "localhost", gui.host]))
+    keep_component_numbers()
     page.queue(default_concurrency_limit=4).launch(
         server_name=in_url(gui.host),
         server_port=gui.port,

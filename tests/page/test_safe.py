@@ -1,14 +1,19 @@
 """Who may use the page, whose turn it is, and what stays behind: over HTTP and with `gradio_client`, no browser."""
 
+import datetime
+import gc
 import json
 import time
 
+import gradio as gr
 import gradio_client
 import httpx2
 import pytest
+from gradio.state_holder import StateHolder
 from PIL import Image
 
 from page.checkpoints import Engines
+from page.sessions import forget_closed
 from tests.page.driver import SpokenEngine, proxied, served
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # Gradio uses what pandas 3 calls old
@@ -161,3 +166,27 @@ def test_behind_a_reverse_proxy(tmp_path, photo):
         client = client_of(f"{outside}/vqa/")
         answer = client.predict([gradio_client.handle_file(photo)], "What is it?", api_name="/answer")
         assert answer == "(64, 48) What is it?"
+
+
+def test_a_session_keeps_no_more_after_more_questions(address, photo):
+    client = client_of(address)
+    sizes = []
+    for _ in range(4):
+        ask(client, photo, "again").result(60)
+        holders = [each for each in gc.get_objects() if type(each) is StateHolder]
+        (state,) = [holder[client.session_hash] for holder in holders if client.session_hash in holder]
+        sizes.append((len(state.blocks_config.blocks), len(state.config_values)))
+    assert sizes[0] == sizes[3]
+
+
+def test_closed_sessions_are_forgotten_after_a_time():
+    with gr.Blocks() as blocks:
+        gr.Textbox()
+    holder = StateHolder()
+    holder.set_blocks(blocks)
+    for name in ("open", "closed", "closed long ago", "open long ago"):
+        holder[name].is_closed = name.startswith("closed")
+        if "long" in name:
+            holder.time_last_used[name] -= datetime.timedelta(hours=2)
+    forget_closed(holder)
+    assert list(holder.session_data) == list(holder.time_last_used) == ["open", "closed", "open long ago"]
