@@ -42,6 +42,7 @@ def train_for(config: list[str], folder: Path, minutes: float, clock: Path) -> d
     begun = any(folder.glob("checkpoint-*"))
     if not begun or seconds < 60 * minutes:
         start = time.monotonic()
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         command = [sys.executable, "train.py", *config, *(["--resume", "auto"] if begun else [])]
         with subprocess.Popen(command, cwd=REPO_ROOT) as process:
             try:
@@ -49,7 +50,12 @@ def train_for(config: list[str], folder: Path, minutes: float, clock: Path) -> d
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGTERM)  # the run stores a checkpoint and ends
                 status = process.wait()
-            finally:  # also after Ctrl-C, which train.py gets too
+            except SystemExit:  # Ctrl-C reaches train.py by itself, SIGTERM does not
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+                raise
+            finally:
+                signal.signal(signal.SIGTERM, before)
                 seconds += time.monotonic() - start
                 clock.parent.mkdir(parents=True, exist_ok=True)
                 clock.write_text(f"{seconds:.0f}")

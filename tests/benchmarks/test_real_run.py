@@ -1,6 +1,7 @@
 """A try of the real run: trains, goes on after an interruption, scores, and replaces its row in the table."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -48,6 +49,19 @@ def test_a_try_is_trained_scored_and_written_down(command):
     further = command("second", "train.max_steps=3")
     assert [(other["name"], other["training"]["steps"]) for other in further] == [("first", 2), ("second", 3)]
     assert further[1]["training"]["seconds"] > row["training"]["seconds"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no shell and no SIGTERM")
+def test_a_try_that_is_ended_ends_its_training(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    ending = f"'echo ended > {tmp_path}/told; exit'"
+    program.write_text(f"#!/bin/sh\ntrap {ending} TERM\nkill -TERM {os.getpid()}\nwhile :; do sleep 0.05; done\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(SystemExit):
+        real_run.train_for([], tmp_path / "run", 1, tmp_path / "clock")
+    assert (tmp_path / "told").read_text() == "ended\n"
+    assert (tmp_path / "clock").is_file()
 
 
 def test_a_failing_training_is_an_error(command):
