@@ -6,6 +6,7 @@ passes of the model instead (`batches.py`).
 """
 
 import functools
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -35,7 +36,7 @@ from answering.request import (
     read_picture,
 )
 from config import Generate
-from errors import UserError, shortened
+from errors import UserError, is_out_of_memory, shortened
 from model.model import MMultiModal
 from qwen.chat import Message
 
@@ -59,6 +60,7 @@ class Answerer:
         self.chat = model.processor.chat
         self._prefixes = PrefixCache(model.config.gui.cache_mb * 2**20)
         self._feature_of: dict[str, torch.Tensor] = {}
+        self._fitting = sys.maxsize  # most tokens of a batch, after memory ran out
         self._lock = threading.RLock()
 
     def answer(self, image: PhotoSource | None, question: str, settings: Generate | None = None) -> str:
@@ -140,9 +142,11 @@ class Answerer:
     ) -> Iterator[Reply | UserError]:
         """Answer many requests together; the answers are those of `stream_messages`, in the order of the requests.
 
-        It takes requests until a batch is full, answers them, and goes on. In a batch, all that stands before the end
-        of the last photo is computed once for all requests in which it is equal, so requests on the same photos should
-        follow one another. A sequence longer than `longest_packed` of the language model is answered alone.
+        It takes requests until a batch is full, answers them, and goes on. If memory runs out, it answers the halves of
+        the batch one after the other, and goes on with batches of half as many tokens. In a batch, all that stands
+        before the end of the last photo is computed once for all requests in which it is equal, so requests on the same
+        photos should follow one another. A sequence longer than `longest_packed` of the language model is answered
+        alone.
 
         Args:
             most_tokens: of a batch, answers of `max_new_tokens` included; their keys and values are in memory at once.
@@ -157,7 +161,7 @@ class Answerer:
         beams = settings.num_beams if has_beams(settings) else 1
         recent = functools.lru_cache(RECENT_PHOTOS)(functools.partial(read_picture, self.model))
         longest = self.model.language_model.longest_packed
-        batch, waiting = PromptBatch(most_tokens, beams), []
+        batch, waiting = PromptBatch(min(most_tokens, self._fitting), beams), []
         for request in requests:
             try:
                 # a PIL image has no hash, and is decoded already
@@ -171,7 +175,7 @@ class Answerer:
             alone = len(prompt.ids) + prompt.limit > longest
             if alone or not batch.add(self.model, prompt, pictures):
                 yield from self._answered(batch, waiting, settings)
-                batch, waiting = PromptBatch(most_tokens, beams), []
+                batch, waiting = PromptBatch(min(most_tokens, self._fitting), beams), []
                 if alone:
                     yield self.stream_messages(*request, settings).rest()
                     continue
@@ -183,19 +187,34 @@ class Answerer:
         self, batch: PromptBatch, waiting: list[OpenPrompt | UserError], settings: Generate
     ) -> Iterator[Reply | UserError]:
         """Answer the batch; yield the answers and errors that wait, in their order."""
-        if has_beams(settings):
-            search = BeamSearch(self.model, batch, settings)
-            while search.waiting:
-                with self._one_pass():
-                    search.step()
-            answers = iter(search.replies())
-        else:
-            answers = iter(answer_batch(self.model, batch, settings, self._one_pass))
+        answers = iter(self._replies(batch, settings))
         for entry in waiting:
             if isinstance(entry, UserError):
                 yield entry
             else:
                 yield next(answers)
+
+    def _together(self, batch: PromptBatch, settings: Generate) -> list[Reply]:
+        if not has_beams(settings):
+            return answer_batch(self.model, batch, settings, self._one_pass)
+        search = BeamSearch(self.model, batch, settings)
+        while search.waiting:
+            with self._one_pass():
+                search.step()
+        return search.replies()
+
+    def _replies(self, batch: PromptBatch, settings: Generate) -> list[Reply]:
+        """Answer the batch, in halves if memory runs out."""
+        try:
+            return self._together(batch, settings)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(batch.prompts) < 2:
+                raise
+        # not above: there, the error's traceback still holds the memory that the batch took
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._fitting = min(self._fitting, batch.slots // 2)
+        return [reply for half in batch.halves(self.model) for reply in self._replies(half, settings)]
 
     def _pieces(self, request: Request, settings: Generate) -> Generator[str, None, Reply]:
         """Yield the text of an answer, an item for each token; return the whole of it."""

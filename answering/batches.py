@@ -8,7 +8,7 @@ Shapes: T tokens of the packed row, N questions that have not ended, Dl width, V
 """
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -34,6 +34,7 @@ class PromptBatch:
     """Prompts that are answered together, grouped by all that comes before the end of their last photo.
 
     Attributes:
+        slots: tokens that keys and values are held of.
         prompts: in the order in which they came.
         pixels: hash of a photo → (crops, 3, H, W).
 
@@ -45,6 +46,7 @@ class PromptBatch:
     def __init__(self, most_tokens: int, beams: int = 1) -> None:
         self.prompts: list[OpenPrompt] = []
         self.pixels: dict[str, torch.Tensor] = {}
+        self.slots = 0
         self._most_tokens, self._beams = most_tokens, beams
         self._groups: dict[Hashable, list[int]] = {}  # numbers in `prompts`
         self._tokens: dict[Hashable, int] = {}  # of a group, if all answers are as long as they may be
@@ -58,6 +60,7 @@ class PromptBatch:
         slots = len(self._tokens | {key: tokens}) * max(tokens, *self._tokens.values(), 0)
         if self.prompts and slots > self._most_tokens:
             return False
+        self.slots = slots
         self._groups.setdefault(key, []).append(len(self.prompts))
         self._tokens[key] = tokens
         self.prompts.append(prompt)
@@ -70,6 +73,16 @@ class PromptBatch:
             if picture.hash not in self.pixels:
                 self.pixels[picture.hash] = model.processor.pixels(picture.image, picture.plan)
         return True
+
+    def halves(self, model: MMultiModal) -> Iterator["PromptBatch"]:
+        """Yield two batches with the first and the last half of the prompts."""
+        middle = len(self.prompts) // 2
+        for prompts in (self.prompts[:middle], self.prompts[middle:]):
+            half = PromptBatch(self._most_tokens, self._beams)
+            for prompt in prompts:
+                half.add(model, prompt, [])
+            half.pixels = {photo: self.pixels[photo] for prompt in prompts for photo in prompt.photos}
+            yield half
 
     @property
     def groups(self) -> list[list[int]]:

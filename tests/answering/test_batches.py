@@ -1,8 +1,10 @@
 """Answers of a batch are those of asking one by one, whatever is in the batch, and from several threads."""
 
 import threading
+import weakref
 
 import pytest
+import torch
 
 from answering import batches
 from answering.answer import Answerer
@@ -129,6 +131,31 @@ def test_an_error_stands_in_its_place(model, photos, tmp_path):
     assert all(isinstance(error, UserError) for error in errors)
     assert "the language model reads 1024" in str(errors[0])
     assert "broken.jpg" in str(errors[1])
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_batch_that_memory_has_no_room_for_is_answered_in_parts(qwen2, photos, monkeypatch, beams):
+    settings = SETTINGS.model_copy(update={"num_beams": beams})
+    requests = requests_of(qwen2, photos)
+    expected = list(Answerer(qwen2).answer_many(requests, settings))
+    slots, failed, create = [], [], BranchCache.__init__
+
+    def with_little_memory(self, *given):
+        assert all(cache() is None for cache in failed)  # their memory is free again
+        create(self, *given)
+        slots.append(self.slots)
+        if self.slots > 700:
+            failed.append(weakref.ref(self))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(BranchCache, "__init__", with_little_memory)
+    answerer = Answerer(qwen2)
+    assert list(answerer.answer_many(requests, settings)) == expected
+    assert failed
+    assert max(slots[-2:]) <= 700
+    before = len(failed)
+    assert list(answerer.answer_many(requests, settings)) == expected
+    assert len(failed) == before  # the batches stay smaller
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
