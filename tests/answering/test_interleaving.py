@@ -90,7 +90,8 @@ class Asking:
     """Answers of one engine that are made by turns, each compared with that of a new engine."""
 
     def __init__(self, model, most_bytes):
-        self.model, self.answerer = model, Answerer(model, most_bytes)
+        self.model, self.answerer = model, Answerer(model)
+        self.answerer._prefixes.most_bytes = most_bytes
         self.running, self.prompts = [], []
 
     def start(self, photos, questions, edited, cancelled):
