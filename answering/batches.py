@@ -7,6 +7,7 @@ one prefix, as in training (`qwen/attention.py`), so nothing is padded but the a
 Shapes: T tokens of the packed row, N questions that have not ended, Dl width, V vocabulary.
 """
 
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
@@ -78,7 +79,8 @@ class PromptBatch:
         """Yield two batches with the first and the last half of the prompts."""
         middle = len(self.prompts) // 2
         for prompts in (self.prompts[:middle], self.prompts[middle:]):
-            half = PromptBatch(self._most_tokens, self._beams)
+            # no limit: questions of a photo may be grouped otherwise than in the whole, and take more slots than it
+            half = PromptBatch(sys.maxsize, self._beams)
             for prompt in prompts:
                 half.add(model, prompt, [])
             half.pixels = {photo: self.pixels[photo] for prompt in prompts for photo in prompt.photos}

@@ -276,7 +276,7 @@ class MMultiModal(nn.Module):
         positions = torch.arange(start, start + length, device=embeddings.device).unsqueeze(0)
         # A number here would give lm_head a view with the strides of all positions. In bfloat16 on a CPU, torch then
         # copies the whole vocabulary's weights first (0.6 s of Qwen2.5-0.5B's); an index gives a tensor of its own.
-        last = torch.tensor([length - 1], device=embeddings.device)
+        last = torch.arange(length - 1, length, device=embeddings.device)
         output = self.LLM(
             inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last
         )

@@ -16,7 +16,8 @@ from page.texts import as_markdown, label, language_of, say
 Updates = dict[Any, Any]  # component → its new value
 NONE = -1  # no question is edited
 # in seconds: the browser may apply several updates at once, of which the last one counts, also where it leaves a
-# component as it was; so all early updates of an answer empty the question box
+# component as it was; so all early updates of an answer empty the question box. The last one comes twice, and would
+# erase a question that is typed meanwhile; so it comes later than these.
 SETTLING = 0.3
 
 
@@ -156,10 +157,11 @@ class ChatTab:
             box_text = box_text.strip() if isinstance(box_text, str) else ""
             caller = Caller(session, language_of(request), str(name), as_settings(values), box_text)
             asked = [*before, {"role": "user", "content": text}]
-            began = time.monotonic()
+            settled = time.monotonic() + SETTLING
             for updates in self._run(caller, work, chat_id, history, asked, uploads):
-                settling = time.monotonic() - began < SETTLING
-                yield emptied | updates if settling else updates
+                if self.kept in updates:  # the last one
+                    time.sleep(max(0.0, settled - time.monotonic()))
+                yield emptied | updates if time.monotonic() < settled else updates
 
     def on_again(self, request: gr.Request, history, chat_id, name, *values) -> Iterator[Updates]:
         history, settings = answered(history), as_settings(values)

@@ -1,8 +1,8 @@
 """Bounds on what Gradio keeps of sessions, so that a page may run for months. Called by `build.py`.
 
 When an event changes a component, Gradio 6.31 makes another one in its place, with a number of its own. The next event
-that reads or writes it keeps it under both numbers, and the second entry stays for good: 0.25 MiB for every question.
-What it keeps of a session stays after the tab is closed, for up to 10,000 sessions of 0.15 MiB.
+that reads or writes it keeps it under both numbers, and the second entry stays for good, some with every question.
+What it keeps of a session stays after the tab is closed, for up to 10,000 sessions.
 """
 
 import datetime
@@ -10,7 +10,7 @@ import datetime
 from gradio.blocks import Block
 from gradio.state_holder import SessionState, StateHolder
 
-KEEP_CLOSED = datetime.timedelta(hours=1)  # Gradio keeps what users see of a closed session for as long
+KEEP_CLOSED = datetime.timedelta(hours=1)  # as long as Gradio keeps the values of `gr.State` of a closed session
 
 
 def keep_component_numbers() -> None:
@@ -27,9 +27,9 @@ def keep_component_numbers() -> None:
     SessionState.__setitem__ = put_numbered
 
 
-def forget_closed(holder: StateHolder, keep: datetime.timedelta = KEEP_CLOSED) -> None:
-    """Forget the sessions that were closed and then not used for a time."""
-    before = datetime.datetime.now() - keep
+def forget_closed(holder: StateHolder) -> None:
+    """Forget the sessions that were closed and then not used for `KEEP_CLOSED`."""
+    before = datetime.datetime.now() - KEEP_CLOSED
     for session, state in list(holder.session_data.items()):
         if state.is_closed and holder.time_last_used.get(session, before) <= before:
             holder.session_data.pop(session, None)

@@ -109,6 +109,16 @@ def test_a_session_asks_one_thing_at_a_time(panels, history):
     assert shared.running == {}
 
 
+def test_the_last_update_of_an_answer_leaves_the_box_to_the_next_question(panels, history):
+    """Gradio sends it twice, and the next question may be typed meanwhile."""
+    _, chat, _ = panels
+    asked = in_box("What?", history[0]["photos"])
+    *early, last = chat.on_ask(request_of("one"), [], "", asked, "add", -1, "", "c7", *SETTINGS)
+    assert all(step[chat.question] == in_box("") for step in early)
+    assert early[-1][chat.shown] == last[chat.shown]
+    assert chat.question not in last
+
+
 @pytest.fixture
 def batch(panels, tmp_path):
     """The batch tab, and two photos that wait in it."""
