@@ -17,7 +17,7 @@ Updates = dict[Any, Any]  # component → its new value
 NONE = -1  # no question is edited
 # in seconds: the browser may apply several updates at once, of which the last one counts, also where it leaves a
 # component as it was; so all early updates of an answer empty the question box. The last one comes twice, and would
-# erase a question that is typed meanwhile; so it comes later than these.
+# replace a question that is typed meanwhile; so it leaves the box as it is, and comes later than these.
 SETTLING = 0.3
 
 
@@ -29,6 +29,7 @@ class ChatTab:
         chat_id: state: of the chat in the browser's storage; empty before its first answer.
         kept: what the browser stores; it changes together with the last words of an answer, so that no reload comes
             between them.
+        waiting: buttons that wait for the end of an answer.
     """
 
     def __init__(self, shared: Shared) -> None:
@@ -79,6 +80,7 @@ class ChatTab:
             self.edit = gr.Button(label("edit"), min_width=80, elem_id="edit")
             self.clear = gr.Button(label("clear"), min_width=80, elem_id="clear")
             self.download = gr.Button(label("download"), min_width=80, elem_id="download")
+        self.waiting = [self.ask, self.again, self.edit, self.clear]
 
     def connect(self, checkpoint: Any, settings: list[Any], box: Any) -> list[Any]:
         """Connect the buttons; return the events after which the chat has another last answer.
@@ -99,6 +101,9 @@ class ChatTab:
             api_name="on_ask", **PRIVATE | {"api_visibility": "undocumented"},
         )  # fmt: skip
         again = self.again.click(self.on_again, [self.messages, self.chat_id, *how], self.outputs, **PRIVATE)
+        # not with the last words of an answer: the browser drops a click that comes before their event has ended
+        for event in (asking, again):
+            event.then(self.on_ended, None, self.waiting, **PRIVATE)
         self.edit.click(self.on_edit, self.messages, self.outputs, **PRIVATE)
         self.editing.input(self.on_choose, [self.messages, self.editing], self.outputs, **PRIVATE)
         self.stop.click(self.on_stop, None, None, **PRIVATE)
@@ -115,8 +120,8 @@ class ChatTab:
             self.status: as_markdown(step.line),
             self.stop: gr.update(interactive=step.busy),
         }
-        for button in (self.ask, self.again, self.edit, self.clear):
-            updates[button] = gr.update(interactive=not step.busy)
+        if step.busy:
+            updates |= dict.fromkeys(self.waiting, gr.update(interactive=False))
         return updates if step.question is None else updates | {self.question: step.question}
 
     def complain(self, request: gr.Request, key: str) -> Updates:
@@ -162,6 +167,10 @@ class ChatTab:
                 if self.kept in updates:  # the last one
                     time.sleep(max(0.0, settled - time.monotonic()))
                 yield emptied | updates if time.monotonic() < settled else updates
+
+    def on_ended(self, request: gr.Request) -> list[Any]:
+        """Let `waiting` be pressed again, if no other answer is being written."""
+        return [gr.update(interactive=not self.is_busy(request)) for _ in self.waiting]
 
     def on_again(self, request: gr.Request, history, chat_id, name, *values) -> Iterator[Updates]:
         history, settings = answered(history), as_settings(values)
@@ -211,7 +220,10 @@ class ChatTab:
         """Answer the last question of `asked`; if it gets no answer, the chat is the `whole` one again."""
         for step in answer(self._shared, caller, work, asked, uploads):
             if step.question is not None:
-                yield self.show(step._replace(history=whole), caller.language) | {self.box: caller.box}
+                shown = self.show(step._replace(history=whole, question=None), caller.language)
+                yield shown | {self.question: step.question, self.box: caller.box}
+                time.sleep(SETTLING)
+                yield shown
             elif step.busy:
                 yield self.show(step, caller.language)
             else:

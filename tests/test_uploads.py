@@ -38,6 +38,9 @@ def served(tmp_path_factory):
         yield f"{address}/gradio_api", uploads
 
 
+UNCHANGED = {"__type__": "update"}  # what Gradio sends of an output that an event leaves as it is
+
+
 def fetch(url, content=None):
     headers = {"content-type": "application/json"}
     body = None if content is None else json.dumps(content).encode()
@@ -47,12 +50,16 @@ def fetch(url, content=None):
 
 
 def call(address, endpoint, *data):
-    """The last event of an API call and its data."""
+    """The last event of an API call, and what its events set each output to: null, where none did."""
     event = json.loads(fetch(f"{address}/call/{endpoint}", {"data": data, "session_hash": secrets.token_hex(4)}))[
         "event_id"
     ]
     lines = fetch(f"{address}/call/{endpoint}/{event}").strip().splitlines()
-    return lines[-2].removeprefix("event: "), json.loads(lines[-1].removeprefix("data: "))
+    outputs = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    last = outputs[-1]
+    for earlier in reversed(outputs[:-1] if isinstance(last, list) else []):
+        last = [old if new == UNCHANGED else new for old, new in zip(earlier, last, strict=True)]
+    return lines[-2].removeprefix("event: "), last
 
 
 def upload(address, file):
@@ -156,7 +163,10 @@ def test_a_photo_that_is_gone_is_one_sentence_and_the_buttons_come_back(served, 
     kind, data = call(address, "on_ask", *sent({"text": "What?", "files": [photo(gone)]}))
     assert kind == "complete"
     assert shown(data) == (f"⚠ {NOT_UPLOADED}", {"text": "What?", "files": []})
-    assert [update["interactive"] for update in data[6:11]] == [True, False, True, True, True]  # ask, stop, …
+    # ask, stop, again, …: those that wait come afterwards
+    assert data[6:11] == [UNCHANGED, UNCHANGED | {"interactive": False}, UNCHANGED, UNCHANGED, UNCHANGED]
+    kind, data = call(address, "on_ended")
+    assert (kind, [update["interactive"] for update in data]) == ("complete", [True] * 4)
 
 
 @pytest.mark.parametrize(("longest", "temperature"), [("x", 0), (40, 1e308), (-5, 0), ([], 0), (40, {}), (None, 0)])

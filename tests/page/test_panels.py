@@ -105,8 +105,11 @@ def test_a_session_asks_one_thing_at_a_time(panels, history):
     next(first)
     assert next(second) == {chat.status: say("en", "busy")}
     second.close()
+    assert chat.on_ended(request_of("one")) == [gr.update(interactive=False)] * 4  # the first one is at work
+    assert chat.on_ended(request_of("two")) == [gr.update(interactive=True)] * 4
     assert [*first][-1][chat.messages][-1]["content"] == "(64, 48) What?"
     assert shared.running == {}
+    assert chat.on_ended(request_of("one")) == [gr.update(interactive=True)] * 4
 
 
 def test_the_last_update_of_an_answer_leaves_the_box_to_the_next_question(panels, history):
@@ -117,6 +120,18 @@ def test_the_last_update_of_an_answer_leaves_the_box_to_the_next_question(panels
     assert all(step[chat.question] == in_box("") for step in early)
     assert early[-1][chat.shown] == last[chat.shown]
     assert chat.question not in last
+    # a click on a button that is enabled before the event has ended would be lost
+    assert all(button not in last for button in chat.waiting)
+
+
+def test_the_last_update_of_an_error_leaves_the_box_too(panels, history):
+    """The question that comes back would come twice, the second time over what is typed meanwhile."""
+    _, chat, _ = panels
+    asked = in_box("memory", history[0]["photos"])
+    *_, back, last = chat.on_ask(request_of("one"), [], "", asked, "add", -1, "1,2,3,4", "c7", *SETTINGS)
+    assert (back[chat.question]["text"], back[chat.box]) == ("memory", "1,2,3,4")
+    assert last.keys().isdisjoint({chat.question, chat.box, *chat.waiting})
+    assert last[chat.shown] == back[chat.shown]
 
 
 @pytest.fixture
