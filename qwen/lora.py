@@ -30,6 +30,15 @@ def _products(
     return functional.linear(x, weight, bias).addmm_(low, B.to(x.dtype).t(), alpha=scaling), low
 
 
+def dropout_mask(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Return a mask for `x` that is False with probability `p`; on CPUs, `p` is rounded to 16 bits."""
+    if x.device.type != "cpu":
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+    # a CPU draws numbers one by one: for one an element, W x takes no longer; so one of 64 bits for four elements
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return (draws[: x.numel()] >= round(p * 2**16) - 2**15).view(x.shape)
+
+
 class _LowRankLinear(torch.autograd.Function):
     """The first of `_products`; W and bias are frozen.
 
@@ -78,7 +87,7 @@ class LoraLinear(Linear):
         flat = x.reshape(-1, x.shape[-1])  # (T, I)
         dropout, mask, scaling = self.lora_dropout["default"], None, self.scaling["default"]
         if self.training and not isinstance(dropout, torch.nn.Identity):
-            mask = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout.p)
+            mask = dropout_mask(flat, dropout.p)
             scaling /= 1 - dropout.p
         matrices = (self.lora_A["default"].weight, self.lora_B["default"].weight)
         if torch.is_grad_enabled():

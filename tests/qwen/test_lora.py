@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from qwen.lora import LoraLinear
+from qwen.lora import LoraLinear, dropout_mask
 
 
 class Layers(nn.Module):
@@ -17,6 +17,17 @@ class Layers(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+class SameDropout(nn.Module):
+    """nn.Dropout with our mask: torch's own draws other numbers."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return x * dropout_mask(x, self.p) / (1 - self.p)
+
+
 def pair(dropout=0.0, dtype=torch.float64):
     """The same model with peft's layers and with ours."""
     models = []
@@ -26,6 +37,9 @@ def pair(dropout=0.0, dtype=torch.float64):
         if ours:
             config._register_custom_module({nn.Linear: LoraLinear})
         model = get_peft_model(Layers().to(dtype), config).train()
+        if dropout and not ours:
+            for layer in (model.base_model.model.first, model.base_model.model.second):
+                layer.lora_dropout["default"] = SameDropout(dropout)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -53,6 +67,22 @@ def test_output_and_gradients(dropout, dtype, tolerance):
     assert our_gradients.keys() == their_gradients.keys()
     for name, gradient in our_gradients.items():  # in norm: single elements may be small differences of large numbers
         assert (gradient - their_gradients[name]).norm() <= tolerance * their_gradients[name].norm(), name
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.999])
+def test_dropout_drops_its_share_and_one_element_tells_nothing_of_another(p):
+    torch.manual_seed(0)
+    x = torch.empty(999, 1001)  # not a multiple of the four elements of a draw
+    dropped = (~dropout_mask(x, p)).double()
+    assert dropped.shape == x.shape
+    deviation = (p * (1 - p)) ** 0.5  # of one element
+    flat = dropped.flatten()
+    for part in (flat, *(flat[lane::4] for lane in range(4))):
+        assert abs(part.mean() - p) < 5 * deviation / len(part) ** 0.5  # five standard errors
+    for step in (1, 2, 3, 4, 1001):  # within a draw, to the next one, and one row below
+        covariance = ((flat[step:] - p) * (flat[:-step] - p)).mean()
+        assert abs(covariance) < 5 * deviation**2 / len(flat) ** 0.5, step
+    assert not torch.equal(dropout_mask(x, p), ~dropped.bool())  # the next one is another
 
 
 def test_autocast_is_no_less_exact_than_pefts():
