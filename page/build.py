@@ -22,7 +22,7 @@ from page.checkpoints import Engines
 from page.examples import examples_panel
 from page.kept_panel import KeptPanel
 from page.looking import LookingPanel, PartPanel
-from page.sessions import forget_closed, keep_component_numbers
+from page.sessions import forget_closed, keep_component_numbers, name_uploads_apart
 from page.settings import checkpoint_choice, settings_panel
 from page.texts import TEXTS, label, translations
 from page.uploads import SessionFiles
@@ -96,6 +96,7 @@ def launch(page: gr.Blocks, gui: Gui) -> None:
     for variable in ("no_proxy", "NO_PROXY"):  # Gradio requests its own page once, which fails through a proxy
         os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "localhost", gui.host]))
     keep_component_numbers()
+    name_uploads_apart()
     page.queue(default_concurrency_limit=4).launch(
         server_name=in_url(gui.host),
         server_port=gui.port,

@@ -1,4 +1,4 @@
-"""Bounds on what Gradio keeps of sessions, so that a page may run for months. Called by `build.py`.
+"""Bounds on what Gradio keeps of sessions, so that a page may run for months; uploads apart. Called by `build.py`.
 
 When an event changes a component, Gradio 6.31 makes another one in its place, with a number of its own. The next event
 that reads or writes it keeps it under both numbers, and the second entry stays for good, some with every question.
@@ -6,8 +6,11 @@ What it keeps of a session stays after the tab is closed, for up to 10,000 sessi
 """
 
 import datetime
+import secrets
+from typing import Any
 
 from gradio.blocks import Block
+from gradio.route_utils import GradioUploadFile
 from gradio.state_holder import SessionState, StateHolder
 
 KEEP_CLOSED = datetime.timedelta(hours=1)  # as long as Gradio keeps the values of `gr.State` of a closed session
@@ -25,6 +28,23 @@ def keep_component_numbers() -> None:
         put(state, number, value)
 
     SessionState.__setitem__ = put_numbered
+
+
+def name_uploads_apart() -> None:
+    """Let each upload have a path of its own.
+
+    Gradio's paths come from the content. Equal photos of two sessions would be one file, which goes with the session
+    that ends first, also when the other one has not asked about it yet.
+    """
+    make = GradioUploadFile.__init__
+    if make.__module__ == __name__:
+        return
+
+    def make_apart(upload: GradioUploadFile, *args: Any, **kwargs: Any) -> None:
+        make(upload, *args, **kwargs)
+        upload.sha.update(secrets.token_bytes(16))
+
+    GradioUploadFile.__init__ = make_apart
 
 
 def forget_closed(holder: StateHolder) -> None:

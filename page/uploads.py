@@ -38,43 +38,31 @@ class NotUploadedError(UserError):
 class SessionFiles:
     """Files that sessions of the page hold; a file that no session holds any more is removed.
 
-    Equal photos of two sessions are one path, because Gradio names uploads by their content. Each upload puts a new
-    file there, so a file that is not the one that was held was uploaded by a session that has not asked about it yet.
-
     Args:
         folder: of the uploads; nothing outside is removed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._held: dict[str, dict[str, int | None]] = {}  # session → path → number of its file
+        self._held: dict[str, set[str]] = {}  # session → paths
         self._lock = threading.Lock()
 
     def hold(self, session: str, *paths: str) -> None:
         """Note that a session uses these files, which stay until it ends."""
         with self._lock:
-            self._held.setdefault(session, {}).update({path: _file_number(path) for path in paths})
+            self._held.setdefault(session, set()).update(paths)
 
     def release(self, session: str, keep: Iterable[str] = ()) -> None:
         """Let go of all files of a session but those to `keep`."""
         with self._lock:
-            kept = self._held.pop(session, {})
-            if staying := {path: kept[path] for path in keep if path in kept}:
+            kept = self._held.pop(session, set())
+            if staying := kept.intersection(keep):
                 self._held[session] = staying
-            others = set().union(*self._held.values())
-            for path, number in kept.items():
-                if path not in others and is_file_in(path, self.folder) and _file_number(path) == number:
+            for path in kept.difference(*self._held.values()):
+                if is_file_in(path, self.folder):
                     with contextlib.suppress(OSError):  # the folder of another file of this content is not empty
                         Path(path).unlink()
                         Path(path).parent.rmdir()
-
-
-def _file_number(path: str) -> int | None:
-    """Return the inode; None: there is no such file."""
-    try:
-        return os.stat(path).st_ino
-    except (OSError, ValueError):  # ValueError: a null character in the path
-        return None
 
 
 @contextlib.contextmanager
@@ -136,7 +124,7 @@ def uploaded_photo(upload: Any, folder: Path) -> Path:
 
 
 def store(folder: Path, content: bytes, name: str) -> str:
-    """Write a file as Gradio stores an upload, in a folder named by its content; return its path."""
+    """Write a file into a folder named by its content, which may be several sessions'; return its path."""
     place = folder / hashlib.sha256(content).hexdigest()
     place.mkdir(mode=0o700, exist_ok=True)
     file = place / name

@@ -156,6 +156,18 @@ def test_no_address_of_a_payload_is_fetched(served, secret, tmp_path):
             trap.accept()
 
 
+def test_equal_uploads_are_files_of_their_own(served, secret):
+    """Else the first session to end would take the file from another one that has not asked about it yet."""
+    address, uploads = served
+    first, second = (Path(upload(address, secret)) for _ in range(2))
+    assert first != second
+    assert first.read_bytes() == second.read_bytes() == secret.read_bytes()
+    assert first.is_relative_to(uploads)
+    assert first.name == second.name == secret.name
+    first.unlink()
+    assert ask(address, photo(second))[0] == "(64, 48) What?"
+
+
 def test_a_photo_that_is_gone_is_one_sentence_and_the_buttons_come_back(served, secret):
     address, _ = served
     gone = upload(address, secret)

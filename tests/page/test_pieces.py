@@ -276,20 +276,6 @@ def test_a_file_goes_when_the_last_session_lets_go_of_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_equal_photo_that_was_just_uploaded_stays_for_its_session(tmp_path):
-    """Gradio moves each upload to the path that its content gives, also over an equal one of another session."""
-    files = SessionFiles(tmp_path)
-    path = store(tmp_path, b"one", "a.png")
-    files.hold("first", path)
-    (tmp_path / "new").write_bytes(b"one")
-    (tmp_path / "new").replace(path)
-    files.release("first")
-    assert os.path.exists(path)
-    files.hold("second", path)
-    files.release("second")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_nothing_outside_the_folder_is_let_go(tmp_path):
     (tmp_path / "uploads").mkdir()
     (tmp_path / "mine.png").touch()
