@@ -73,8 +73,9 @@ def test_output_and_gradients(dropout, dtype, tolerance):
 def test_dropout_drops_its_share_and_one_element_tells_nothing_of_another(p):
     torch.manual_seed(0)
     x = torch.empty(999, 1001)  # not a multiple of the four elements of a draw
-    dropped = (~dropout_mask(x, p)).double()
+    dropped = 1 - dropout_mask(x, p).double()
     assert dropped.shape == x.shape
+    assert {*dropped.unique().tolist()} == {0.0, 1.0}
     deviation = (p * (1 - p)) ** 0.5  # of one element
     flat = dropped.flatten()
     for part in (flat, *(flat[lane::4] for lane in range(4))):
@@ -82,7 +83,7 @@ def test_dropout_drops_its_share_and_one_element_tells_nothing_of_another(p):
     for step in (1, 2, 3, 4, 1001):  # within a draw, to the next one, and one row below
         covariance = ((flat[step:] - p) * (flat[:-step] - p)).mean()
         assert abs(covariance) < 5 * deviation**2 / len(flat) ** 0.5, step
-    assert not torch.equal(dropout_mask(x, p), ~dropped.bool())  # the next one is another
+    assert not torch.equal(dropout_mask(x, p), 1 - dropped)  # the next one is another
 
 
 def test_autocast_is_no_less_exact_than_pefts():
