@@ -18,7 +18,7 @@ import test_gui
 from answering.remote import RemoteAnswerer
 from config import Gui
 from errors import UserError
-from page.address import check_port, in_url
+from page.address import check_port
 from page.checkpoints import Engines
 from page.uploads import NOT_UPLOADED, PREFIX, photo_name, remove_leftovers, upload_folder
 from page.uploads import uploaded_photo as check_upload
@@ -295,26 +295,6 @@ def test_a_page_that_is_told_to_end_removes_its_photos(tmp_path, name):
     assert process.wait(timeout=60) == 0
     assert not os.path.exists(folder)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_hosts_of_both_kinds():
-    assert (in_url("::1"), in_url("127.0.0.1")) == ("[::1]", "127.0.0.1")
-    with pytest.raises(UserError, match=r"^no\.such\.host\.invalid is no address .*gui\.host=127\.0\.0\.1"):
-        check_port(Gui(host="no.such.host.invalid"))
-    with pytest.raises(UserError, match="cannot serve on 192.0.2.1:7860"):  # an address for documentation
-        check_port(Gui(host="192.0.2.1"))
-    if not socket.has_ipv6:
-        return
-    with socket.socket(socket.AF_INET6) as other:
-        try:
-            other.bind(("::1", 0))
-        except OSError:
-            pytest.skip("no IPv6 on this machine")
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(UserError, match=rf"cannot serve on \[::1\]:{port}"):
-            check_port(Gui(host="::1", port=port))
-    check_port(Gui(host="::1", port=port))
 
 
 def test_the_page_is_served_by_ipv6(tmp_path):

@@ -1,4 +1,4 @@
-"""The pieces of the page without a browser: texts, line, kept chats, checkpoints, password."""
+"""The pieces of the page without a browser: texts, line, kept chats, checkpoints, password, address."""
 
 import base64
 import gc
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import string
 import threading
 import types
@@ -21,6 +22,7 @@ from config import Config, Generate, Gui, load_config
 from errors import UserError
 from model.checkpoint import load_checkpoint
 from model.portable import portable_config
+from page.address import check_port, in_url
 from page.chat import UploadedPhoto, files_of, with_part
 from page.checkpoints import UNTRAINED, Engines
 from page.kept import COPY_PX, opened, to_keep
@@ -284,3 +286,23 @@ def test_nothing_outside_the_folder_is_let_go(tmp_path):
     files.release("first")
     assert (tmp_path / "mine.png").exists()
     assert (tmp_path / "uploads").is_dir()
+
+
+def test_hosts_of_both_kinds():
+    assert (in_url("::1"), in_url("127.0.0.1")) == ("[::1]", "127.0.0.1")
+    with pytest.raises(UserError, match=r"^no\.such\.host\.invalid is no address .*gui\.host=127\.0\.0\.1"):
+        check_port(Gui(host="no.such.host.invalid"))
+    with pytest.raises(UserError, match="cannot serve on 192.0.2.1:7860"):  # an address for documentation
+        check_port(Gui(host="192.0.2.1"))
+    if not socket.has_ipv6:
+        return
+    with socket.socket(socket.AF_INET6) as other:
+        try:
+            other.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 on this machine")
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"cannot serve on \[::1\]:{port}"):
+            check_port(Gui(host="::1", port=port))
+    check_port(Gui(host="::1", port=port))
