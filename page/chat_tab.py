@@ -103,7 +103,8 @@ class ChatTab:
         again = self.again.click(self.on_again, [self.messages, self.chat_id, *how], self.outputs, **PRIVATE)
         # not with the last words of an answer: the browser drops a click that comes before their event has ended
         for event in (asking, again):
-            event.then(self.on_ended, None, self.waiting, **PRIVATE)
+            # multiple: else it would be dropped itself while the end of an earlier answer is not done with
+            event.then(self.on_ended, None, self.waiting, trigger_mode="multiple", **PRIVATE)
         self.edit.click(self.on_edit, self.messages, self.outputs, **PRIVATE)
         self.editing.input(self.on_choose, [self.messages, self.editing], self.outputs, **PRIVATE)
         self.stop.click(self.on_stop, None, None, **PRIVATE)
