@@ -29,7 +29,7 @@ class ChatTab:
         chat_id: state: of the chat in the browser's storage; empty before its first answer.
         kept: what the browser stores; it changes together with the last words of an answer, so that no reload comes
             between them.
-        waiting: buttons that wait for the end of an answer.
+        waiting: buttons that wait for the end of an answer, from its first update to `on_ended`.
     """
 
     def __init__(self, shared: Shared) -> None:
@@ -81,6 +81,7 @@ class ChatTab:
             self.clear = gr.Button(label("clear"), min_width=80, elem_id="clear")
             self.download = gr.Button(label("download"), min_width=80, elem_id="download")
         self.waiting = [self.ask, self.again, self.edit, self.clear]
+        self._held: Updates = dict.fromkeys(self.waiting, gr.update(interactive=False))
 
     def connect(self, checkpoint: Any, settings: list[Any], box: Any) -> list[Any]:
         """Connect the buttons; return the events after which the chat has another last answer.
@@ -103,8 +104,9 @@ class ChatTab:
         again = self.again.click(self.on_again, [self.messages, self.chat_id, *how], self.outputs, **PRIVATE)
         # not with the last words of an answer: the browser drops a click that comes before their event has ended
         for event in (asking, again):
-            # multiple: else it would be dropped itself while the end of an earlier answer is not done with
-            event.then(self.on_ended, None, self.waiting, trigger_mode="multiple", **PRIVATE)
+            for ended in (event.then, event.failure):  # Gradio's page does not do `then` after an exception
+                # multiple: else it would be dropped itself while the end of an earlier answer is not done with
+                ended(self.on_ended, None, self.waiting, trigger_mode="multiple", **PRIVATE)
         self.edit.click(self.on_edit, self.messages, self.outputs, **PRIVATE)
         self.editing.input(self.on_choose, [self.messages, self.editing], self.outputs, **PRIVATE)
         self.stop.click(self.on_stop, None, None, **PRIVATE)
@@ -113,17 +115,13 @@ class ChatTab:
         return [asking, again, cleared]
 
     def show(self, step: Step, language: str) -> Updates:
-        """Return the updates for a step of an answer."""
-        shown = as_shown([*step.history, *step.failed], language)
-        updates: Updates = {
+        """Return the updates for a step of an answer, without those of the question box."""
+        return {
             self.messages: step.history,
-            self.shown: shown,
+            self.shown: as_shown([*step.history, *step.failed], language),
             self.status: as_markdown(step.line),
             self.stop: gr.update(interactive=step.busy),
         }
-        if step.busy:
-            updates |= dict.fromkeys(self.waiting, gr.update(interactive=False))
-        return updates if step.question is None else updates | {self.question: step.question}
 
     def complain(self, request: gr.Request, key: str) -> Updates:
         """Return the update that shows a sentence."""
@@ -155,7 +153,7 @@ class ChatTab:
             if not text or not (uploads or photos_of(before)):
                 yield self.complain(request, "no_question" if uploads or photos_of(before) else "no_photo")
                 return
-            emptied = self.closed() | {self.question: in_box("")}
+            emptied = self.closed() | self._held | {self.question: in_box("")}
             if where == "new" and uploads and before and not editing:
                 history, before, chat_id, emptied = [], [], "", emptied | {self.chat_id: ""}
                 self._shared.files.release(session, keep=typed_files(payload))
@@ -220,17 +218,15 @@ class ChatTab:
     ) -> Iterator[Updates]:
         """Answer the last question of `asked`; if it gets no answer, the chat is the `whole` one again."""
         for step in answer(self._shared, caller, work, asked, uploads):
-            if step.question is not None:
-                shown = self.show(step._replace(history=whole, question=None), caller.language)
+            returned = step.question is not None  # to the question box
+            shown = self.show(step._replace(history=whole) if returned else step, caller.language) | self._held
+            if returned:
                 yield shown | {self.question: step.question, self.box: caller.box}
                 time.sleep(SETTLING)
-                yield shown
-            elif step.busy:
-                yield self.show(step, caller.language)
-            else:
+            elif not step.busy:
                 chat_id = chat_id or secrets.token_hex(8)
-                kept = {self.chat_id: chat_id, self.kept: to_keep(step.history, chat_id)}
-                yield self.show(step, caller.language) | kept
+                shown |= {self.chat_id: chat_id, self.kept: to_keep(step.history, chat_id)}
+            yield shown
 
 
 def _is_question(place: Any, history: History) -> bool:

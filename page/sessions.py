@@ -1,4 +1,4 @@
-"""Bounds on what Gradio keeps of sessions, so that a page may run for months; uploads apart. Called by `build.py`.
+"""Changes to how Gradio keeps sessions and uploads, so that a page may run for months. Called by `build.py`.
 
 When an event changes a component, Gradio 6.31 makes another one in its place, with a number of its own. The next event
 that reads or writes it keeps it under both numbers, and the second entry stays for good, some with every question.

@@ -124,7 +124,7 @@ def uploaded_photo(upload: Any, folder: Path) -> Path:
 
 
 def store(folder: Path, content: bytes, name: str) -> str:
-    """Write a file into a folder named by its content, which may be several sessions'; return its path."""
+    """Write a file into a folder named by its content, which sessions may share; return its path."""
     place = folder / hashlib.sha256(content).hexdigest()
     place.mkdir(mode=0o700, exist_ok=True)
     file = place / name

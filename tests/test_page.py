@@ -339,6 +339,21 @@ def test_errors_stand_in_the_chat_and_the_question_comes_back(page, photos):
     expect_text(page, "#chat", "(64, 48) short")
 
 
+def test_after_a_defect_of_the_page_one_can_ask_again(page, photos, monkeypatch):
+    def broken(*_):
+        raise KeyError("a defect of the page")
+
+    upload(page, photos / "red.png")
+    with monkeypatch.context() as patch:
+        patch.setattr("page.chat_tab.to_keep", broken)
+        ask(page, "first")
+        expect_text(page, "#chat", "(64, 48) first")
+        expect(page, "#ask").to_be_enabled()
+    upload(page, photos / "red.png")
+    ask(page, "second")
+    expect_text(page, "#chat", "(64, 48) second")
+
+
 def test_the_box_is_empty_after_answers_that_come_at_once(page, photos):
     """The browser may apply the updates of a quick answer together; then every third question stayed in the box."""
     for number in range(8):

@@ -294,9 +294,10 @@ def test_hosts_of_both_kinds():
         check_port(Gui(host="no.such.host.invalid"))
     with pytest.raises(UserError, match="cannot serve on 192.0.2.1:7860"):  # an address for documentation
         check_port(Gui(host="192.0.2.1"))
-    if not socket.has_ipv6:
-        return
-    with socket.socket(socket.AF_INET6) as other:
+
+
+def test_a_taken_port_of_ipv6_is_said():
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as other:
         try:
             other.bind(("::1", 0))
         except OSError:
