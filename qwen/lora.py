@@ -39,7 +39,8 @@ def dropout_mask(x: torch.Tensor, p: float) -> torch.Tensor:
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p).view(torch.uint8)
     # a CPU draws numbers one by one: for one an element, W x takes no longer; so one of 64 bits for four elements
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return (draws[: x.numel()] >= round(p * 2**16) - 2**15).view(x.shape).view(torch.uint8)
+    dropped = min(round(p * 2**16), 2**16 - 1)  # of 65,536 values; with all of them, the bound below would be no int16
+    return (draws[: x.numel()] >= dropped - 2**15).view(x.shape).view(torch.uint8)
 
 
 class _LowRankLinear(torch.autograd.Function):

@@ -86,6 +86,12 @@ def test_dropout_drops_its_share_and_one_element_tells_nothing_of_another(p):
     assert not torch.equal(dropout_mask(x, p), 1 - dropped)  # the next one is another
 
 
+@pytest.mark.parametrize(("p", "kept"), [(1e-7, 1.0), (1 - 1e-7, 0.0)])
+def test_dropout_nearer_to_all_or_nothing_than_16_bits_can_say(p, kept):
+    torch.manual_seed(0)
+    assert abs(dropout_mask(torch.empty(100, 100), p).float().mean() - kept) < 1e-3
+
+
 def test_autocast_is_no_less_exact_than_pefts():
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(2))
     models = pair(dtype=torch.float32)
