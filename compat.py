@@ -6,7 +6,8 @@ of a library class and depend on its attributes: `qwen/Mqwen.py::packed_states` 
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -24,12 +25,18 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 __all__ = [
     "BitImageProcessorPil",
     "CLIPImageProcessorPil",
+    "SequenceEnds",
     "SiglipImageProcessorPil",
     "ViTImageProcessorPil",
     "cache_prefix",
+    "flash_backward",
+    "flash_forward",
     "fp16_pack",
     "fp16_product",
     "fp16_unpack",
+    "fused_rms_norm",
+    "has_device_hook",
+    "has_flash_attention",
     "has_fp16_product",
     "onednn_has_bf16",
     "register_weight_names",
@@ -115,3 +122,83 @@ def fp16_product(x: torch.Tensor, packed: torch.ScriptObject) -> torch.Tensor:
 def fp16_unpack(packed: torch.ScriptObject) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the rounded weights in float32, and the bias."""
     return torch.ops.quantized.linear_unpack_fp16(packed)
+
+
+def has_device_hook(module: torch.nn.Module) -> bool:
+    """Whether accelerate moves what `module` is called with to its device (`device_map`), not what its parts get."""
+    return hasattr(module, "_hf_hook")
+
+
+class SequenceEnds(NamedTuple):
+    """Where the sequences of a call of `flash_forward` end.
+
+    Attributes:
+        queries, keys: (S + 1,) int32 on the device, 0 and the end of each.
+        longest_query, longest_key: tokens of the longest.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest_query: int
+    longest_key: int
+
+
+def has_flash_attention(query: torch.Tensor) -> bool:
+    """Whether `flash_forward` computes queries like `query` (…, D): NVIDIA's cards from Ampere on, 16 bits."""
+    return (
+        query.is_cuda
+        and torch.version.cuda is not None
+        and torch.backends.cuda.is_flash_attention_available()
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def flash_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: SequenceEnds,
+    window: int | None,
+    scale: float | None,
+) -> tuple[torch.Tensor, ...]:
+    """Causal attention of sequences in a row, the last query aligned with the last key.
+
+    This is what `torch.nn.attention.varlen.varlen_attn` calls, whose backward pass needs the gathered keys kept.
+
+    Returns:
+        The output, of the shape (T, H, D) of `query`, and what `flash_backward` needs of this call.
+    """
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, *ends, 0.0, True, False,
+        scale=scale, window_size_left=None if window is None else window - 1, window_size_right=0,
+    )[:4]  # fmt: skip
+
+
+def flash_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    state: Sequence[torch.Tensor],
+    ends: SequenceEnds,
+    window: int | None,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value; `state` is what `flash_forward` returned after its output."""
+    sums, *random = state
+    return torch.ops.aten._flash_attention_backward(
+        gradient, query, key, value, output, sums, *ends, 0.0, True, *random,
+        scale=scale, window_size_left=None if window is None else window - 1, window_size_right=0,
+    )  # fmt: skip
+
+
+def fused_rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Root-mean-square norm of `hidden` (…, D) in one kernel of a GPU, in the dtype of `hidden` and `weight` (D,).
+
+    `torch.nn.functional.rms_norm` calls it, but returns float32 under autocast from torch 2.12 on.
+    """
+    return torch.ops.aten._fused_rms_norm(hidden, weight.shape, weight, epsilon)[0]

@@ -5,12 +5,12 @@ Page, command line, evaluation and benchmarks all use `Answerer`. The prefix tha
 passes of the model instead (`batches.py`).
 """
 
+import contextlib
 import functools
 import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from answering.request import (
     on_disk,
     read_picture,
 )
+from answering.token_graph import TokenGraph
 from config import Generate
 from errors import UserError, is_out_of_memory, shortened
 from model.model import MMultiModal
@@ -59,6 +60,7 @@ class Answerer:
         self.model = model
         self.chat = model.processor.chat
         self._prefixes = PrefixCache(model.config.gui.cache_mb * 2**20)
+        self._graph = TokenGraph(model) if TokenGraph.suits(model) else None
         self._feature_of: dict[str, torch.Tensor] = {}
         self._fitting = sys.maxsize  # most tokens of a batch, after memory ran out
         self._lock = threading.RLock()
@@ -230,7 +232,7 @@ class Answerer:
                     if sequence is None:
                         sequence, logits = self._read_prompt(pictures, answer)
                     else:
-                        logits = self._read(sequence, answer.tokens[-1:])
+                        logits = self._read_token(sequence, answer.tokens[-1])
                     token = answer.choice.token(logits)
                 yield answer.add(token, time.perf_counter() - began)
                 began = time.perf_counter()
@@ -241,6 +243,8 @@ class Answerer:
                 sequence.unfinished = False
         if sequence is not None:
             with self._lock:
+                if self._graph is not None:
+                    self._graph.end(sequence)
                 self._prefixes.keep(sequence)
         return answer.reply()
 
@@ -271,7 +275,7 @@ class Answerer:
             )
         return prompt
 
-    @contextmanager
+    @contextlib.contextmanager
     def _one_pass(self) -> Iterator[None]:
         """Exclude other threads; after an error, free all that is kept, because memory may have run out."""
         with self._lock, torch.no_grad():
@@ -279,6 +283,10 @@ class Answerer:
                 yield
             except BaseException:
                 self._prefixes.clear()
+                if self._graph is not None:
+                    # too little memory to put back the answer of another thread: it stays where it is
+                    with contextlib.suppress(RuntimeError, MemoryError):
+                        self._graph.clear()
                 raise
 
     def _read_prompt(self, pictures: list[Picture], answer: OpenAnswer) -> tuple[CachedSequence, torch.Tensor]:
@@ -299,6 +307,14 @@ class Answerer:
                 self._feature_of.pop(next(iter(self._feature_of)))
             self._feature_of[picture.hash] = encode_picture(self.model, picture)
         return self._feature_of[picture.hash]
+
+    def _read_token(self, sequence: CachedSequence, token: int) -> torch.Tensor:
+        """Read the newest token of an answer; as `_read`."""
+        logits = None if self._graph is None else self._graph.read(sequence, token)
+        if logits is None:
+            return self._read(sequence, [token])
+        suppress(self.model, logits)
+        return logits
 
     def _read(self, sequence: CachedSequence, ids: list[int], images: torch.Tensor | None = None) -> torch.Tensor:
         """Read `ids`, which hold the photos `images` (crops, M, Dl), behind `sequence`; return the last logits (V,)."""

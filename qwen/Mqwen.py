@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from batch import Lengths
+from compat import has_device_hook
 from qwen.attention import AttentionRecord, PackedMask
-from qwen.branches import BranchCache, NewTokensMask
+from qwen.branches import BranchCache, NewTokensMask, TokensBefore
 from qwen.chat import IGNORE_INDEX
 from qwen.lean import run_layer
 
@@ -138,6 +139,11 @@ class ReadsImages(torch.nn.Module):
         kinds, window = self.config.layer_types, self.config.sliding_window
         return [window if kind == "sliding_attention" else None for kind in kinds]
 
+    @property
+    def equal_passes(self) -> bool:
+        """Whether a pass of one new token does the same at every position, so that a CUDA graph can repeat it."""
+        return self.config.rope_parameters["rope_type"] not in ("dynamic", "longrope")
+
     def prefix_key(self, length: int) -> Hashable:
         """Return a value that the keys of a prompt of `length` tokens depend on, besides the tokens.
 
@@ -183,7 +189,7 @@ class ReadsImages(torch.nn.Module):
         position_ids: torch.Tensor,
         lengths: Lengths | None,
         selected: torch.Tensor | None = None,
-        cache: BranchCache | None = None,
+        cache: BranchCache | TokensBefore | None = None,
         record: AttentionRecord | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last norm: (1, T, Dl), or (S, Dl) where `selected` (1, T) is true.
@@ -193,8 +199,8 @@ class ReadsImages(torch.nn.Module):
 
         Args:
             embeddings, position_ids: as in `packed_loss`.
-            lengths: segment lengths of the row; None: the row has one new token of each question that `cache` made
-                room for.
+            lengths: segment lengths of the row, whose keys a `BranchCache` keeps; None: the row has one new token of
+                each question that `cache` made room for.
             selected: (1, T) bool.
             cache: keeps the keys and values of the row, for answering.
             record: keeps attention weights of the row.
@@ -213,10 +219,10 @@ class ReadsImages(torch.nn.Module):
         for index, layer in enumerate(self.model.layers):
             mask = masks[windows[index]]
             chosen = selected if index == last else None
-            if self.whole_layers:
+            if self.whole_layers or has_device_hook(layer):
                 hidden = layer(hidden, attention_mask=mask, **arguments)
                 hidden = hidden if chosen is None else hidden[chosen.to(hidden.device)]
-            elif layer.gradient_checkpointing and chosen is None:
+            elif layer.gradient_checkpointing and torch.is_grad_enabled() and chosen is None:
                 keywords = {"keep": True, "attention_mask": mask, **arguments}
                 hidden = checkpoint(run_layer, layer, hidden, use_reentrant=False, **keywords)
             else:

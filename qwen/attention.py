@@ -18,7 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from batch import Lengths, sample_positions
+from compat import has_flash_attention
 from qwen.branches import BranchCache, NewTokensMask
+from qwen.varlen import Sequences, split_row, varlen_attention
 
 ATTENTION = "shared_prefix"  # its name in transformers
 
@@ -75,7 +77,15 @@ class PackedMask:
     window: int | None
     cache: BranchCache | None = None
     record: AttentionRecord | None = None
-    _dense: dict[tuple, torch.Tensor] = field(default_factory=dict)  # shared by all layers of a step
+    # shared by all layers of a step
+    _dense: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    _calls: dict[torch.device, list[Sequences]] = field(default_factory=dict)
+
+    def calls(self, device: torch.device) -> list[Sequences]:
+        """Return the row as sequences on `device`."""
+        if device not in self._calls:
+            self._calls[device] = split_row(self.lengths, device)
+        return self._calls[device]
 
     def dense(self, number: int, like: torch.Tensor) -> torch.Tensor:
         """Return additive scores within sample `number`, 0 or -inf, in dtype and device of `like`.
@@ -127,6 +137,9 @@ def shared_prefix_attention(
             attention_mask.cache.keep(module.layer_idx, key, value)
         if attention_mask.record is not None:
             attention_mask.record.keep(module.layer_idx, query, key, attention_mask.window, scaling)
+        if dropout == 0 and has_flash_attention(query):
+            calls, window = attention_mask.calls(query.device), attention_mask.window
+            return varlen_attention(query, key, value, calls, window, scaling), None
         return _packed_attention(query, key, value, attention_mask, {"dropout_p": dropout, "scale": scaling}), None
     sdpa = AttentionInterface()["sdpa"]
     return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

@@ -15,6 +15,7 @@ query and key heads, D head width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,6 +24,21 @@ from batch import Lengths
 
 # new tokens a question gets room for at a time: growing copies all keys, which costs about as much as one pass
 ROOM = 16
+
+
+class TokensBefore(Protocol):
+    """What new tokens attend to: a `BranchCache`, or the memory of one answer (`answering/token_graph.py`)."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int | None,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """See `BranchCache.attend`."""
 
 
 class BranchCache:
@@ -202,5 +218,5 @@ class BranchCache:
 class NewTokensMask:
     """Mask of one layer type over a pass of new tokens, passed instead of a mask tensor; `window` as in `attend`."""
 
-    cache: BranchCache
+    cache: TokensBefore
     window: int | None

@@ -17,6 +17,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from compat import fused_rms_norm
+
 
 class _LeanNorm(torch.autograd.Function):
     """A root-mean-square norm that keeps its input only."""
@@ -66,6 +68,20 @@ class _GatedProduct(torch.autograd.Function):
         return gate_gradient, gradient * activated.detach(), None
 
 
+def _norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """The norm's `forward`; on a GPU in one kernel, which rounds once instead of twice."""
+    if hidden.is_cuda and norm.weight.dtype == hidden.dtype:
+        return fused_rms_norm(hidden, norm.weight, norm.variance_epsilon)
+    return norm.forward(hidden)
+
+
+def _lean_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """As `_norm`; keeps the input only for the backward pass, as torch's own kernel does."""
+    if hidden.is_cuda and norm.weight.dtype == hidden.dtype:
+        return _norm(norm, hidden)
+    return _LeanNorm.apply(hidden, norm.weight, norm)
+
+
 def _computed_again(
     tensor: torch.Tensor, compute: Callable[[], torch.Tensor], keep: bool = False
 ) -> AbstractContextManager:
@@ -108,8 +124,8 @@ def run_layer(
         (1, T, D), or (S, D) with `selected`.
     """
     norm = layer.input_layernorm
-    normed = _LeanNorm.apply(hidden, norm.weight, norm)
-    with _computed_again(normed, lambda: norm.forward(hidden), keep):
+    normed = _lean_norm(norm, hidden)
+    with _computed_again(normed, lambda: _norm(norm, hidden), keep):
         attended, _ = layer.self_attn(normed, **arguments)
     after = hidden + attended
     if selected is not None:
@@ -119,8 +135,8 @@ def run_layer(
 
 def _run_mlp(layer: nn.Module, hidden: torch.Tensor, keep: bool) -> torch.Tensor:
     norm, mlp = layer.post_attention_layernorm, layer.mlp
-    normed = _LeanNorm.apply(hidden, norm.weight, norm)
-    with _computed_again(normed, lambda: norm.forward(hidden), keep):
+    normed = _lean_norm(norm, hidden)
+    with _computed_again(normed, lambda: _norm(norm, hidden), keep):
         gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
     product = _GatedProduct.apply(gate, up, mlp.act_fn)
     with _computed_again(product, lambda: mlp.act_fn(gate) * up, keep):

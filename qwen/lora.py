@@ -26,8 +26,17 @@ def _products(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `x Wᵀ + bias + s · (m ∘ x) Aᵀ Bᵀ` (T, O) and `(m ∘ x) Aᵀ` (T, r); m is dropout's mask, None for all."""
-    low = functional.linear(x if mask is None else x * mask, A.to(x.dtype))  # (T, r)
-    return functional.linear(x, weight, bias).addmm_(low, B.to(x.dtype).t(), alpha=scaling), low
+    low = functional.linear(_masked(x, mask), A)  # (T, r)
+    return functional.linear(x, weight, bias).addmm_(low, B.t(), alpha=scaling), low
+
+
+def _masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return `mask ∘ x`, or `x` without a mask."""
+    if mask is None:
+        return x
+    if mask.is_cuda:  # there, a product of two types takes four times as long
+        return torch.ops.aten.native_dropout_backward(x, mask.view(torch.bool), 1.0)
+    return x * mask
 
 
 def dropout_mask(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -52,7 +61,8 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mask, weight, bias, A, B, scaling):
         """(T, I), (T, I) uint8 or None for all, (O, I), (O,) or None, (r, I), (O, r), float → (T, O)."""
-        ctx.scaling = scaling
+        ctx.scaling, ctx.dtype = scaling, A.dtype
+        A, B = A.to(x.dtype), B.to(x.dtype)
         output, low = _products(x, mask, weight, bias, A, B, scaling)
         ctx.save_for_backward(x, mask, low, weight, A, B)
         return output
@@ -61,18 +71,19 @@ class _LowRankLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         x, mask, low, weight, A, B = ctx.saved_tensors
-        low_gradient = (gradient @ B.to(gradient.dtype)).mul_(ctx.scaling)  # (T, r)
+        # β = 0: only the shape of the first argument counts; a product with a factor is one kernel on a GPU
+        low_gradient = torch.addmm(low, gradient, B, beta=0, alpha=ctx.scaling)  # (T, r)
         A_gradient = B_gradient = x_gradient = None
         if ctx.needs_input_grad[4]:
-            A_gradient = (low_gradient.t() @ (x if mask is None else x * mask)).to(A.dtype)
+            A_gradient = (low_gradient.t() @ _masked(x, mask)).to(ctx.dtype)
         if ctx.needs_input_grad[5]:
-            B_gradient = (gradient.t() @ low).mul_(ctx.scaling).to(B.dtype)
+            B_gradient = torch.addmm(B, gradient.t(), low, beta=0, alpha=ctx.scaling).to(ctx.dtype)
         if ctx.needs_input_grad[0]:
-            x_gradient, A_here = gradient @ weight, A.to(gradient.dtype)
+            x_gradient = gradient @ weight
             if mask is None:
-                x_gradient.addmm_(low_gradient, A_here)
+                x_gradient.addmm_(low_gradient, A)
             else:
-                x_gradient += (low_gradient @ A_here).mul_(mask)
+                x_gradient += _masked(low_gradient @ A, mask)
         return x_gradient, None, None, None, A_gradient, B_gradient, None
 
 
@@ -83,7 +94,8 @@ class LoraLinear(Linear):
         """(…, I) → (…, O), in the dtype that autocast picks, or that of `x`."""
         base, kind = self.base_layer, x.device.type
         plain = self.active_adapters == ["default"] and not (self.disable_adapters or self.merged or args or kwargs)
-        if not plain or base.weight.requires_grad:
+        # a weight that is not in memory is fetched when its own layer is called
+        if not plain or base.weight.requires_grad or base.weight.is_meta:
             return super().forward(x, *args, **kwargs)
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -98,7 +110,7 @@ class LoraLinear(Linear):
             with torch.autocast(kind, enabled=False):
                 output = _LowRankLinear.apply(flat, mask, weight, bias, *matrices, scaling)
         else:  # for one new token, autograd's function takes longer than the products
-            output, _ = _products(flat, mask, weight, bias, *matrices, scaling)
+            output, _ = _products(flat, mask, weight, bias, *(matrix.to(x.dtype) for matrix in matrices), scaling)
         return output.view(*x.shape[:-1], -1)
 
 

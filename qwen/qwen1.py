@@ -18,7 +18,7 @@ from batch import Lengths
 from compat import register_weight_names
 from errors import UserError
 from qwen.attention import AttentionRecord, shared_prefix_attention
-from qwen.branches import BranchCache
+from qwen.branches import BranchCache, TokensBefore
 from qwen.Mqwen import ReadsImages
 
 ATTENTION = "shared_prefix_logn"  # name of its attention function in transformers
@@ -157,6 +157,10 @@ class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
         """As the parent's; beyond it, positions depend on the length of the whole prompt."""
         return self.config.seq_length
 
+    @property
+    def equal_passes(self) -> bool:
+        return False  # positions and queries depend on the length
+
     def prefix_key(self, length: int) -> float:
         """As the parent's; keys of a longer prompt are rotated with another base."""
         return ntk_alpha(length, self.config)
@@ -167,7 +171,7 @@ class MQwen1ForCausalLM(ReadsImages, Qwen2ForCausalLM):
         position_ids: torch.Tensor,
         lengths: Lengths | None,
         selected: torch.Tensor | None = None,
-        cache: BranchCache | None = None,
+        cache: BranchCache | TokensBefore | None = None,
         record: AttentionRecord | None = None,
     ) -> torch.Tensor:
         """As the parent's.

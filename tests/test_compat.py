@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import compat
 from qwen.lora import LoraLinear
@@ -126,3 +127,33 @@ def test_products_with_fp16_weights(bias):
     expected = torch.nn.functional.linear(x, weight.half().float(), bias)
     torch.testing.assert_close(compat.fp16_product(x, packed), expected)
     torch.testing.assert_close(compat.fp16_product(x.view(2, 2, 3), packed), expected.view(2, 2, 5))
+
+
+def test_flash_attention_takes_what_it_is_given():
+    """The kernels need a GPU (`tests/qwen/test_varlen.py`); their arguments can be compared without."""
+    ends = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    forward, backward = (
+        [argument.name for argument in operation.default._schema.arguments]
+        for operation in (torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward)
+    )
+    assert forward[:10] == ["query", "key", "value", *ends, "return_debug_mask"]
+    assert backward[:14] == ["grad_out", "query", "key", "value", "out", "logsumexp", *ends, "rng_state", "unused"]
+    for names in (forward, backward):
+        assert {"scale", "window_size_left", "window_size_right"} <= set(names)
+    assert len(torch.ops.aten._flash_attention_forward.default._schema.returns) == 5
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fused_norm_is_qwen2_s_in_the_dtype_of_its_input(autocast):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((3, 5, 16), (16,)))
+    hidden.requires_grad_()
+    norm = Qwen2RMSNorm(16, eps=1e-6)
+    norm.weight.data = weight.double()
+    expected = norm(hidden.detach().double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = compat.fused_rms_norm(hidden, weight, 1e-6)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 4e-3 * expected.norm()  # half a step of 8 bits
+    found.sum().backward()
+    assert hidden.grad is not None

@@ -5,14 +5,16 @@ import weakref
 
 import pytest
 import torch
+from accelerate import dispatch_model
 
+import compat
 from answering import batches
 from answering.answer import Answerer
 from answering.batches import BATCH_TOKENS
 from answering.request import Request
 from errors import UserError
 from qwen.branches import BranchCache
-from tests.answering.dialogues import SETTINGS, alone, end_early, requests_of, tokens_of
+from tests.answering.dialogues import SETTINGS, alone, build, end_early, requests_of, tokens_of
 
 
 @pytest.mark.parametrize("most_tokens", [1, 300, BATCH_TOKENS])
@@ -261,3 +263,20 @@ def test_the_stream_says_how_it_ended(qwen2, photos, monkeypatch):
 def test_settings_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         SETTINGS.max_new_tokens = 5
+
+
+def test_a_model_spread_over_devices(backbones, qwen2, photos, tmp_path):
+    """accelerate's hooks move what a layer is called with, so the layer itself must be called, not its parts."""
+    model = build(backbones)
+    requests = requests_of(model, photos)
+    expected = [reply.text for reply in Answerer(model).answer_many(requests, SETTINGS)]
+    layers = {f"model.layers.{number}": "cpu" for number in range(model.LLM.config.num_hidden_layers)}
+    others = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    dispatch_model(model.language_model, {**others, **layers, "model.layers.1": "disk"}, "cpu", offload_dir=tmp_path)
+    assert all(compat.has_device_hook(layer) for layer in model.language_model.model.layers)
+    assert not compat.has_device_hook(qwen2.language_model.model.layers[0])
+    called = []
+    for number, layer in enumerate(model.language_model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: called.append(number))
+    assert [reply.text for reply in Answerer(model).answer_many(requests, SETTINGS)] == expected
+    assert set(called) == set(range(len(model.language_model.model.layers)))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from answering.answer import Answerer
 from answering.choice import TokenChoice
 from answering.open_answer import OpenAnswer
+from answering.token_graph import TokenGraph
 from tests.answering.dialogues import EVERYTHING, GREEN, RED, SHORT, build, dialogue, kept_bytes
 
 QUESTIONS = ["What?", "What colour?", "它是什么？"]
@@ -89,8 +90,10 @@ PHOTOS = [(photos, ("What?",), False, 1) for photos in ((0,), (1,), (0, 1), (1, 
 class Asking:
     """Answers of one engine that are made by turns, each compared with that of a new engine."""
 
-    def __init__(self, model, most_bytes):
+    def __init__(self, model, most_bytes, graph):
         self.model, self.answerer = model, Answerer(model)
+        if graph and model.language_model.equal_passes:
+            self.answerer._graph = TokenGraph(model)
         self.answerer._prefixes.most_bytes = most_bytes
         self.running, self.prompts = [], []
 
@@ -126,14 +129,15 @@ class Asking:
         assert answer.reason is None or answer.tokens == tokens
 
 
+@pytest.mark.parametrize("graph", [False, True])
 @settings(max_examples=25)
 @given(st.lists(asked, min_size=2, max_size=7), st.sampled_from([0, 30_000, 80_000, EVERYTHING]), st.integers(0, 9))
 @example(EDITS, EVERYTHING, 0)
 @example(EDITS, 30_000, 0)
 @example(PHOTOS, EVERYTHING, 0)
-def test_any_interleaving_gives_the_answers_of_new_engines(model, asks, most_bytes, seed):
+def test_any_interleaving_gives_the_answers_of_new_engines(model, graph, asks, most_bytes, seed):
     """In float32. Reading a prompt in parts sums in another order, which moves the logits by less than 1e-4."""
-    asking, waiting, draw = Asking(model, most_bytes), [*asks], random.Random(seed)
+    asking, waiting, draw = Asking(model, most_bytes, graph), [*asks], random.Random(seed)
     while waiting or asking.running:
         if waiting and (not asking.running or draw.random() < 0.4):
             asking.start(*waiting.pop(0))
