@@ -4,10 +4,13 @@ import importlib.util
 import json
 import logging
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.autograd.function import once_differentiable
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
 from errors import UserError, require_complete
@@ -115,6 +118,8 @@ def load_language_model(
     require_complete({**info, "unexpected_keys": info["unexpected_keys"] - others}, "llm.path", folder)
     if quantization == "nf4":
         _keep_4bit_layout(language_model)
+    if quantization == "int8":
+        _keep_no_inputs(language_model)
     language_model.image_token_id = image_token_id
     # published generation configs set a repetition penalty and sampling; here only config section `generate` applies
     language_model.generation_config = GenerationConfig()
@@ -135,3 +140,36 @@ def _keep_4bit_layout(language_model: torch.nn.Module) -> None:
     for module in language_model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+class _FrozenInt8Linear(torch.autograd.Function):
+    """A frozen 8-bit layer of bitsandbytes, whose backward pass needs its weights only."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, layer: torch.nn.Module, forward: Callable) -> torch.Tensor:
+        ctx.layer = layer
+        return forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        state = ctx.layer.state
+        # 127 is the largest value of a row; SCB its size before rounding
+        weight = state.CB.to(gradient.dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1 / 127))
+        return gradient @ weight, None, None
+
+
+def _keep_no_inputs(language_model: torch.nn.Module) -> None:
+    """Prevent bitsandbytes from keeping the inputs of 8-bit layers for the backward pass.
+
+    It keeps them where gradient checkpointing does not see them, so a step of a 7B model took as much memory as with
+    16-bit weights. Frozen weights need no inputs.
+    """
+    from bitsandbytes.nn import Linear8bitLt  # installed only if it is needed
+
+    def run(layer: torch.nn.Module, forward: Callable, x: torch.Tensor) -> torch.Tensor:
+        return _FrozenInt8Linear.apply(x, layer, forward) if torch.is_grad_enabled() else forward(x)
+
+    for module in language_model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.forward = partial(run, module, module.forward)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,27 @@ def test_gradients_are_close_to_those_of_the_whole_weights(configure, wide_qwen)
     for quantization, bound in (("nf4", 0.3), ("int8", 0.1)):
         distances = [relative(gradients[quantization][name], g) for name, g in gradients["none"].items()]
         assert sum(distances) / len(distances) < bound
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8bit_layers_keep_no_inputs(wide_qwen, dtype):
+    """Outputs and gradients are bitsandbytes' own, which keeps its inputs out of sight of gradient checkpointing."""
+    model = load_language_model(Path(wide_qwen), dtype, 0, 0, quantization="int8")
+    layer = model.model.layers[0].mlp.gate_proj
+    own = type(layer).forward
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    sides = []
+    for forward in (layer.forward, lambda given: own(layer, given)):
+        output = forward(x)
+        sides.append((output, *torch.autograd.grad(output.sin().sum(), x)))
+    assert all(torch.equal(*pair) for pair in zip(*sides, strict=True))
+    copy = x * 1
+    kept = weakref.ref(copy)
+    output = layer(copy)
+    del copy
+    assert kept() is None
+    output.sum().backward()
 
 
 def test_says_what_to_install(monkeypatch):
