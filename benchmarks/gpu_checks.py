@@ -112,9 +112,10 @@ def training_lines(
 def precisions() -> Checked:
     """Train ten steps of the demo in every precision; the CPU's float32 is the oracle.
 
-    The limits are those of rounding: 24, 11 and 8 bits, through four layers and ten steps.
+    The limits are those of rounding: 24, 11 and 8 bits, through four layers and ten steps. They hold for the losses of
+    all steps in norm, because each step carries the differences of those before on.
     """
-    limits = {"float32": 1e-3, "fp16": 1e-2, "bf16": 3e-2} if GPU else {"float32": 0.0, "bf16": 3e-2}
+    limits = {"float32": 1e-3, "fp16": 1e-2, "bf16": 2e-2} if GPU else {"float32": 0.0, "bf16": 2e-2}
     losses = {}
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("oracle", *limits):
@@ -124,11 +125,9 @@ def precisions() -> Checked:
                 Path(folder) / precision, "train.max_steps=10", f"train.precision={wanted}", environment=hidden
             )
             losses[precision] = [line["loss"] for line in lines]
-    worst = {
-        precision: max(abs(own / true - 1) for own, true in zip(losses[precision], losses["oracle"], strict=True))
-        for precision in limits
-    }
-    bars = [Bar(f"largest difference, {name}", worst[name], at_most=limits[name], correctness=True) for name in limits]
+    true = torch.tensor(losses["oracle"])
+    apart = {name: float((torch.tensor(losses[name]) - true).norm() / true.norm()) for name in limits}
+    bars = [Bar(f"difference in norm, {name}", apart[name], at_most=limits[name], correctness=True) for name in limits]
     return {"losses": losses}, bars
 
 
@@ -270,8 +269,9 @@ def utilisation() -> Checked:
     with tempfile.TemporaryDirectory() as folder:
         backbones = write_backbones(Path(folder) / "backbones", shape("so400m-1.5b"))
         paths = [f"visual.path={backbones / 'siglip'}", f"llm.path={backbones / 'qwen'}"]
-        steps = ["train.max_steps=20", "train.workers=4", "train.micro_batch=8", "train.accumulation=1"]
-        lines = training_lines(Path(folder) / "run", *paths, *steps)[10:]
+        micro_batch, steps = (16, 20) if GPU else (2, 12)
+        sizes = [f"train.max_steps={steps}", f"train.micro_batch={micro_batch}", "train.accumulation=1"]
+        lines = training_lines(Path(folder) / "run", *paths, *sizes, "train.workers=4")[10:]
     seconds, waiting = (sum(line[name] for line in lines) for name in ("seconds", "data_wait"))
     bars = [Bar("share of time that waits for data", round(waiting / seconds, 3), at_most=0.05)]
     if GPU:
@@ -287,7 +287,7 @@ def answers() -> Checked:
     bars = [
         Bar("first question, times sooner than transformers", sooner, at_least=0.95),
         Bar("second question, times sooner", report["first_token_of_second_question_times_sooner"], at_least=1.5),
-        Bar("decoding, times faster than transformers", decoding, at_least=0.95),
+        Bar("decoding, times faster than transformers", decoding, at_least=3.0 if GPU else 0.95),
     ]
     return report, bars
 

@@ -55,7 +55,7 @@ def main() -> None:
         trainer = Trainer(load_config(options.config, [*options.overrides, f"train.output_dir={folder}"]))
         device = trainer.accelerator.device
         result = {
-            "config": options.config,
+            "config": str(options.config),
             "micro_batch": options.micro_batch,
             "precision": trainer.precision,
             "threads": torch.get_num_threads(),
