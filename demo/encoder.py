@@ -2,6 +2,7 @@
 
 Target: a linear layer on the post-layernorm `last_hidden_state` reads colour, shape, size and cell at the patch of an
 object's centre, and "none" at every other patch. The language model then gets a few informative tokens among 728.
+Half of the whole pictures are parts of scenes: one object, enlarged as a box enlarges it.
 """
 
 import copy
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from demo.optimizers import make_optimizers, set_rate, take_step
+from demo.regions import in_its_part, object_box
 from demo.world import (
     CELL_PATCHES,
     CELLS,
@@ -105,12 +108,33 @@ def label_grid(scene: Scene) -> np.ndarray:
     return grid
 
 
-def picture_batches(rng: np.random.Generator, size: int) -> Iterator[tuple[Tensor, Tensor, list[Scene]]]:
-    """Yield pictures (size, 3, 384, 384) in bytes, labels (size, 4, 27, 27) and scenes without end."""
+def picture_batches(
+    rng: np.random.Generator, size: int, parts: bool = False
+) -> Iterator[tuple[Tensor, Tensor, list[Scene]]]:
+    """Yield pictures (size, 3, 384, 384) in bytes, labels (size, 4, 27, 27) and scenes without end.
+
+    Args:
+        parts: each picture is a boxed object of a scene, enlarged as the product enlarges a box.
+    """
     while True:
-        scenes = [random_scene(rng) for _ in range(size)]
-        pictures = torch.from_numpy(np.stack([np.asarray(draw(scene, rng)) for scene in scenes])).permute(0, 3, 1, 2)
+        drawn = [_draw_part(rng) if parts else _draw_scene(rng) for _ in range(size)]
+        pictures = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in drawn])).permute(0, 3, 1, 2)
+        scenes = [scene for _, scene in drawn]
         yield pictures, torch.from_numpy(np.stack([label_grid(scene) for scene in scenes])), scenes
+
+
+def _draw_scene(rng: np.random.Generator) -> tuple[Image.Image, Scene]:
+    scene = random_scene(rng)
+    return draw(scene, rng), scene
+
+
+def _draw_part(rng: np.random.Generator) -> tuple[Image.Image, Scene]:
+    """Draw a scene and cut out one object with the filter of SigLIP's image processor."""
+    picture, scene = _draw_scene(rng)
+    thing = scene[int(rng.integers(len(scene)))]
+    box = object_box(thing, rng)
+    part = picture.crop(tuple(map(int, box))).resize(picture.size, Image.Resampling.BICUBIC)
+    return part, (in_its_part(thing, box),)
 
 
 def _cut_cells(pictures: Tensor, labels: Tensor, scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,11 +166,11 @@ def _loss(reader: PatchReader, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def score(reader: PatchReader, seed: int, pictures: int) -> dict[str, float]:
+def score(reader: PatchReader, seed: int, pictures: int, parts: bool = False) -> dict[str, float]:
     """Share of objects with a correct centre patch, per attribute and in all; false alarms per picture."""
     right = dict.fromkeys([*NAMES, "all"], 0)
     objects = alarms = 0
-    batches = picture_batches(np.random.default_rng(seed), 8)
+    batches = picture_batches(np.random.default_rng(seed), 8, parts)
     for _ in range(pictures // 8):
         pixels, labels, _ = next(batches)
         hidden = reader.encoder(pixel_values=pixel_values(pixels)).last_hidden_state  # (B, 729, D)
@@ -163,8 +187,8 @@ def score(reader: PatchReader, seed: int, pictures: int) -> dict[str, float]:
     return shares | {"false alarms per picture": round(alarms / pictures, 4)}
 
 
-def pretrain(folder: Path, steps: int, seed: int, log) -> dict[str, float]:
-    """Train for `steps` batches and write the encoder to `folder`; return its scores on new pictures.
+def pretrain(folder: Path, steps: int, seed: int, log) -> dict[str, dict[str, float]]:
+    """Train for `steps` batches and write the encoder to `folder`; return its scores on new pictures and parts.
 
     The unfinished encoder is also written every 500 steps, so an interrupted run leaves a usable file.
     """
@@ -172,17 +196,18 @@ def pretrain(folder: Path, steps: int, seed: int, log) -> dict[str, float]:
     rng = np.random.default_rng(seed)
     reader = PatchReader()
     optimizers = make_optimizers(reader, reader.encoder.encoder.layers, peak=3e-3)
-    cell_batches, whole_batches = picture_batches(rng, 16), picture_batches(rng, 5)
+    cell_batches = picture_batches(rng, 16)
+    whole_batches = {"pictures": picture_batches(rng, 5), "parts": picture_batches(rng, 5, parts=True)}
     every_place = torch.arange(GRID * GRID)[None]
-    running = {"cells": 5.0, "pictures": 5.0}
+    running = {"cells": 5.0, "pictures": 5.0, "parts": 5.0}
     for step in range(1, steps + 1):
         set_rate(optimizers, min(1.0, step / 50) * min(1.0, 1.7 * (1 - step / steps)))
         # Single cells of 81 patches cost a tenth of pictures of 729, so training covers more objects in the same time.
-        kind = "cells" if step < CELL_STEPS or step % 2 else "pictures"
+        kind = "cells" if step < CELL_STEPS or step % 2 else "pictures" if step % 4 else "parts"
         if kind == "cells":
             pictures, labels, places = _cut_cells(*next(cell_batches))
         else:
-            pictures, labels, _ = next(whole_batches)
+            pictures, labels, _ = next(whole_batches[kind])
             labels, places = labels.flatten(2), every_place
         loss = _loss(reader, reader(pixel_values(pictures), places), labels)
         loss.backward()
@@ -192,11 +217,11 @@ def pretrain(folder: Path, steps: int, seed: int, log) -> dict[str, float]:
             losses = ", ".join(f"{name} {value:.4f}" for name, value in running.items())
             log(f"encoder step {step}, processor time {time.process_time():.0f} s, loss {losses}")
         if step % 500 == 0:
-            log(str(score(reader, seed + 1, 48)))
+            log(str([score(reader, seed + 1, 48, parts) for parts in (False, True)]))
             _store(reader.encoder, folder)
     reader.to(torch.bfloat16).float()  # the weights as they are stored
     _store(reader.encoder, folder)
-    return score(reader, seed + 1, 320)
+    return {name: score(reader, seed + 1, 320, name == "parts") for name in ("pictures", "parts")}
 
 
 def _store(encoder: SiglipVisionModel, folder: Path) -> None:

@@ -6,6 +6,7 @@ It learns to answer questions about a scene in the prompt. A scene has one of tw
     of "none". All are scaled and have noise. To save time, most batches contain only some patches, at their true
     positions.
   * text scenes: sentences that list the objects, in English or Chinese.
+A question about a boxed object ("regions") has a second soft scene: the object alone, enlarged.
 Prompts, packing, attention and loss are those of training: a row is a `batch.Batch` of concatenated scenes, each with
 all of its questions. A branch is a question with its answer, or a dialogue with all of its answers.
 
@@ -25,8 +26,9 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from batch import Batch, sample_positions
 from config import IMAGE_TAG, Prompt
 from dataset.image_caption_dataset import Sample, collate, pack
-from demo.asking import Row, dialogue, paraphrases, questions
+from demo.asking import Row, dialogue, paraphrases, questions, vary
 from demo.optimizers import make_optimizers, set_rate, take_step
+from demo.regions import in_its_part, object_box, region_questions
 from demo.wordings import SUFFIX
 from demo.world import (
     CAPTION_QUESTIONS,
@@ -54,11 +56,13 @@ SPARE_ROWS = 85  # embedding rows above the vocabulary, for `<|extra_0|>` and fo
 SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant.", "", "Answer the question.")
 VALUES = (*COLOURS, *SHAPES, *SIZES, *CELLS)
 # probability of the second kind in a step
-OTHER_KINDS = {"dialogues": 0.55, "sentences": 0.3, "caption first": 0.1, "text": 0.05}
+OTHER_KINDS = {"dialogues": 0.5, "sentences": 0.25, "regions": 0.12, "caption first": 0.08, "text": 0.05}
 # Last steps of the first phases: English questions in one wording, both languages in one wording, questions only.
 # With both languages and all wordings from the start, 0.66 of the answers were right after 1,000 steps.
 ENGLISH_STEPS, PLAIN_STEPS, QUESTION_STEPS = 500, 700, 1700
 DIALOGUES = 4  # branches of a scene
+NAMED = 4  # questions of a scene with a boxed object that name what they ask about; the others are about "it"
+BOXED = f"{IMAGE_TAG}{IMAGE_TAG}\n"  # the photo and the part in the box
 
 
 class SceneReader(nn.Module):
@@ -138,28 +142,35 @@ class SceneWriter:
     def _scene(self, number: int, kind: str, patches: int) -> tuple[Sample, Tensor, list[list[str]]]:
         """Make one scene with its branches, the positions of its tokens, and the types of the answers."""
         scene = random_scene(self.rng)
-        branches = self._branches(scene, kind)
+        photos, branches = [scene], self._branches(scene, kind)
+        if kind == "regions":
+            boxed = scene[int(self.rng.integers(len(scene)))]
+            photos.append((in_its_part(boxed, object_box(boxed, self.rng)),))
+            branches += [[row] for row in self._about(boxed)]
         chat = self.formats[int(self.rng.integers(len(SYSTEMS)))]
         shown = f"{text_scene(scene, self.rng)}\n" if kind == "text" else ""
         rendered = [self._render(branch, chat, shown, patches) for branch in branches]
         input_ids, labels, lengths = pack(rendered)
         sample = Sample(torch.tensor(input_ids), torch.tensor(labels), lengths, (), {})
         positions = sample_positions(lengths)
-        if not shown:
-            places, values = self._show(scene, patches)
+        start = 0 if shown else input_ids.index(chat.image_token_id)
+        features = {}
+        for index, photo in enumerate([] if shown else photos):
+            places, values = self._show(photo, patches)
             # the values take the place of a photo's cached features; `SceneReader` projects them
-            sample.photo_ids, sample.photos = (number,), {number: torch.from_numpy(values)[None]}
+            features[number * len(photos) + index] = torch.from_numpy(values)[None]
             # positions count all patches, also the omitted ones
-            start = input_ids.index(chat.image_token_id)
-            positions[start : start + patches] = start + torch.from_numpy(places)
-            positions[start + patches :] += IMAGE_TOKENS - patches
+            positions[start : start + patches] = positions[start] + torch.from_numpy(places)
+            start += patches
+            positions[start:] += IMAGE_TOKENS - patches
+        sample.photo_ids, sample.photos = tuple(features), features
         return sample, positions, [[name for name, _, _ in branch] for branch in branches]
 
     def _render(self, branch: list[Row], chat: ChatFormat, shown: str, patches: int) -> tuple[list[int], list[int]]:
         """Render a dialogue as the product does; its first question has the photo, or the words `shown`."""
         messages = []
         for _, question, answer in branch:
-            photos = [VisualPlan(patches)] if IMAGE_TAG in question else 0
+            photos = [VisualPlan(patches)] * question.count(IMAGE_TAG)
             messages += [chat.question(question if messages else shown + question, photos), chat.answer(answer)]
         return chat.render(messages)
 
@@ -182,11 +193,21 @@ class SceneWriter:
             asked = questions(scene, self.rng, 4 if english else 2, plain=kind.startswith("plain"))
             asked = [row for row in asked if not (english and row[0].endswith(SUFFIX["chinese"]))]
             branches = [[row] for row in asked if row[0].startswith(long) == (kind == "sentences")]
-        tag = "" if kind == "text" else f"{IMAGE_TAG}\n"
+            if kind == "regions":  # some that name what they ask about, so that not all are about the second photo
+                branches = [branches[index] for index in self.rng.permutation(len(branches))[:NAMED]]
+        tag = {"text": "", "regions": BOXED}.get(kind, f"{IMAGE_TAG}\n")
         branches = [[(name, tag + question, answer), *others] for (name, question, answer), *others in branches]
         if kind == "sentences":
             branches.append([("caption", (IMAGE_TAG if self.rng.random() < 0.5 else tag) + chinese, caption)])
         return branches
+
+    def _about(self, boxed: Thing) -> list[Row]:
+        """Return questions about "it", as people type them, behind the photo and the part."""
+        rows = []
+        for name, question, answer in region_questions(boxed, self.rng):
+            language = "chinese" if name.endswith(SUFFIX["chinese"]) else "english"
+            rows.append((name, BOXED + vary(question, self.rng, language), answer))
+        return rows
 
     def _show(self, scene: Scene, patches: int) -> tuple[np.ndarray, np.ndarray]:
         """Choose patches: sorted places (patches,) in 0..727 and values (patches, 4), -1 without object."""
@@ -280,12 +301,12 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
             shown = ", ".join(f"{name} {value:.3f}" for name, value in running.items())
             log(f"language step {step}, processor time {time.process_time():.0f} s, loss {shown}")
         if step % 500 == 0:
-            kinds = ("plain english", "plain", "questions", "dialogues", "sentences", "paraphrases")
+            kinds = ("plain english", "plain", "questions", "dialogues", "sentences", "regions", "paraphrases")
             log(str({name: score(reader, tokenizer, seed + 1, 48, 32, name) for name in kinds}))
             _store(reader.language, tokenizer, folder)
     reader.to(torch.bfloat16).float()  # the weights as they are stored
     _store(reader.language, tokenizer, folder)
-    kinds = ("questions", "dialogues", "sentences", "caption first", "paraphrases")
+    kinds = ("questions", "dialogues", "sentences", "caption first", "regions", "paraphrases")
     scores = {
         f"{name}, {IMAGE_TOKENS} patches": score(reader, tokenizer, seed + 1, 160, IMAGE_TOKENS, name) for name in kinds
     }

@@ -17,7 +17,7 @@ from transformers import SiglipImageProcessorPil
 from demo import encoder, language, words
 from qwen.tokenizer import load_tokenizer
 
-ENCODER_STEPS, LANGUAGE_STEPS = 3000, 3100
+ENCODER_STEPS, LANGUAGE_STEPS = 3000, 3400
 BACKBONES = Path(__file__).parent / "backbones"
 
 

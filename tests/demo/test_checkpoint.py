@@ -33,7 +33,7 @@ def answered(tmp_path_factory):
 def test_it_answers_right(answered, chinese):
     right = [good for kind, good in answered if kind.endswith("_zh") == chinese]
     assert len(right) == 8 * SCENES
-    assert sum(right) >= 0.9 * len(right)  # 0.978 of 5,220 when it was trained; 64 vary by 0.02
+    assert sum(right) >= 0.9 * len(right)  # 0.973 of 5,220 when it was trained; 64 vary by 0.02
 
 
 def test_it_is_small_and_has_nothing_to_go_on_training_with():

@@ -72,7 +72,7 @@ def plain_loss(reader, batch):
     return cross_entropy(logits[:-1], batch.labels[0, 1:])  # leaves out labels of -100
 
 
-@pytest.mark.parametrize("kind", ["questions", "dialogues", "sentences", "caption first", "text"])
+@pytest.mark.parametrize("kind", ["questions", "dialogues", "sentences", "regions", "caption first", "text"])
 def test_loss_and_gradients_equal_the_definition(tokenizer, kind):
     reader = make_reader(tokenizer)
     batch, types = SceneWriter(tokenizer, np.random.default_rng(1)).batch(kind, 2, PATCHES)
@@ -89,29 +89,30 @@ def test_loss_and_gradients_equal_the_definition(tokenizer, kind):
         assert (ours - plain).norm() <= 2e-5 * plain.norm(), name
 
 
-def test_patches_keep_their_positions(tokenizer):
+@pytest.mark.parametrize(("kind", "photos"), [("questions", 1), ("regions", 2)])
+def test_patches_keep_their_positions(tokenizer, kind, photos):
     """A row of which few patches are shown is a whole row without the columns of the others."""
     writer = SceneWriter(tokenizer, np.random.default_rng(2))
     state = writer.rng.bit_generator.state
-    few, _ = writer.batch("questions", 1, PATCHES)
+    few, _ = writer.batch(kind, 1, PATCHES)
     writer.rng.bit_generator.state = state
-    whole, _ = writer.batch("questions", 1, IMAGE_TOKENS)
+    whole, _ = writer.batch(kind, 1, IMAGE_TOKENS)
     lengths = whole.lengths[0]
     assert whole.position_ids[0].equal(sample_positions(lengths))
     image = writer.formats[0].image_token_id
     first = whole.input_ids[0].tolist().index(image)
     places = few.position_ids[few.input_ids == image]
-    assert len(places) == PATCHES
+    assert len(places) == PATCHES * photos
     assert places.diff().min() > 0
-    text_columns = [*range(first), *range(first + IMAGE_TOKENS, sum(lengths))]
+    text_columns = [*range(first), *range(first + IMAGE_TOKENS * photos, sum(lengths))]
     shown = few.input_ids[0] != image
     for name in ("input_ids", "labels", "position_ids"):
         assert getattr(few, name)[0, shown].equal(getattr(whole, name)[0, text_columns]), name
     # every object is shown, at its own place
-    has_object = whole.image_features[0, :, 0] >= 0
-    seen = few.image_features[0, :, 0] >= 0
+    all_values, few_values = (batch.image_features.flatten(0, 1) for batch in (whole, few))
+    has_object, seen = all_values[:, 0] >= 0, few_values[:, 0] >= 0
     assert (places[seen] - first).equal(has_object.nonzero()[:, 0])
-    assert few.image_features[0, seen].equal(whole.image_features[0, has_object])
+    assert few_values[seen].equal(all_values[has_object])
 
 
 def test_score_asks_each_question_by_itself(tokenizer):
