@@ -68,18 +68,20 @@ class _GatedProduct(torch.autograd.Function):
         return gate_gradient, gradient * activated.detach(), None
 
 
+def _has_kernel(norm: nn.Module, hidden: torch.Tensor) -> bool:
+    return hidden.is_cuda and norm.weight.dtype == hidden.dtype
+
+
 def _norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """The norm's `forward`; on a GPU in one kernel, which rounds once instead of twice."""
-    if hidden.is_cuda and norm.weight.dtype == hidden.dtype:
+    """The norm's `forward`, `(…, T, D)` → `(…, T, D)`; on a GPU in one kernel, which rounds once instead of twice."""
+    if _has_kernel(norm, hidden):
         return fused_rms_norm(hidden, norm.weight, norm.variance_epsilon)
     return norm.forward(hidden)
 
 
 def _lean_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """As `_norm`; keeps the input only for the backward pass, as torch's own kernel does."""
-    if hidden.is_cuda and norm.weight.dtype == hidden.dtype:
-        return _norm(norm, hidden)
-    return _LeanNorm.apply(hidden, norm.weight, norm)
+    """As `_norm`; keeps only the input for the backward pass, as the kernel does by itself."""
+    return _norm(norm, hidden) if _has_kernel(norm, hidden) else _LeanNorm.apply(hidden, norm.weight, norm)
 
 
 def _computed_again(

@@ -8,6 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from qwen import lean
 from qwen.lean import run_layer
 from qwen.lora import LoraLinear
 
@@ -80,6 +81,20 @@ def test_equals_the_layer(kind, lora, some, dtype):
     for name, gradient in expected_gradients.items():
         difference = (gradients[name].double() - gradient.double()).norm()
         assert difference <= tolerance * gradient.double().norm(), name
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_norm_for_gpus_equals_the_layer_too(kind, lora, monkeypatch):
+    """Its operator runs on a CPU as well, in several kernels."""
+    monkeypatch.setattr(lean, "_has_kernel", lambda *_: True)
+    monkeypatch.setattr(lean, "_LeanNorm", None)
+    layer, rotary = build(kind, lora)
+    (output, gradients), (expected, expected_gradients) = (run(call, layer, rotary) for call in (run_layer, whole))
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected_gradients[name]).norm() <= 2e-5 * expected_gradients[name].norm(), name
 
 
 def memory_kept(call, layer, rotary):

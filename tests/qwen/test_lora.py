@@ -142,3 +142,10 @@ def test_without_gradients_the_sums_are_the_same_and_autograd_is_not_called(auto
                 assert torch.equal(model(x), expected)
             monkeypatch.undo()
     assert expected.requires_grad
+
+
+def test_the_operator_for_gpus_is_the_product_with_the_mask():
+    x = torch.randn(40, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = dropout_mask(x.flatten(), 0.3).view(x.shape)
+    assert 0 < int(mask.sum()) < x.numel()
+    assert torch.equal(torch.ops.aten.native_dropout_backward(x, mask.view(torch.bool), 1.0), x * mask)
