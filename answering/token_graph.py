@@ -120,9 +120,9 @@ class TokenGraph:
         Returns:
             None if the token must be read in the usual way: the sequence is too long, or the GPU cannot record it.
         """
-        if self._owner is not sequence or self._used == self._cache.slots:
+        if self._owner is not sequence or self._cache is None or self._used == self._cache.slots:
             self._take(sequence)
-        if self._owner is None:
+        if self._owner is None or self._cache is None:
             return None
         self._token.fill_(token)
         self._cache.position.fill_(self._used)
@@ -132,7 +132,7 @@ class TokenGraph:
 
     def put_back(self, sequence: CachedSequence) -> None:
         """Add to `sequence` what was read behind it."""
-        if self._owner is not sequence:
+        if self._owner is not sequence or self._cache is None:
             return
         start, end, layers = len(sequence.ids), self._used, sequence.states.layers
         # all before the first is replaced, because memory may run out
@@ -226,8 +226,9 @@ class TokenGraph:
 
     def _pass(self) -> torch.Tensor:
         """Read `_token` at `_cache.position`; return the logits (V,)."""
-        language_model = self._model.language_model
-        self._cache.begin_pass()
+        language_model, cache = self._model.language_model, self._cache
+        assert cache is not None, "a pass needs room for its keys and values"
+        cache.begin_pass()
         embeddings = language_model.get_input_embeddings()(self._token)
-        states = language_model.packed_states(embeddings, self._cache.position[None], None, cache=self._cache)
+        states = language_model.packed_states(embeddings, cache.position[None], None, cache=cache)
         return language_model.lm_head(states)[0, -1].float()

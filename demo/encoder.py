@@ -133,7 +133,8 @@ def _draw_part(rng: np.random.Generator) -> tuple[Image.Image, Scene]:
     picture, scene = _draw_scene(rng)
     thing = scene[int(rng.integers(len(scene)))]
     box = object_box(thing, rng)
-    part = picture.crop(tuple(map(int, box))).resize(picture.size, Image.Resampling.BICUBIC)
+    left, top, right, bottom = map(int, box)
+    part = picture.crop((left, top, right, bottom)).resize(picture.size, Image.Resampling.BICUBIC)
     return part, (in_its_part(thing, box),)
 
 

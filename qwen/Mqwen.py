@@ -207,6 +207,7 @@ class ReadsImages(torch.nn.Module):
         """
         windows = self.windows
         if lengths is not None:
+            assert cache is None or isinstance(cache, BranchCache), "only a BranchCache keeps the keys of a row"
             masks = {window: PackedMask(lengths, window, cache, record) for window in set(windows)}
         else:
             assert cache is not None, "new tokens need the keys of the tokens before them"

@@ -110,7 +110,8 @@ class LoraLinear(Linear):
             with torch.autocast(kind, enabled=False):
                 output = _LowRankLinear.apply(flat, mask, weight, bias, *matrices, scaling)
         else:  # for one new token, autograd's function takes longer than the products
-            output, _ = _products(flat, mask, weight, bias, *(matrix.to(x.dtype) for matrix in matrices), scaling)
+            A, B = (matrix.to(x.dtype) for matrix in matrices)
+            output, _ = _products(flat, mask, weight, bias, A, B, scaling)
         return output.view(*x.shape[:-1], -1)
 
 
