@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.heatmap is not None and isinstance(answerer, Answerer):
             answer = stream.rest().text
             span = None if args.heatmap_word is None else find_word(answer, args.heatmap_word)
-            maps = answerer.look(None, messages, answer, span, args.heatmap_method)
+            maps = answerer.look(None, messages, answer, span, args.heatmap_method, args.heatmap_layers)
             photos = [load_image(photo) for photo in answerer.request(None, messages).photos]
             draw_heatmaps(maps, photos).save(args.heatmap, format="PNG")
     elif args.input is not None:
@@ -107,7 +107,18 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
         "--heatmap-method", choices=["gradient", "attention"], default="gradient",
         help="what the answer depends on (gradient, the default), or the mean attention; see docs/looking.md",
     )  # fmt: skip
+    parser.add_argument(
+        "--heatmap-layers", type=_numbers, metavar="0,1,…",
+        help="layers of the language model, from 0, whose attention is averaged (default: all)",
+    )  # fmt: skip
     return parser.parse_intermixed_args(arguments)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shortened(repr(text))} is no list of numbers such as 0,3,5") from None
 
 
 def _checked_region(args: argparse.Namespace) -> Box | None:
@@ -115,8 +126,11 @@ def _checked_region(args: argparse.Namespace) -> Box | None:
     for option in ("box", "heatmap"):
         if getattr(args, option) is not None and not args.image:
             raise UserError(f"--{option} belongs to a photo: give --image FILE, and --question TEXT")
-    if args.heatmap_word is not None and args.heatmap is None:
-        raise UserError("--heatmap-word belongs to --heatmap FILE.png, which says where to draw")
+    for option, value in (("word", args.heatmap_word), ("layers", args.heatmap_layers)):
+        if value is not None and args.heatmap is None:
+            raise UserError(f"--heatmap-{option} belongs to --heatmap FILE.png, which says where to draw")
+    if args.heatmap_layers is not None and args.heatmap_method != "attention":
+        raise UserError("--heatmap-layers belongs to --heatmap-method attention: a gradient passes through all layers")
     if args.heatmap is not None:
         if args.server is not None:
             raise UserError("--heatmap needs the weights: give --checkpoint DIR in place of --server")

@@ -131,13 +131,14 @@ class Answerer:
         answer: str,
         span: tuple[int, int] | None = None,
         method: Method = "gradient",
+        layers: Sequence[int] | None = None,
     ) -> list[Heatmap]:
         """Return where the model looked for an answer to the last of `messages`: a map of each photo, in reading order.
 
         A box counts as a photo. `image` and `messages` as in `stream`, the others and errors as in `heatmap.look`.
         """
         with self._lock:
-            return look(self.model, self.request(image, messages), answer, span, method, encode=self._features)
+            return look(self.model, self.request(image, messages), answer, span, method, layers, self._features)
 
     def answer_many(
         self, requests: Iterable[Request], settings: Generate | None = None, most_tokens: int | None = None

@@ -48,9 +48,16 @@ def test_a_heatmap_of_photo_and_box_is_drawn(tiny_checkpoint, folder, answerer):
     run(tiny_checkpoint, folder, "--heatmap", str(drawn))
     assert Image.open(drawn).size == (60, 40)
     first = drawn.read_bytes()
-    for options in (["--heatmap-method", "attention"], ["--heatmap-word", answer_word(answerer, folder)]):
+    for options in (["--heatmap-word", answer_word(answerer, folder)], ["--heatmap-method", "attention"]):
         run(tiny_checkpoint, folder, "--heatmap", str(drawn), *options)
         assert drawn.read_bytes() != first
+    attention, layers = drawn.read_bytes(), ["--heatmap-method", "attention", "--heatmap-layers"]
+    run(tiny_checkpoint, folder, "--heatmap", str(drawn), *layers, "1")
+    one_layer = drawn.read_bytes()
+    run(tiny_checkpoint, folder, "--heatmap", str(drawn), *layers, "1,0")  # the tiny model has two
+    assert attention == drawn.read_bytes() != one_layer
+    with pytest.raises(UserError, match=r"layers \[7\]: the language model has the layers 0 to 1"):
+        run(tiny_checkpoint, folder, "--heatmap", str(drawn), *layers, "7")
     run(tiny_checkpoint, folder, "--heatmap", str(drawn), "--box", "0,0,20,40")
     assert Image.open(drawn).size == (60 + 8 + 20, 40)
 
@@ -69,6 +76,8 @@ def answer_word(answerer, folder):
         (["--box", "10,5,70,30"], "the box 10,5,70,30 ends outside the photo of 60×40 pixels"),
         (["--box", "10,5,10,30"], "the box 10,5,10,30 is empty"),
         (["--heatmap-word", "red"], "--heatmap-word belongs to --heatmap"),
+        (["--heatmap-layers", "1"], "--heatmap-layers belongs to --heatmap FILE.png"),
+        (["--heatmap", "x.png", "--heatmap-layers", "1"], "--heatmap-layers belongs to --heatmap-method attention"),
         (["--heatmap", "no such folder/x.png"], "the folder of --heatmap does not exist"),
     ],
 )
