@@ -266,6 +266,76 @@ def test_a_long_pasted_text_stays_text(page, photos):
     expect(page, THUMBNAILS).to_have_count(1)
 
 
+@pytest.mark.parametrize("way", ["paste", "drop"])
+def test_a_photo_is_pasted_or_dropped(page, way):
+    page.evaluate("""async way => {
+        const canvas = new OffscreenCanvas(64, 48)
+        canvas.getContext('2d').fillRect(0, 0, 9, 9)
+        const blob = await canvas.convertToBlob({type: 'image/png'}), data = new DataTransfer()
+        data.items.add(new File([blob], 'image.png', {type: 'image/png'}))
+        const options = {clipboardData: data, dataTransfer: data, bubbles: true, cancelable: true}
+        const event = way === 'paste' ? new ClipboardEvent('paste', options) : new DragEvent('drop', options)
+        document.querySelector('#question textarea').dispatchEvent(event)
+    }""", way)  # fmt: skip
+    expect(page, THUMBNAILS).to_have_count(1)
+    ask(page, "What?")
+    expect_text(page, "#chat", "(64, 48) What?")
+
+
+def test_many_photos_are_cancelled_after_the_questions_at_work(page, photos, engine):
+    """A file of questions: its progress is shown, and what was answered before Cancel stays."""
+    rows = [{"image": "red.png", "question": f"{number}?" if number < 16 else "wait"} for number in range(40)]
+    (photos / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    engine.go_on.clear()
+    page.get_by_role("tab", name="Many photos").click()
+    page.set_input_files("#batch-files input[type=file]", [str(photos / "red.png"), str(photos / "rows.jsonl")])
+    expect_text(page, "#batch-files", "rows")
+    page.click("#batch-run")
+    expect_text(page, "#batch-state", "16 of 40 answered")
+    page.click("#batch-cancel")
+    page.wait_for_timeout(300)
+    engine.go_on.set()
+    expect_text(page, "#batch-state", "32 of 40 answered · Stopped.")
+    with page.expect_download() as download:
+        page.click("#batch-jsonl")
+    lines = [json.loads(line) for line in download.value.path().read_text(encoding="utf-8").splitlines()]
+    assert [line["answer"] for line in lines] == [f"1 {row['question']}" for row in rows[:32]]
+    page.get_by_role("tab", name="Chat").click()
+
+
+def test_an_answer_is_copied_while_another_person_waits(browser, address, page, photos, engine):
+    engine.go_on.clear()
+    with opened(browser, address, permissions=["clipboard-read", "clipboard-write"]) as first:
+        upload(first, photos / "red.png")
+        ask(first, "wait")
+        expect(first, "#stop").to_be_enabled()
+        upload(page, photos / "red.png")
+        ask(page, "second")
+        expect_text(page, "#status", "1 before you")
+        engine.go_on.set()
+        expect_text(page, "#chat", "(64, 48) second")
+        expect(page, "#status").not_to_contain_text("before you")
+        expect(first, "#ask").to_be_enabled()
+        first.hover("#chat .message.bot")
+        first.click("#chat [title='Copy message']")
+        first.wait_for_function("navigator.clipboard.readText().then(text => text.trim() === '(64, 48) wait')")
+
+
+@pytest.mark.nightly  # `test_safe.py` has the same without a browser
+def test_a_password_opens_the_page(browser, tmp_path):
+    with served(tmp_path / "uploads", user="me", password="secret") as address:
+        page = browser.new_page()
+        page.goto(address)
+        for password in ("wrong", "secret"):
+            page.get_by_label("username").fill("me")
+            page.get_by_label("password").fill(password)
+            page.get_by_role("button", name="Login").click()
+            if password == "wrong":
+                expect_text(page, "body", "Incorrect Credentials")
+        page.wait_for_selector("#ask")
+        page.close()
+
+
 def test_missing_photo_and_empty_question_are_said(page, photos):
     ask(page, "What?")
     expect_text(page, "#status", "No photo yet")

@@ -80,6 +80,8 @@ class SpokenEngine:
         self.settings = settings
         for request in requests:
             text = "".join(part for part in request.messages[-1].parts if isinstance(part, str)).strip()
+            if text == "wait":
+                self.go_on.wait(60)
             yield Reply(f"{len(request.photos)} {text}", "stop", 1, 1)
 
 

@@ -143,6 +143,23 @@ def test_a_phone_with_its_keyboard_up(browser, address, photo):
         assert button["y"] + button["height"] <= 400
         page.tap("#ask")
         expect_text(page, "#chat", "(64, 48)")
+        expect(page, "#again").to_be_enabled()
+        open_panels(page)
+        names = ("again", "edit", "clear", "download", "box :is(input, textarea)", "look", "compare", "system textarea")
+        for name in names:
+            page.locator(f"#{name}").scroll_into_view_if_needed()
+            assert inside(page, name, 390, 400), name
+            page.tap(f"#{name}", trial=True)  # nothing lies over it
+        page.get_by_role("tab", name="Many photos").tap()
+        for name in ("batch-question :is(input, textarea)", "batch-run"):
+            page.locator(f"#{name}").scroll_into_view_if_needed()
+            assert inside(page, name, 390, 400), name
+
+
+def inside(page, name, width, height):
+    box = page.locator(f"#{name}").bounding_box()
+    across, down = (box["x"], box["x"] + box["width"]), (box["y"], box["y"] + box["height"])
+    return across[0] >= 0 and across[1] <= width and down[0] >= 0 and down[1] <= height
 
 
 def test_the_keyboard_alone_is_enough(browser, address):
@@ -164,6 +181,31 @@ def test_the_keyboard_alone_is_enough(browser, address):
             reached |= {name} if seen else set()
         panels = {*PANELS, "examples", "samples"}
         assert {"language", "ask", "again", "edit", "clear", "download"} | panels <= reached
+
+
+def test_the_keyboard_alone_compares_checkpoints_and_asks_about_many_photos(browser, address, photo):
+    with opened(browser, address) as page:
+        page.locator("#samples button").first.press("Enter")
+        expect(page, THUMBNAILS).to_have_count(1)
+        page.focus("#question textarea")
+        page.keyboard.type("What?\n")
+        expect_text(page, "#chat", "(384, 384) What?")
+        expect(page, "#ask").to_be_enabled()
+        page.locator("#beside > button").press("Enter")
+        page.focus("#right-name input")  # the same checkpoint with an untrained projector is chosen
+        for key in ("ArrowUp", "Enter"):
+            page.keyboard.press(key)
+        expect(page, "#right-name input").to_have_value("c7")
+        page.locator("#compare").press("Enter")
+        page.wait_for_function("document.querySelector('#right-answer textarea').value === '(384, 384) What?'")
+        page.get_by_role("tab", name="Many photos").press("Enter")
+        with page.expect_file_chooser() as chooser:
+            page.locator("#batch-files button").first.press("Enter")
+        chooser.value.set_files(str(photo))
+        expect_text(page, "#batch-files", "1")
+        page.locator("#batch-question :is(input, textarea)").press_sequentially("Colour?")
+        page.locator("#batch-run").press("Enter")
+        expect_text(page, "#batch-state", "1 of 1 answered")
 
 
 @pytest.mark.parametrize(
