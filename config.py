@@ -260,6 +260,7 @@ class Gui(Section):
     port: int = Field(7860, ge=1, le=65535)
     max_upload_mb: int = Field(20, ge=1, le=10_000)
     cache_mb: int = Field(1024, ge=0, le=2**20)
+    cuda_graph: bool = True
     root_path: str = Field("", pattern=r"^(/[^\s/]+)*$|^https?://\S+$")
     user: str | None = Field(None, min_length=1)
     password: str | None = Field(None, exclude=True, repr=False)  # neither in a checkpoint nor in a message
@@ -292,8 +293,7 @@ def key_paths(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     paths = []
     for name, field in section.model_fields.items():
         paths.append(prefix + name)
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        if isinstance(inner := field.annotation, type) and issubclass(inner, BaseModel):
             paths += key_paths(inner, f"{prefix}{name}.")
         elif inner == list[Source]:
             paths += key_paths(Source, f"{prefix}{name}.0.")

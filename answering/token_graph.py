@@ -107,12 +107,14 @@ class TokenGraph:
 
     @staticmethod
     def suits(model: MMultiModal) -> bool:
-        """Whether the model's passes can be recorded: on one GPU, and the same at every position.
+        """Whether the model's passes are to be recorded, and can be: on one GPU, and the same at every position.
 
         8-bit layers cannot: bitsandbytes looks for outliers in their inputs, and waits for the GPU.
         """
+        if not model.config.gui.cuda_graph or model.config.llm.quantization == "int8":
+            return False
         one_gpu = model.device.type == "cuda" and {weight.device for weight in model.LLM.parameters()} == {model.device}
-        return one_gpu and model.language_model.equal_passes and model.config.llm.quantization != "int8"
+        return one_gpu and model.language_model.equal_passes
 
     def read(self, sequence: CachedSequence, token: int) -> torch.Tensor | None:
         """Read `token` behind `sequence`, which gets it with `put_back`; return the logits (V,) in float32.

@@ -3,12 +3,15 @@
 Without a GPU, the pass is not recorded but run each time, over the same memory.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from answering import token_graph
 from answering.answer import Answerer
 from answering.token_graph import TokenGraph
+from config import overridden
 from tests.answering.dialogues import GREEN, RED, SETTINGS, alone, requests_of
 
 QUESTION = [{"role": "user", "content": "What is it?"}]
@@ -256,6 +259,20 @@ def test_which_models_suit(model):
     assert model.language_model.equal_passes == (model.LLM.config.model_type != "qwen")
     assert TokenGraph.suits(model) == (model.device.type == "cuda" and model.language_model.equal_passes)
     assert (Answerer(model)._graph is not None) == TokenGraph.suits(model)
+
+
+@pytest.mark.parametrize(
+    ("value", "suits"), [({}, True), ({"gui.cuda_graph": False}, False), ({"llm.quantization": "int8"}, False)]
+)
+def test_settings_decide_whether_a_model_on_a_gpu_suits(qwen2, value, suits):
+    gpu = torch.device("cuda")
+    model = SimpleNamespace(
+        device=gpu,
+        LLM=SimpleNamespace(parameters=lambda: [SimpleNamespace(device=gpu)]),
+        language_model=SimpleNamespace(equal_passes=True),
+        config=overridden(qwen2.config, value, "test"),
+    )
+    assert TokenGraph.suits(model) == suits
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
