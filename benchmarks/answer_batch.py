@@ -154,7 +154,7 @@ def main() -> None:
     light = options.shape == "light"
     with tempfile.TemporaryDirectory() as name:
         if options.checkpoint is not None:
-            model = load_checkpoint(options.checkpoint.absolute(), device="cpu")
+            model = load_checkpoint(options.checkpoint.absolute(), device="cpu", dtype=torch.float32)
             requests, settings = data_requests(model, "val"), model.config.generate
         else:
             if light:

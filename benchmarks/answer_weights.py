@@ -7,8 +7,10 @@ and `--output FILE.json` to keep the figures.
 
 `apart`: LoRA beside float32 weights, as in training. `merged`: LoRA added to them, as answering scripts load a
 checkpoint on a CPU. `fp16`: these weights of the language model in fp16 (`train.precision=fp16`). `bf16`: all weights
-in bf16, LoRA apart; slow on a CPU without bf16, so only with `--sides bf16`. All are asked two questions about a new
-photo in each run, and take turns. Differences are those from `apart`.
+in bf16, LoRA apart; slow on a CPU without bf16, so only with `--sides bf16`. `nf4` and `int8`: `llm.quantization`, LoRA
+apart. `torchao`: as `merged`, then int8 by torchao's own layers, which the project does not use (pip install
+torchao==0.18.0). All are asked two questions about a new photo in each run, and take turns. Differences are those from
+`apart`.
 """
 
 import argparse
@@ -29,7 +31,12 @@ from model.model import MMultiModal
 from qwen.half import HalfLinear
 
 LORA_STD = 0.02  # of random LoRA, so that it changes what the model says
-SIDES = {"apart": "float32", "merged": "float32", "fp16": "fp16", "bf16": "bf16"}
+PRECISION = "train.precision"
+SIDES = {
+    **{"apart": {PRECISION: "float32"}, "merged": {PRECISION: "float32"}},
+    **{"fp16": {PRECISION: "fp16"}, "bf16": {PRECISION: "bf16"}, "torchao": {PRECISION: "float32"}},
+    **{kind: {PRECISION: "float32", "llm.quantization": kind} for kind in ("nf4", "int8")},
+}
 POSITIONS = 16  # last ones of each prompt, whose logits are compared
 
 
@@ -47,13 +54,25 @@ def random_checkpoint(folder: Path, shape: str) -> tuple[Path, dict[str, Any]]:
 
 
 def load(side: str, folder: Path, overrides: dict[str, Any]) -> MMultiModal:
-    return load_checkpoint(folder, "cpu", None, overrides | {"train.precision": SIDES[side]}, side != "apart")
+    model = load_checkpoint(folder, "cpu", None, overrides | SIDES[side], side != "apart")
+    if side == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model.LLM, Int8WeightOnlyConfig())
+    return model
 
 
 def weight_bytes(model: MMultiModal) -> int:
     halves = [layer for layer in model.modules() if isinstance(layer, HalfLinear)]
     packed = sum(2 * layer.in_features * layer.out_features for layer in halves)
-    return packed + sum(weight.nbytes for weight in model.parameters())
+    return packed + sum(_bytes(weight) for weight in model.parameters())
+
+
+def _bytes(weight: torch.Tensor) -> int:
+    """Bytes of a weight; torchao's consists of several tensors and tells the size that it stands for."""
+    if hasattr(weight, "__tensor_flatten__"):
+        return sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0])
+    return weight.nbytes
 
 
 def measure(models: dict[str, MMultiModal], tokens: int, runs: int) -> dict[str, list[list[Times]]]:

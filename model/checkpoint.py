@@ -21,6 +21,7 @@ written under a temporary name, flushed to disk and renamed, so a folder with it
 
 import io
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ from model.model import MMultiModal
 from model.parts import ADAPTER_FILE, PROJECTOR_FILE, Part
 from model.portable import portable_config
 from model.precision import answering_weights, pick_device
-from qwen.half import halve
+from qwen.half import halve, linear_weights
 
 
 def load_checkpoint(
@@ -84,10 +85,10 @@ def load_checkpoint(
     folder = check_complete(Path(folder))
     device = pick_device(device)
     config = read_config(folder, overrides)
-    halves = False
+    half_from = math.inf
     if dtype is None:
         asked = config.train.precision if "train.precision" in (overrides or {}) else None
-        dtype, halves = answering_weights(asked, device)
+        dtype, half_from = answering_weights(asked, device)
     model = MMultiModal.from_config(config, device, dtype, run_folder=folder.parent)
     restore_weights(model, folder)
     # only the parts: `.to(dtype)` on the model would also round the frequencies of the rotary embedding
@@ -96,7 +97,7 @@ def load_checkpoint(
             parameter.data = parameter.data.to(dtype)
     if merge_lora:
         model.merge_lora()
-    if halves and not isinstance(model.LLM, PeftModel):
+    if not isinstance(model.LLM, PeftModel) and linear_weights(model.LLM) >= half_from:
         halve(model.LLM)
     return model.eval()
 

@@ -26,6 +26,11 @@ class HalfLinear(nn.Module):
         return fp16_product(x, self._packed)
 
 
+def linear_weights(model: nn.Module) -> int:
+    """Number of weights that `halve` makes fp16."""
+    return sum(layer.weight.numel() for layer in model.modules() if type(layer) is nn.Linear)
+
+
 def halve(model: nn.Module) -> None:
     """Give all plain linear layers fp16 weights. An output matrix that is the input matrix becomes one of its own."""
     for name, layer in list(model.named_modules()):

@@ -8,8 +8,9 @@ from PIL import Image
 from answering.answer import Answerer
 from compat import has_fp16_product
 from evaluation.passes import describe
+from model import precision
 from model.checkpoint import load_checkpoint
-from qwen.half import HalfLinear, halve
+from qwen.half import HalfLinear, halve, linear_weights
 from tests.model.test_merging import build, logits
 
 pytestmark = pytest.mark.skipif(not has_fp16_product(), reason="torch has no products with fp16 weights here")
@@ -44,6 +45,20 @@ def test_rounding_shows_little_in_other_weights(model):
     difference = (logits(model) - wanted).norm() / wanted.norm()
     # fp16 rounds a weight by 2⁻¹² of itself at most; over two layers this stays within some times that
     assert 0 < difference < 16 * 2**-12
+
+
+@pytest.mark.parametrize(
+    ("asked", "large", "expected"),
+    [({}, True, True), ({}, False, False), ({"train.precision": "float32"}, True, False)],
+)
+def test_a_large_model_gets_them_where_nothing_is_said(tiny_checkpoint, monkeypatch, asked, large, expected):
+    overrides = {"model_root": tiny_checkpoint.parent.parent} | asked
+    count = linear_weights(load_checkpoint(tiny_checkpoint, "cpu", overrides=overrides).LLM)
+    monkeypatch.setattr(precision, "LARGE", count + (not large))
+    model = load_checkpoint(tiny_checkpoint, "cpu", overrides=overrides)
+    assert any(isinstance(layer, HalfLinear) for layer in model.LLM.modules()) == expected
+    exact = load_checkpoint(tiny_checkpoint, "cpu", torch.float32, overrides)  # as export does
+    assert not any(isinstance(layer, HalfLinear) for layer in exact.LLM.modules())
 
 
 def test_all_ways_of_asking_agree(tiny_checkpoint):
