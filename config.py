@@ -91,6 +91,7 @@ class Prompt(Section):
     system: str = "You are a helpful assistant."
     question_prefix: str = ""
     image_first: bool = False
+    newline_before_text: bool = False
     end_token: Literal["<|im_end|>", "<|endoftext|>"] = "<|im_end|>"
 
 
@@ -104,8 +105,7 @@ class Lora(Section):
     )
 
 
-# defaults that differ from `Lora`, because an encoder is smaller and its layers have other names
-VISUAL_LORA = {"r": 16, "alpha": 32, "target_modules": None}
+VISUAL_LORA = {"r": 16, "alpha": 32, "target_modules": None}  # an encoder is smaller, its layers have other names
 
 
 class Visual(Section):

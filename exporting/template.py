@@ -1,6 +1,6 @@
 """The chat template of an exported folder: Jinja with the same output as `qwen/chat.py`. Called by `folder.py`."""
 
-from config import IMAGE_TAG
+from config import IMAGE_TAG, Prompt
 from model.model import MMultiModal
 
 PLACEHOLDER = "<image>"  # what data in LLaVA's format writes for a photo
@@ -15,9 +15,10 @@ def chat_template(model: MMultiModal) -> str:
     """
     prompt = model.config.prompt
     prefix, tag, placeholder = _text(prompt.question_prefix), _text(IMAGE_TAG), _text(PLACEHOLDER)
+    start = _start(prompt)
+    count = "{%- set photos = message.content.split(" + placeholder + ") | length - 1 %}"
     if prompt.image_first:
         of_string = (
-            "{%- set photos = message.content.split(" + placeholder + ") | length - 1 %}"
             "{%- if photos %}{{- " + tag + " * photos + '\\n' }}{%- endif %}"
             "{{- " + prefix + f" + message.content.replace({_text(PLACEHOLDER + chr(10))}, '')"
             f".replace({placeholder}, '') }}}}"
@@ -28,9 +29,9 @@ def chat_template(model: MMultiModal) -> str:
         before, after = prefix, "''"
     return _dialogue(
         model,
-        "{%- if message.content is string %}" + of_string + "{%- else %}"
+        "{%- if message.content is string %}" + count + start + of_string + "{%- else %}"
         "{%- set photos = message.content | selectattr('type', 'equalto', 'image') | list | length %}"
-        f"{{{{- {before} + {tag} * photos }}}}"
+        f"{start}{{{{- {before} + {tag} * photos }}}}"
         "{%- if photos %}{{- '\\n' }}{%- endif %}"
         f"{{{{- {after} }}}}" + TEXTS + "{%- endif %}",
     )
@@ -52,7 +53,7 @@ def llama_cpp_template(model: MMultiModal) -> str:
         "{%- set pieces = (text + '<__media').split('<__media') %}"
         "{%- set marker = '<__media' + pieces[1].split('__>')[0] + '__>' %}"
         "{%- set photos = text.split(marker) | length - 1 %}"
-        f"{{{{- {before} }}}}{{%- for photo in range(photos) %}}{{{{- marker }}}}{{%- endfor %}}"
+        f"{_start(prompt)}{{{{- {before} }}}}{{%- for photo in range(photos) %}}{{{{- marker }}}}{{%- endfor %}}"
         "{%- if photos %}{{- '\\n' }}{%- endif %}"
         f"{{{{- {after} + text.replace(marker + '\\n', '').replace(marker, '') }}}}",
     )
@@ -60,25 +61,33 @@ def llama_cpp_template(model: MMultiModal) -> str:
 
 def _dialogue(model: MMultiModal, question: str) -> str:
     """Return a template that writes a user's `message` by `question`."""
-    assistant = _text(f"<|im_start|>assistant\n{model.processor.chat.think}")
+    chat = model.processor.chat
+    opened = f"<|im_start|>assistant\n{chat.think}"
+    system_start = "{%- if system %}{%- set system = '\\n' + system %}{%- endif %}" if chat.text_start else ""
     # Qwen v1 has a system block for an empty sentence too
-    shown = "true" if model.processor.chat.first_generation else "system"
+    shown = "true" if chat.first_generation else "system"
     return (
         f"{{%- set system = {_text(model.config.prompt.system)} %}}"
         "{%- if messages[0].role == 'system' %}"
         "{%- set system = messages[0].content if messages[0].content is string else messages[0].content[0].text %}"
+        f"{system_start}"
         "{%- set messages = messages[1:] %}{%- endif %}"
         f"{{%- if {shown} %}}{{{{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}}}{{%- endif %}}"
         "{%- for message in messages %}{%- if message.role == 'user' %}{{- '<|im_start|>user\\n' }}"
         + question
         + "{{- '<|im_end|>\\n' }}"
         "{%- elif message.role == 'assistant' %}"
-        f"{{{{- {assistant} }}}}"
+        f"{{{{- {_text(opened + chat.text_start)} }}}}"
         "{%- if message.content is string %}{{- message.content | trim }}{%- else %}" + TEXTS + "{%- endif %}"
         f"{{{{- {_text(model.config.prompt.end_token + chr(10))} }}}}"
         "{%- endif %}{%- endfor %}"
-        f"{{%- if add_generation_prompt %}}{{{{- {assistant} }}}}{{%- endif %}}"
+        f"{{%- if add_generation_prompt %}}{{{{- {_text(opened)} }}}}{{%- endif %}}"
     )
+
+
+def _start(prompt: Prompt) -> str:
+    """Return the part of a template that begins a question without photos; `photos` is their number."""
+    return "{%- if not photos %}{{- '\\n' }}{%- endif %}" if prompt.newline_before_text else ""
 
 
 def _text(text: str) -> str:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from backbones.backbone import weight_files
 from config import Config, overridden, parse_config
-from errors import UserError
+from errors import UserError, shortened
 from qwen.loading import LANGUAGE_MODELS
 from qwen.tokenizer import load_tokenizer
 
@@ -32,7 +32,7 @@ LAYERS = {"linear_1": "0", "linear_2": "2"}  # of LLaVA's projector → of `mode
 DIALOGUE = re.compile(
     r"(?:<\|im_start\|>system\n(?P<system>.*?)<\|im_end\|>\n)?"
     r"<\|im_start\|>user\n(?P<first>.*?)ONE<\|im_end\|>\n"
-    r"<\|im_start\|>assistant\n(?P<think>(?:<think>\n\n</think>\n\n)?)TWO(?P<end><\|im_end\|>|<\|endoftext\|>)\n"
+    r"<\|im_start\|>assistant\n(?P<think>(?:<think>\n\n</think>\n\n)?)(?P<start>\n?)TWO(?P<end><\|im_end\|>|<\|endoftext\|>)\n"
     r"<\|im_start\|>user\n(?P<prefix>.*?)THREE<\|im_end\|>\n<\|im_start\|>assistant\n(?P=think)",
     re.DOTALL,
 )
@@ -133,39 +133,56 @@ def read_prompt(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: not the format of `qwen/chat.py`.
     """
-    tokenizer = load_tokenizer(folder)
-    file = folder / "chat_template.json"  # of the processor; the tokenizer may have the language model's own
-    template = json.loads(file.read_text(encoding="utf-8"))["chat_template"] if file.is_file() else None
+    tokenizer, template = load_tokenizer(folder), _processor_template(folder)
     raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     tag = tokenizer.convert_ids_to_tokens(raw.get("image_token_index", raw.get("image_token_id")))
 
     def rendered(*contents: Any) -> str:
         roles = ("user", "assistant", "user")
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except (jinja2.TemplateError, TypeError):  # what a template raises where content is of another kind
+            return ""
 
     def text(words: str) -> dict[str, str]:
         return {"type": "text", "text": words}
 
     if template is None and tokenizer.chat_template is None:
         raise UserError(f"{folder} has no chat template, so its prompt is not known")
-    try:
-        found = DIALOGUE.fullmatch(rendered([{"type": "image"}, text("ONE")], [text("TWO")], [text("THREE")]))
-        string = rendered("BEFORE <image> AFTER")
-    except jinja2.TemplateError:
-        found, string = None, ""
-    prefix = found["prefix"] if found else ""
-    places = {f"{prefix}{tag}\n", f"{tag}\n{prefix}"}
-    if found is None or found["first"] not in places:
+    dialogue = rendered([{"type": "image"}, text("ONE")], [text("TWO")], [text("THREE")])
+    found = DIALOGUE.fullmatch(dialogue)
+    start, prefix, first = found.group("start", "prefix", "first") if found else ("", "", "")
+    own_prefix = prefix.removeprefix(start)
+    places = {f"{own_prefix}{tag}\n", f"{tag}\n{own_prefix}"}
+    if found is None or start + own_prefix != prefix or first not in places:
+        shown = shortened(repr(dialogue)) if dialogue else "nothing for a list of parts"
         raise UserError(
             f"{folder}: its chat template is not the format of qwen/chat.py (ChatML, the photo on a line of its own "
-            "before the question): train on from it with train.init_from, or ask a program that reads the template"
+            f"before the question), but writes {shown}: train on from it with train.init_from and a prompt of your "
+            "own, or ask a program that reads the template"
         )
-    first = found["first"] != f"{prefix}{tag}\n" or (prefix == "" and 0 <= string.find(tag) < string.find("BEFORE"))
-    values = {"system": found["system"] or "", "question_prefix": prefix, "image_first": first}
-    return values | {"end_token": found["end"]}
+    # unless a photo keeps its place in a string, the template moves photos to the front, or takes parts only
+    in_place = re.search(rf"BEFORE.*({re.escape(tag)}|<image>)", rendered("BEFORE <image> AFTER"), re.DOTALL)
+    return {
+        "system": found["system"] or "",
+        "question_prefix": own_prefix,
+        "image_first": first != f"{own_prefix}{tag}\n" or not (own_prefix or in_place),
+        "newline_before_text": start != "",
+        "end_token": found["end"],
+    }
+
+
+def _processor_template(folder: Path) -> str | None:
+    """Return the processor's chat template; None without one, as the tokenizer may have the language model's own."""
+    for name in ("processor_config.json", "chat_template.json"):  # the order of transformers
+        file = folder / name
+        template = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+        if template is not None:
+            return template
+    return None
 
 
 def _decoding(folder: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class MessageFormat:
 
     def __init__(self, prompt: Prompt, plan: VisualPlan) -> None:
         self.prompt, self.plan = prompt, plan
+        self.text_start = "\n" if prompt.newline_before_text else ""  # of a text behind a role, not behind a photo
 
     def question(self, text: str, photos: Photos) -> Message:
         """Return the user message of a record: the first tags `<|extra_0|>` in `text` mark its photos, one tag each.
@@ -49,7 +50,7 @@ class MessageFormat:
         pieces = text.split(IMAGE_TAG, len(plans))
         if len(pieces) - 1 != len(plans):
             raise ValueError(f"{len(plans)} photos but {len(pieces) - 1} tags {IMAGE_TAG} in the question {text!r}")
-        if self.prompt.image_first and plans:
+        if self.prompt.image_first or not plans:
             rest = "".join(piece.removeprefix("\n") if index else piece for index, piece in enumerate(pieces))
             return self.typed_question(rest, plans)
         parts: list[str | VisualPlan] = [self.prompt.question_prefix + pieces[0]]
@@ -61,7 +62,7 @@ class MessageFormat:
         """Return the user message for `text` typed below `photos`; tags in `text` have no effect."""
         prefix, plans = self.prompt.question_prefix, self._plans(photos)
         if not plans:
-            return Message("user", (prefix + text,))
+            return Message("user", (self.text_start + prefix + text,))
         if self.prompt.image_first:
             return Message("user", (*plans, "\n" + prefix + text))
         return Message("user", (prefix, *plans, "\n" + text))
@@ -79,7 +80,8 @@ class ChatFormat(MessageFormat):
 
     Args:
         tokenizer: from `qwen.tokenizer.load_tokenizer`.
-        prompt: system sentence, question prefix, place of the photo, end token (config section `prompt`).
+        prompt: system sentence, question prefix, place of the photo, start of texts, end token (config section
+            `prompt`).
         crop_tokens: number of placeholders of one crop.
         model_type: of the language model. `qwen3` gets an empty, unsupervised think block before each answer, if its
             own template writes one with `enable_thinking=False` (the 2507 instruct models do not think). `qwen`, the
@@ -128,6 +130,7 @@ class ChatFormat(MessageFormat):
         system = self.prompt.system
         if messages and messages[0].role == "system":
             system, messages = str(messages[0].parts[0]), messages[1:]
+            system = system and self.text_start + system
         for index, message in enumerate(messages):
             if message.role != ("user", "assistant")[index % 2]:
                 raise ValueError(f"message {index} is the {message.role}'s: user and assistant must take turns")
@@ -143,12 +146,12 @@ class ChatFormat(MessageFormat):
         if system or self.first_generation:
             add([self.start_id, *self.encode_text("system\n" + system), self.turn_end_id])
             add(self.newline_ids)
-        for message in messages:
+        for index, message in enumerate(messages):
             add([self.start_id])
             if message.role == "user":
                 self._add_user(message, add)
-            else:
-                self._add_assistant(message, add)
+            else:  # the last answer goes on from the ids of the open question, as the model writes it
+                self._add_assistant(message, add, "" if index == len(messages) - 1 else self.text_start)
             add(self.newline_ids)
         if messages[-1].role == "user":
             add([self.start_id, *self.encode_text("assistant\n"), *self.think_ids])
@@ -185,17 +188,17 @@ class ChatFormat(MessageFormat):
         assert not plans or ends[-1] == len(places), "the plans are not those of the rendered photos"
         return [(places[end - plan.tokens], places[end - 1] + 1) for end, plan in zip(ends, plans, strict=True)]
 
-    def _add_assistant(self, message: Message, add) -> None:
+    def _add_assistant(self, message: Message, add, start: str) -> None:
         answer = "".join(part for part in message.parts if isinstance(part, str))
-        role = "assistant\n"
+        before = "assistant\n"
         if self.think_ids:  # control tokens separate role and answer, so each is a string of its own
-            add([*self.encode_text(role), *self.think_ids])
-            add(self.encode_text(answer), supervised=True)
-        else:
-            encoding = self._encoder.encode(role + answer, add_special_tokens=False)
-            role_length = sum(start < len(role) for start, _ in encoding.offsets)
-            add(encoding.ids[:role_length])
-            add(encoding.ids[role_length:], supervised=True)
+            add([*self.encode_text(before), *self.think_ids])
+            before = ""
+        before += start
+        encoding = self._encoder.encode(before + answer, add_special_tokens=False)
+        length = sum(place < len(before) for place, _ in encoding.offsets)
+        add(encoding.ids[:length])
+        add(encoding.ids[length:], supervised=True)
         add([self.answer_end_id], supervised=True)
 
     def fingerprint(self) -> str:

@@ -18,7 +18,7 @@ from filelock import BaseFileLock
 from torch.optim.lr_scheduler import LambdaLR
 
 from backbones.backbone import remember_backbones
-from config import Config
+from config import Config, Prompt
 from errors import UserError, file_error
 from model.checkpoint import save_checkpoint
 from model.checkpoint_folder import (
@@ -200,6 +200,8 @@ def accepted_changes(folder: Path, shape: dict[str, Any], accept: bool) -> list[
     """
     provenance = read_provenance(folder)
     saved = provenance.get("shape", {})
+    if "prompt" in saved:  # keys that are newer than the run had the values of today's defaults
+        saved["prompt"] = Prompt().model_dump() | saved["prompt"]
     changed = {key: [saved[key], value] for key, value in shape.items() if key in saved and saved[key] != value}
     earlier = provenance.get("accepted_changes", [])
     if not changed:

@@ -254,7 +254,15 @@ def test_an_unknown_tokenizer_is_refused(make, backbones, tmp_path):
         TARGETS["gguf"].check(make(visual={"drop": "none"}, llm={"path": str(folder)}))
 
 
-@pytest.mark.parametrize("prompt", [{}, {"image_first": True, "question_prefix": "Q: "}, {"question_prefix": "Q: "}])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {},
+        {"image_first": True, "question_prefix": "Q: "},
+        {"question_prefix": "Q: "},
+        {"question_prefix": "Q: ", "newline_before_text": True},
+    ],
+)
 @pytest.mark.parametrize("marker", ["<__media__>", "<__media_Ab3__>"])
 def test_the_template_puts_photos_first(make, prompt, marker):
     """llama.cpp writes a marker at each photo, in a string or in a part of its own."""

@@ -24,6 +24,8 @@ PROMPTS = {
     "prefix": {"question_prefix": "Answer: "},
     "photo first": {"image_first": True},
     "no system": {"system": ""},
+    "newlines": {"system": "", "image_first": True, "newline_before_text": True},
+    "newlines and prefix": {"question_prefix": "Answer: ", "newline_before_text": True},
 }
 KINDS = ["qwen2-tied", "qwen3-tied", "llama-tied", "qwen1"]
 

@@ -157,6 +157,25 @@ def test_image_first_and_prefix(tokenizer):
     assert tokenizer.decode(ids).startswith(f"<|im_start|>user\n用中文回答：{IMAGE_TAG * N}这是什么？")
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_newline_before_text(tmp_path, kind):
+    """Behind roles, but not behind photos; the last answer goes on from the open question, as the model writes it."""
+    write_tokenizer(tmp_path, thinks=kind == "qwen3", merges=("Ċ Ċ",))
+    tokenizer = load_tokenizer(tmp_path)
+    chat = ChatFormat(tokenizer, Prompt(system="S", question_prefix="Q: ", newline_before_text=True), N, kind)
+    assert (chat.think != "") == (kind == "qwen3")
+    dialogue = [chat.question("a", 0), chat.answer("b"), chat.typed_question("c", 1), chat.answer("d")]
+    open_ids, (ids, labels) = chat.render(dialogue[:3])[0], chat.render(dialogue)
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n\nQ: a<|im_end|>\n"
+        f"<|im_start|>assistant\n{chat.think}\nb<|im_end|>\n<|im_start|>user\nQ: {IMAGE_TAG * N}\nc<|im_end|>\n"
+        f"<|im_start|>assistant\n{chat.think}d<|im_end|>\n"
+    )
+    assert ids[: len(open_ids)] == open_ids
+    learned = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+    assert learned == "b<|im_end|>d<|im_end|>"
+
+
 def test_report_end_token(tokenizer):
     chat = ChatFormat(tokenizer, Prompt(end_token="<|endoftext|>"), N)
     _, labels = chat.render([chat.question("a", 0), chat.answer("b")])
@@ -197,8 +216,9 @@ def test_fingerprint_tells_prompts_apart(tokenizer, chat):
     changes = [
         Prompt(system="Other."),
         Prompt(system="Be brief.", question_prefix="Q"),
+        Prompt(system="Be brief.", newline_before_text=True),
         Prompt(end_token="<|endoftext|>"),
     ]
     prints = {ChatFormat(tokenizer, prompt, N).fingerprint() for prompt in changes} | {chat.fingerprint()}
-    assert len(prints) == 4
+    assert len(prints) == 5
     assert ChatFormat(tokenizer, Prompt(system="Be brief."), N).fingerprint() == chat.fingerprint()

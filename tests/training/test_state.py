@@ -1,6 +1,7 @@
 """Failures injected into training: no checkpoint is ever worth less than before, and none is of half a step."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -270,3 +271,15 @@ def test_dry_run_of_a_folder_that_was_trained_in(config, whole):
     run = Trainer(config("whole"), dry_run=True)
     assert run.progress.step == 0
     assert names(whole) == [f"checkpoint-{number}" for number in range(1, 5)]
+
+
+def test_a_run_without_the_newest_keys_of_the_prompt_is_the_same_run(configure, tmp_path):
+    fingerprints = dict.fromkeys(("visual", "llm", "prompt", "transform"), "")
+    shape = state.run_shape(configure(), "hash")
+    older = {key: value for key, value in shape["prompt"].items() if key != "newline_before_text"}
+    content = {"fingerprints": fingerprints, "shape": shape | {"prompt": older}}
+    (tmp_path / "provenance.json").write_text(json.dumps(content))
+    assert state.accepted_changes(tmp_path, shape, accept=False) == []
+    changed = shape | {"prompt": shape["prompt"] | {"newline_before_text": True}}
+    with pytest.raises(UserError, match="'newline_before_text': False.*'newline_before_text': True"):
+        state.accepted_changes(tmp_path, changed, accept=False)
