@@ -34,6 +34,7 @@ from config import Generate
 from demo.make_data import make_data
 from export import OVERRIDES
 from model.checkpoint import load_checkpoint
+from model.checkpoint_folder import weights_digest
 from paths import REPO_ROOT
 
 NAME = "demo"
@@ -170,7 +171,9 @@ def rounds(python: str, number: int, folder: Path) -> dict[str, Any]:
         for name in ("first", "second")
     ]
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "model": "demo/checkpoint, exported in float32 (llava)",
+        "weights": weights_digest(CHECKPOINT),
         "versions": versions(python),
         "seconds until both replicas answer": round(loaded),
         "both up": results[0],

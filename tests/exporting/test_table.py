@@ -87,7 +87,8 @@ def measured_lines():
             same = f"{row['losses'][0]:.2f} → {row['losses'][-1]:.2f}"
         else:
             same = f"{row['same answers']}/{row['questions']}"
-        yield f"| `{row['program']}` | {package} {version} | `{row['format']}` | {same} | {' | '.join(numbers)} |"
+        head = f"| `{row['program']}` | {package} {version} | {row['date']} | `{row['format']}`"
+        yield f"{head} | {same} | {' | '.join(numbers)} |"
 
 
 @pytest.mark.parametrize("page", PAGES)
