@@ -40,7 +40,7 @@ from paths import REPO_ROOT
 NAME = "demo"
 LONGEST = 64  # tokens of an answer
 LOADING_SECONDS = 1200
-# As docs/scaling.md gives it. A question changes nothing at a replica, so it may be sent to the other one.
+# As docs/serving.md gives it. A question changes nothing at a replica, so it may be sent to the other one.
 PROXY = """\
 user {user};
 daemon off;

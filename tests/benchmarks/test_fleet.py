@@ -1,4 +1,4 @@
-"""Two servers behind nginx, as docs/scaling.md has them; the servers are our own here, for vLLM takes minutes."""
+"""Two servers behind nginx, as docs/serving.md has them; the servers are our own here, for vLLM takes minutes."""
 
 import shutil
 from contextlib import ExitStack
