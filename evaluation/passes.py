@@ -26,7 +26,7 @@ from evaluation.metrics import normalise
 from evaluation.predictions import Predictions, Replies
 from evaluation.runner import Answer, Progress, Question, ask, list_questions, make_answer, questions_digest
 from evaluation.scores import Result, are_sentences, judged, score_pass, visual_gain
-from model.checkpoint_folder import PROVENANCE_FILE, checksum
+from model.checkpoint_folder import weights_digest
 from model.model import MMultiModal
 from model.portable import portable_config
 from qwen.half import HalfLinear
@@ -280,14 +280,12 @@ def describe(
     if isinstance(model, RemoteAnswerer):
         settings = model.settings.model_dump(mode="json", exclude_unset=True)
         return {"checkpoint": model.name, **asked, "generate": settings, "computed": f"by {model.url}"}
-    provenance = checkpoint / PROVENANCE_FILE  # it has the checksums of all weights
-    files = [provenance] if provenance.is_file() else sorted(checkpoint.glob("*.bin"))
     sections = portable_config(model.config)
     parameter = next(model.feature_proj.parameters())
     half = ", fp16 weights" if any(isinstance(layer, HalfLinear) for layer in model.LLM.modules()) else ""
     return {
         "checkpoint": checkpoint.name,
-        "weights": [checksum(file)[:16] for file in files],
+        "weights": weights_digest(checkpoint),
         **asked,
         **{name: sections[name] for name in ("prompt", "visual", "llm", "projector", "generate")},
         "computed": f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}{half}",

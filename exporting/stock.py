@@ -64,7 +64,8 @@ def check_parts(model: MMultiModal) -> None:
     if not isinstance(model.encoder, SigLIPViT | CLIPViT):
         raise UserError(
             f"'visual.path' is an encoder of the kind {type(model.encoder).__name__}, and programs that read LLaVA "
-            "folders know SigLIP and CLIP only: train with one of these, or let programs ask serve.py"
+            "folders know SigLIP and CLIP only: use --format onnx or openvino, train with one of these, or let "
+            "programs ask serve.py"
         )
     check_tiles(model)
     model.feature_proj.llava_tensors()

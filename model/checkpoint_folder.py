@@ -84,6 +84,16 @@ def checksum(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def weights_digest(folder: Path) -> list[str]:
+    """Tell which weights a checkpoint has: 16 digits of the checksum of `provenance.json`, which has theirs.
+
+    Of the course report's layout, which has no such file: of each weight file.
+    """
+    provenance = folder / PROVENANCE_FILE
+    files = [provenance] if provenance.is_file() else sorted(folder.glob("*.bin"))
+    return [checksum(file)[:16] for file in files]
+
+
 def read_provenance(folder: Path) -> dict[str, Any]:
     """Read `provenance.json` of a checkpoint.
 

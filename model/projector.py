@@ -69,8 +69,8 @@ class FeatureProjector(nn.Module):
             UserError: those classes have no such projector.
         """
         raise UserError(
-            f"'projector.kind' is {self.kind}, and no stock LLaVA class holds such a projector: "
-            "export a checkpoint that was trained with projector.kind=mlp"
+            f"'projector.kind' is {self.kind}, and no stock LLaVA class holds such a projector: use --format onnx or "
+            "openvino, or export a checkpoint that was trained with projector.kind=mlp"
         )
 
     @property

@@ -1,5 +1,11 @@
 """The command for a GPU, run without one."""
 
+import contextlib
+import json
+import sys
+import time
+
+import psutil
 import pytest
 
 from benchmarks import gpu
@@ -26,9 +32,67 @@ def test_bars_of_speed_do_not_count_without_a_gpu(monkeypatch, value, correctnes
 
 def test_a_check_that_breaks_leaves_the_others_alone(monkeypatch, tmp_path, capsys):
     found = {"attention": {"status": "failed: status 1, the reason is printed above"}, "step": {"status": "passed"}}
-    monkeypatch.setattr(gpu, "run_apart", found.__getitem__)
+    monkeypatch.setattr(gpu, "run_apart", lambda name, seconds: found[name])
     monkeypatch.setattr("sys.argv", ["gpu", "--only", "attention", "step", "--output", str(tmp_path / "gpu.json")])
     with pytest.raises(SystemExit) as end:
         gpu.main()
     assert end.value.code == 1
     assert '"passed"' in (tmp_path / "gpu.json").read_text()
+
+
+def test_checks_beyond_the_total_time_are_not_run_and_not_passed(monkeypatch, tmp_path, capsys):
+    given = {}
+
+    def check(name, seconds):
+        given[name] = seconds
+        time.sleep(0.2)
+        return {"status": "passed"}
+
+    monkeypatch.setattr(gpu, "run_apart", check)
+    monkeypatch.setattr(gpu, "TOTAL_SECONDS", 0.3)
+    monkeypatch.setattr(gpu, "LIMIT_SECONDS", 0.25)
+    names = ["attention", "step", "compiled", "estimate"]
+    monkeypatch.setattr("sys.argv", ["gpu", "--only", *names, "--output", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 1
+    checks = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["checks"]
+    assert [checks[name]["status"] for name in names] == ["passed"] * 2 + ["not run: the time was over"] * 2
+    assert "2 passed, 2 not run" in capsys.readouterr().err
+    assert given["attention"] == 0.25  # its own limit
+    assert 0 < given["step"] <= 0.1  # the rest
+
+
+def test_a_check_that_the_time_ends_is_not_run():
+    assert gpu.run_apart("attention", 0.05) == {"status": "not run: the time was over"}
+
+
+def test_children_of_a_check_end_with_it(monkeypatch):
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    wait, children, deadline = psutil.Popen.wait, [], time.monotonic() + 30
+
+    def over(process, timeout=None):
+        if children:
+            return wait(process, timeout)
+        while not children:  # the time is over as soon as the check has a child
+            time.sleep(0.05)
+            children.extend(process.children())
+        raise psutil.TimeoutExpired(timeout)
+
+    monkeypatch.setattr(psutil.Popen, "wait", over)
+    assert gpu.status_within([sys.executable, "-c", code], 1) is None
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+            time.sleep(0.05)  # it has got the signal; one that had not would sleep for a minute
+            assert time.monotonic() < deadline
+
+
+def test_the_status_of_a_check_is_returned():
+    assert gpu.status_within([sys.executable, "-c", "raise SystemExit(3)"], 60) == 3
+
+
+def test_checks_without_figures_come_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "MEASURED", tmp_path / "gpu.json")
+    measured = {"step": {"status": "failed", "figures": {}}, "estimate": {"status": "failed: longer than 240 seconds"}}
+    gpu.MEASURED.write_text(json.dumps({"checks": measured}))
+    assert gpu.in_order(["step", "estimate", "answers"]) == ["estimate", "answers", "step"]

@@ -3,7 +3,11 @@
 import io
 import json
 import os
+import re
+import sys
 import tarfile
+import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from config import Data
 from dataset.photo_check import photo_check
 from dataset.records import read_records
 from errors import UserError, shortened
+from paths import REPO_ROOT
 from tests.tiny import tiny_config
 from training.loop import Trainer
 from visual.photo import load_image, photo_size
@@ -207,3 +212,40 @@ def test_paths_of_files_stay_paths_of_files(tmp_path):
         assert without_place(path) == path
     assert member_of("x/a.tar/b/c@d.jpg@12+34") == Member("x/a.tar", "b/c@d.jpg", 12, 34)
     assert without_place("x/a.tar/b/c@d.jpg@12+34") == "x/a.tar/b/c@d.jpg"
+
+
+def parquet_recipe(page):
+    """The lines of a page that make a shard of a parquet file."""
+    text = (REPO_ROOT / page).read_text(encoding="utf-8")
+    (block,) = re.findall(r"(?:^    .*\n)*^    import .*pyarrow\.parquet\n(?:^    .*\n)+", text, re.MULTILINE)
+    return textwrap.dedent(block)
+
+
+@pytest.mark.parametrize("library", ["pyarrow", "stand-in"])
+def test_the_docs_lines_make_a_shard_of_a_parquet_file(tmp_path, monkeypatch, library):
+    jpegs = [io.BytesIO() for _ in range(2)]
+    for number, jpeg in enumerate(jpegs):
+        Image.open(io.BytesIO(picture(number))).save(jpeg, "JPEG")
+    rows = [
+        {"image": {"bytes": jpeg.getvalue(), "path": None}, "question": f"Which {number}?", "answer": "红色"}
+        for number, jpeg in enumerate(jpegs)
+    ]
+    if library == "pyarrow":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "part-00000.parquet")
+    else:  # the rest of the lines is tested where the library is missing, too
+        table = SimpleNamespace(to_pylist=lambda: rows)
+        parquet = SimpleNamespace(read_table={"part-00000.parquet": table}.__getitem__)
+        monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=parquet))
+        monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+    monkeypatch.chdir(tmp_path)
+    recipe = parquet_recipe("docs/scaling.md")
+    assert recipe == parquet_recipe("docs/scaling_zh.md")
+    exec(recipe, {})
+    image_map, captions, [report] = prepare(tmp_path)
+    assert (report.rows, report.kept, report.photos) == (2, 2, 2)
+    assert [entry["a"] for [entry] in captions.values()] == [["红色"]] * 2
+    assert [entry["q"].replace("<|extra_0|>", "").strip() for [entry] in captions.values()] == ["Which 0?", "Which 1?"]
+    for photo, row in zip(image_map.values(), rows, strict=True):
+        assert load_image(photo["path"]).tobytes() == Image.open(io.BytesIO(row["image"]["bytes"])).tobytes()

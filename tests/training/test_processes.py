@@ -57,7 +57,7 @@ def make_case(workshop, tmp_path_factory):
 
     root = tmp_path_factory.mktemp("processes")
     captions = json.loads((workshop / "captions.json").read_text())
-    captions["0"].pop()  # leaves 12 samples, one with text only: as many micro-batches for one, two and three
+    captions["0"].pop()  # leaves 12 samples, one with text only: as many micro-batches for one to four
     (root / "captions.json").write_text(json.dumps(captions))
 
     write_clip(root / "clip")
@@ -90,9 +90,15 @@ EQUAL = {  # to one process that makes as many micro-batches itself
     "encoder": {"visual": "clip", "parts": RATES | {"vision": {"mode": "full", "lr": 1e-3}}},
     "lora on the encoder": {"parts": RATES | {"vision": {"mode": "lora", "lr": 1e-3}}},
 }
+# six micro-batches are no multiple of four, and what is left of them belongs to no step of four processes
+FOUR = {
+    "budget": {"max_steps": 1},
+    "validation": {"data": {"val_fraction": 0.25}},
+    "several epochs": {"micro_batch": 1},
+}
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.nightly)])
+@pytest.fixture(scope="module", params=[2, *(pytest.param(number, marks=pytest.mark.nightly) for number in (3, 4))])
 def together(request, make_case, workshop, tmp_path_factory):
     """All cases that end in every process, by one launch of each number of processes, and of one process."""
     processes = request.param
@@ -103,12 +109,13 @@ def together(request, make_case, workshop, tmp_path_factory):
     few = make_case.root / f"few-{processes}.json"
     few.write_text(json.dumps({"0": captions["0"]}))
     auto = {"micro_batch": "auto", "samples_per_step": 2, "gradient_checkpointing": "auto"}
-    one = [make_case(prefix + "one " + name, **kind | {"accumulation": processes}) for name, kind in EQUAL.items()]
+    equal = {name: kind | (FOUR.get(name, {}) if processes == 4 else {}) for name, kind in EQUAL.items()}
+    one = [make_case(prefix + "one " + name, **kind | {"accumulation": processes}) for name, kind in equal.items()]
     interrupted = {"save_steps": 100, "folder": prefix + "signal"}
     stages = {"stages": [{"name": "align", "train.parts.llm.lr": 0, "train.max_steps": 1}, {}], "save_steps": 100}
     second = stages | {"folder": prefix + "stages signal"}
     several = [
-        *[make_case(prefix + name, **kind) for name, kind in EQUAL.items()],
+        *[make_case(prefix + name, **kind) for name, kind in equal.items()],
         make_case(prefix + "auto", **auto),
         make_case(prefix + "signal", more={"fault": "signal"}, **interrupted),
         make_case(prefix + "after signal", more={"resume": "auto"}, **interrupted),
@@ -138,7 +145,8 @@ def test_several_processes_equal_one(together, name):
     for tensor in expected:  # float32 sums in another order, carried through some AdamW steps
         assert (actual[tensor] - expected[tensor]).norm() <= 1e-3 * expected[tensor].norm(), tensor
     for first, second in zip(lines(Path(one["folder"]).parent), lines(Path(several[0]["folder"]).parent), strict=True):
-        assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+        # the first step's loss comes before AdamW, whose steps are as large for rounding errors as for other gradients
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-5 if first["step"] == 1 else 1e-4)
         assert second["supervised_tokens"] == first["supervised_tokens"]
         assert ("val_loss" in first) == ("val_loss" in second)
         assert second.get("val_loss", 0.0) == pytest.approx(first.get("val_loss", 0.0), rel=1e-4)
