@@ -5,21 +5,19 @@ Called by `demo/make_data.py` and `demo/language.py`, so that training and pretr
 
 import numpy as np
 
+from demo.edits import FirstChoice, Words, pick, vary
 from demo.paraphrases import PARAPHRASES
 from demo.wordings import (
     CHINESE_OBJECTS,
     CHINESE_PLACES,
     CHINESE_SHAPES,
-    CLOSERS,
     ENGLISH_OBJECTS,
     ENGLISH_PLACES,
-    FILLERS,
     FILLS,
     FORMS,
     IMAGE_WORDS,
     LANGUAGES,
     MORE,
-    OPENERS,
     SUFFIX,
     THINGS,
     UNKNOWN,
@@ -28,24 +26,8 @@ from demo.wordings import (
 from demo.world import CELLS, CHINESE, FOREIGN, SHAPES, TYPES, Fact, Names, Scene, captions, description, fact
 
 Row = tuple[str, str, str]  # type, question, answer
-FILLER_SHARE = 0.3  # of the edited questions: with a word that changes nothing
-EDITED = 0.5  # share of the questions with an edit or several: politeness, lower case, no question mark …
 LONG_SHARE = 0.1  # share of descriptions, and of questions without an answer, in dialogues
-PLACE_WORDS = {word for texts in ENGLISH_PLACES.values() for text in texts for word in text.split()}
 UNKNOWN_FACT = Fact("unknown", (), ())
-
-
-class FirstChoice:
-    """A generator of numbers with which every question gets its first wording and first synonyms, without edits."""
-
-    def integers(self, *_: int) -> int:
-        return 0
-
-    def random(self) -> float:
-        return 1.0
-
-
-Words = np.random.Generator | FirstChoice  # chooses among the wordings
 
 
 def questions(
@@ -105,11 +87,11 @@ def paraphrases(scene: Scene, rng: np.random.Generator, number: int) -> list[Row
 
 
 def _fact(scene: Scene, rng: np.random.Generator, kind: str, turn: int) -> Fact:
-    return UNKNOWN_FACT if kind == "unknown" else fact(scene, rng, _pick(FORMS[kind], rng), turn)
+    return UNKNOWN_FACT if kind == "unknown" else fact(scene, rng, pick(FORMS[kind], rng), turn)
 
 
 def _worded(one: Fact, scene: Scene, rng: Words, language: str) -> tuple[str, str]:
-    text = fill(_pick(WORDINGS[language][one.form], rng), one, rng, language)
+    text = fill(pick(WORDINGS[language][one.form], rng), one, rng, language)
     return vary(text, rng, language), answer(one, scene, language)
 
 
@@ -138,89 +120,43 @@ def fill(wording: str, one: Fact, rng: Words, language: str) -> str:
     """Fill the slots of a wording with words for the fact; an English question begins with a capital if it did."""
     noun = _english_noun if language == "english" else _chinese_noun
     things = FILLS[language] | {"thing": THINGS[language], "image": IMAGE_WORDS[language]}
-    slots = {slot: _pick(options, rng) for slot, options in things.items()}
+    slots = {slot: pick(options, rng) for slot, options in things.items()}
     if one.form == "at":
         ((place,),) = one.subjects
-        nouns = [_pick((ENGLISH_PLACES if language == "english" else CHINESE_PLACES)[place], rng)]
+        nouns = [pick((ENGLISH_PLACES if language == "english" else CHINESE_PLACES)[place], rng)]
     else:
         nouns = [noun(names, rng, plural=False) for names in one.subjects]
     plural = noun(one.subjects[0], rng, plural=True) if one.form in ("count", "existence") else ""
-    more = _pick(MORE[language][one.more], rng) if one.more else ""
+    more = pick(MORE[language][one.more], rng) if one.more else ""
     text = wording.format(*nouns, s=plural, more=more, **slots)
     return text[0].upper() + text[1:] if wording[0] == "{" else text
 
 
 def _english_noun(names: Names, rng: Words, plural: bool) -> str:
     if names == (FOREIGN,):
-        noun = _pick(THINGS["english"], rng)
+        noun = pick(THINGS["english"], rng)
         many = {"person": "people", "child": "children", "fish": "fish", "bus": "buses"}.get(noun, f"{noun}s")
         return many if plural else noun
     end = "s" if plural else ""
     if names and names[-1] in SHAPES:
         return " ".join(names) + ("es" if plural and names[-1] == "cross" else end)
     if not names:
-        return _pick(ENGLISH_OBJECTS[:-1], rng) + end
+        return pick(ENGLISH_OBJECTS[:-1], rng) + end
     if names[0] in CELLS:
-        return f"{_pick(ENGLISH_OBJECTS, rng)}{end} in the {_pick(ENGLISH_PLACES[names[0]], rng)}"
-    return f"{names[0]} {_pick(ENGLISH_OBJECTS, rng)}{end}"
+        return f"{pick(ENGLISH_OBJECTS, rng)}{end} in the {pick(ENGLISH_PLACES[names[0]], rng)}"
+    return f"{names[0]} {pick(ENGLISH_OBJECTS, rng)}{end}"
 
 
 def _chinese_noun(names: Names, rng: Words, plural: bool) -> str:
     if names == (FOREIGN,):
-        return _pick(THINGS["chinese"], rng)
-    shape = _pick(CHINESE_SHAPES[names[-1]], rng) if names and names[-1] in SHAPES else ""
+        return pick(THINGS["chinese"], rng)
+    shape = pick(CHINESE_SHAPES[names[-1]], rng) if names and names[-1] in SHAPES else ""
     if shape:
         joint = "的" if len(names) > 1 and rng.random() < 0.4 else ""
         return "".join(CHINESE[name] for name in names[:-1]) + joint + shape
-    noun = _pick(CHINESE_OBJECTS[: -1 if plural or not names else None], rng)
+    noun = pick(CHINESE_OBJECTS[: -1 if plural or not names else None], rng)
     if not names:
         return noun
     if names[0] in CELLS:
-        return f"{_pick(CHINESE_PLACES[names[0]], rng)}的{noun}"
+        return f"{pick(CHINESE_PLACES[names[0]], rng)}的{noun}"
     return CHINESE[names[0]] + ("的" if noun == "那个" or rng.random() < 0.5 else "") + noun
-
-
-def vary(text: str, rng: Words, language: str) -> str:
-    """Edit half of the questions a little, as people type: politeness, small talk, case, contractions, no mark."""
-    if rng.random() >= EDITED:
-        return text
-    if language == "english":
-        if rng.random() < 0.3:
-            text = text.replace("What is ", "What's ").replace("Where is ", "Where's ")
-        if rng.random() < 0.3 and text.endswith("?") and "picture" not in text:
-            text = f"{text[:-1]} in the picture?"
-        if rng.random() < FILLER_SHARE:
-            words = text.split()
-            index = int(rng.integers(1, len(words) + 1))
-            if not {word.strip("?.:,").lower() for word in words[index - 1 : index + 1]} <= PLACE_WORDS:
-                words.insert(index, _filler(rng))  # not inside "top left", which would then name another place
-            text = " ".join(words)
-    elif rng.random() < 0.2 and "图" not in text and "画" not in text:
-        text = _pick(("图中", "图里", "图片里", "画面中"), rng) + text
-    elif rng.random() < FILLER_SHARE:
-        filler, end = _pick(FILLERS["chinese"], rng), text.rstrip("？。")
-        text = _pick((filler + text, end + filler + text[len(end) :]), rng)
-    if rng.random() < 0.3:
-        text = _pick(CLOSERS[language], rng).join([text.rstrip("?.？。"), ""])
-    elif rng.random() < 0.4:
-        text = text.rstrip("?.？。") + _pick(("", "", "", " ?", "??"), rng)
-    if rng.random() < 0.4:
-        opener = _pick(OPENERS[language], rng)
-        keep = opener.rstrip()[-1] in ".!" or rng.random() < 0.3  # the capital
-        text = opener + (text if keep else text[0].lower() + text[1:])
-    if rng.random() < 0.3:
-        text = text.lower()
-    elif rng.random() < 0.05:
-        text = text.upper()
-    return text
-
-
-def _filler(rng: Words) -> str:
-    """Return a word that changes nothing, or letters: the pieces of a word that the tokenizer does not know."""
-    if rng.random() < 0.7:
-        return _pick(FILLERS["english"], rng)
-    return "".join(_pick("abcdefghijklmnoprstuvwy", rng) for _ in range(int(rng.integers(2, 8))))
-
-
-def _pick(options: list | tuple | str, rng: Words):
-    return options[int(rng.integers(len(options)))]

@@ -26,7 +26,8 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from batch import Batch, sample_positions
 from config import IMAGE_TAG, Prompt
 from dataset.image_caption_dataset import Sample, collate, pack
-from demo.asking import Row, dialogue, paraphrases, questions, vary
+from demo.asking import Row, dialogue, paraphrases, questions
+from demo.edits import vary
 from demo.optimizers import make_optimizers, set_rate, take_step
 from demo.regions import in_its_part, object_box, region_questions
 from demo.wordings import SUFFIX

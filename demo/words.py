@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from demo import wordings
+from demo import edits, wordings
 from demo.world import CAPTION_QUESTIONS, CAPTION_TEMPLATES, CELLS, CHINESE, COLOURS, SHAPES, SIZES
 
 VOCABULARY = 2300  # tokens before the three control tokens; enough for all words of the texts
@@ -51,8 +51,8 @@ def world_words() -> list[str]:
     world's own names are one token each.
     """
     pieces = [re.sub(r"{.*?}", " ", text) for texts in wordings.ENGLISH.values() for text in texts]
-    pieces += wordings.OPENERS["english"]
-    inside = [*wordings.FILLS["english"].values(), wordings.THINGS["english"], wordings.FILLERS["english"]]
+    pieces += edits.OPENERS["english"]
+    inside = [*wordings.FILLS["english"].values(), wordings.THINGS["english"], edits.FILLERS["english"]]
     pieces += [f" {word}" for words in inside for word in words]  # a word has one token with the space before it
     pieces += [text.lower() for text in pieces]
     names = [*COLOURS, *SHAPES, *SIZES, *CELLS, "crosses", *(f"{shape}s" for shape in SHAPES), "yes", "no"]
@@ -63,8 +63,8 @@ def world_words() -> list[str]:
     pieces += [f"{name} {name}" for name in names] + [form for name in names for form in (name.title(), name.upper())]
     pieces += [word for template in CAPTION_TEMPLATES for word in template.split("{}")]
     pieces += ["system", "user", "assistant", "、", "，", "？", "：", "！", f" {wordings.UNKNOWN['english']}"]
-    asked = wordings.CHINESE | wordings.FILLS["chinese"] | wordings.CLOSERS | wordings.FILLERS
-    asked |= {"": (*wordings.OPENERS["chinese"], *wordings.THINGS["chinese"], wordings.UNKNOWN["chinese"])}
+    asked = wordings.CHINESE | wordings.FILLS["chinese"] | edits.CLOSERS | edits.FILLERS
+    asked |= {"": (*edits.OPENERS["chinese"], *wordings.THINGS["chinese"], wordings.UNKNOWN["chinese"])}
     characters = {character for texts in asked.values() for text in texts for character in text if character > "\x7f"}
     places = [text for texts in wordings.CHINESE_PLACES.values() for text in texts]
     pieces += [*sorted(characters), *places, *wordings.CHINESE_OBJECTS, "颜色", "形状", "什么"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from demo.asking import dialogue, paraphrases, questions
+from demo.edits import OPENERS
 from demo.paraphrases import PARAPHRASES
 from demo.wordings import (
     CHINESE_PLACES,
@@ -15,7 +16,6 @@ from demo.wordings import (
     ENGLISH_PLACES,
     FORMS,
     LANGUAGES,
-    OPENERS,
     SUFFIX,
     THINGS,
     WORDINGS,
