@@ -96,17 +96,19 @@ def test_both_backbones_are_good_at_their_own_task():
     """What the runs wrote down; the thresholds of the pretraining are what `make demo` needs to reach its own bar."""
     scores = {name: record["scores"] for name, record in json.loads((BACKBONES / "scores.json").read_text()).items()}
     assert set(scores) == {"encoder", "language", "checkpoint"}
-    assert min(scores["checkpoint"]["held-out photos"].values()) > 0.93
+    photos, wordings = scores["checkpoint"]["held-out photos"], scores["checkpoint"]["held-out wordings"]
+    assert min(value for kind, value in photos.items() if not kind.startswith("size")) > 0.95
+    assert min(photos.values()) > 0.92  # sizes: of two things compared, in many wordings
+    assert min(wordings.values()) >= 0.8
     assert min(scores["encoder"]["pictures"][name] for name in ("colour", "shape", "size", "cell")) > 0.95
     assert scores["encoder"]["parts"]["all"] > 0.9
     for name, by_type in scores["language"].items():
         if name == "text":  # told in words: weak
             continue
-        # A dialogue seldom asks for an English description: 16 in all. Chinese questions about sizes, in wordings that
-        # no training has seen, were at 0.80 before the pretraining with parts.
-        weaker = {"dialogues": {"description": 0.8}, "paraphrases": {"size_zh": 0.65}}.get(name.partition(",")[0], {})
+        # a dialogue seldom asks for an English description: 16 in all
+        weaker = {"dialogues": {"description": 0.8}}.get(name.partition(",")[0], {})
         # with a part behind the scene, other questions are side tasks, of 50 questions a type
-        limit = {"paraphrases": 0.7, "regions": 0.8}.get(name.partition(",")[0], 0.9)
+        limit = {"paraphrases": 0.75, "regions": 0.7}.get(name.partition(",")[0], 0.9)
         assert all(value > weaker.get(kind, limit) for kind, value in by_type.items()), name
     boxed = {kind: value for kind, value in scores["language"]["regions, 728 patches"].items() if "region" in kind}
     assert len(boxed) == 6
