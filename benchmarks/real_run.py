@@ -86,6 +86,7 @@ def score(checkpoint: Path, annotations: Path, images: Path, decoding: list[str]
         "photos": metrics["photos"],
         "questions": metrics["questions"],
         "seconds": metrics["seconds"],
+        "computed": metrics["computed"],
         "visual_gain": metrics["visual_gain"],
         "passes": {
             name: scores["overall"]

@@ -234,7 +234,7 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
             "'llm.device_map': auto is for answering; in training each GPU holds the language model whole: set "
             "llm.device_map=null, and llm.quantization=nf4 if it does not fit"
         )
-    for name in ("FSDP", "DEEPSPEED"):
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UserError(
                 f"accelerate's {name} is not used here: turn it off for the launch; train.shard=true shares all weights"
