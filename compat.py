@@ -105,8 +105,9 @@ def onednn_has_bf16() -> bool:
 
 
 def has_fp16_product() -> bool:
-    """Whether torch has FBGEMM's products with fp16 weights: on x86 CPUs."""
-    return "fbgemm" in torch.backends.quantized.supported_engines
+    """Whether torch has FBGEMM's products with fp16 weights: on x86 CPUs, unless a later torch leaves them out."""
+    engine = "fbgemm" in torch.backends.quantized.supported_engines
+    return engine and hasattr(torch.ops.quantized, "linear_prepack_fp16")
 
 
 def fp16_pack(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.ScriptObject:

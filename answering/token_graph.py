@@ -134,8 +134,9 @@ class TokenGraph:
 
     def put_back(self, sequence: CachedSequence) -> None:
         """Add to `sequence` what was read behind it."""
-        if self._owner is not sequence or self._cache is None:
+        if self._owner is not sequence:
             return
+        assert self._cache is not None, "an owner's tokens are in it"
         start, end, layers = len(sequence.ids), self._used, sequence.states.layers
         # all before the first is replaced, because memory may run out
         whole = [

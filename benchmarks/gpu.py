@@ -62,11 +62,13 @@ def status_within(words: list[str], seconds: float) -> int | None:
     try:
         return process.wait(seconds)
     except psutil.TimeoutExpired:
-        for each in [*process.children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.wait()
         return None
+    finally:
+        if process.is_running():  # also after Ctrl-C
+            for each in [*process.children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.wait()
 
 
 def run_apart(name: str, seconds: float = LIMIT_SECONDS) -> dict[str, Any]:

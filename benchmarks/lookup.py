@@ -62,6 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(locate_backbone(config.llm.path, config.model_root, "llm.path", config.hub))
     _, entries = read_records(resolve_path(config.data.image_map), resolve_path(config.data.captions))
     rows = [(turn.question, turn.answers[0]) for entry in entries for turn in entry.turns]
+    if not rows or options.answers < 1:
+        raise SystemExit(f"{config.data.captions} has no answers, or --answers asks for none")
     rows = rows[:: -(-len(rows) // options.answers)]
     texts = [(tokenizer(question).input_ids, tokenizer(answer).input_ids) for question, answer in rows]
     tokens, taken = sum(len(answer) for _, answer in texts), sum(passes(*text) for text in texts)

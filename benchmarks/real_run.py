@@ -5,7 +5,7 @@
 
 Calls process_image.py, train.py and eval_vqa.py as a person would. The run is in `train.output_dir`; the same command
 goes on where an interrupted one stopped, and counts the time before. The row has commands, seconds, memory and scores;
-a row with the same name is replaced. docs/real_run.md shows the table.
+a row with the same name is replaced; `weights` tells which checkpoint it was. docs/real_run.md shows the table.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 
 from config import load_config
 from errors import UserError
+from model.checkpoint_folder import weights_digest
 from model.precision import pick_device, pick_precision
 from paths import REPO_ROOT
 
@@ -85,6 +86,7 @@ def score(checkpoint: Path, annotations: Path, images: Path, decoding: list[str]
         "photos": metrics["photos"],
         "questions": metrics["questions"],
         "seconds": metrics["seconds"],
+        "computed": metrics["computed"],
         "visual_gain": metrics["visual_gain"],
         "passes": {
             name: scores["overall"]
@@ -130,7 +132,9 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "precision": pick_precision(config.train.precision, pick_device()),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "minutes": args.minutes,  # of training, at most
         "training": trained,
+        "checkpoint": {"folder": checkpoint.name, "weights": weights_digest(checkpoint)},
         "scores": scored,
     }
     rows = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else []

@@ -214,7 +214,7 @@ def soak(
         for name, used in at_rest(services.http, programs, problems).items():
             memory[name].append(used)
     minutes = (time.monotonic() - began - PARTS * REST_SECONDS) / 60
-    growth = {name: used[-1] / used[WARM_UP - 1] - 1 for name, used in memory.items()}
+    growth = {name: max(used[WARM_UP - 1 :]) / used[WARM_UP - 1] - 1 for name, used in memory.items()}
     if requests >= FEWEST_FOR_GROWTH:
         problems += [f"{name} grew by {more:.1%}" for name, more in growth.items() if more > MOST_GROWTH]
     during = tally.answers.copy()

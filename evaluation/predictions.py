@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from config import Prompt
 from errors import UserError, file_error
 from evaluation.runner import Answer
 
@@ -52,6 +53,8 @@ class Predictions:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             found, replies, end = _read(self.file)
+            if found is not None and "prompt" in found:  # keys that are newer than the file had today's defaults
+                found["prompt"] = Prompt().model_dump(mode="json") | found["prompt"]
             if found == self._settings:
                 self.replies = replies
                 os.truncate(self.file, end)  # the last line may be half written

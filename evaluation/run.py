@@ -67,6 +67,8 @@ def run(args: argparse.Namespace, command: str) -> Iterator[str]:
     settings = describe(model, checkpoint, asked.entries, asked.photos, asked.name, args.limit)
     if other is not None:
         check_same_questions(settings, other[0])
+        if (theirs := other[0].get("computed")) != settings["computed"]:
+            yield f"--compare: those answers were computed by {theirs}, these by {settings['computed']}"
     found = None
     with Predictions(output, settings) as predictions:
         if predictions.note:

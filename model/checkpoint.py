@@ -88,7 +88,7 @@ def load_checkpoint(
     half_from = math.inf
     if dtype is None:
         asked = config.train.precision if "train.precision" in (overrides or {}) else None
-        dtype, half_from = answering_weights(asked, device)
+        dtype, half_from = answering_weights(asked, device, config.llm.quantization)
     model = MMultiModal.from_config(config, device, dtype, run_folder=folder.parent)
     restore_weights(model, folder)
     # only the parts: `.to(dtype)` on the model would also round the frequencies of the rotary embedding
@@ -99,6 +99,7 @@ def load_checkpoint(
         model.merge_lora()
     if not isinstance(model.LLM, PeftModel) and linear_weights(model.LLM) >= half_from:
         halve(model.LLM)
+        model.drop_stale_parts()
     return model.eval()
 
 

@@ -87,10 +87,10 @@ def checksum(file: Path) -> str:
 def weights_digest(folder: Path) -> list[str]:
     """Tell which weights a checkpoint has: 16 digits of the checksum of `provenance.json`, which has theirs.
 
-    Of the course report's layout, which has no such file: of each weight file.
+    Of other folders, which have no such file: of each weight file.
     """
     provenance = folder / PROVENANCE_FILE
-    files = [provenance] if provenance.is_file() else sorted(folder.glob("*.bin"))
+    files = [provenance] if provenance.is_file() else sorted([*folder.glob("*.bin"), *folder.glob("*.safetensors")])
     return [checksum(file)[:16] for file in files]
 
 

@@ -136,6 +136,10 @@ class MMultiModal(nn.Module):
         merge_lora(self.encoder)
         if merge_lora(self.LLM):
             self.LLM = self.language_model
+        self.drop_stale_parts()
+
+    def drop_stale_parts(self) -> None:
+        """Forget the parts whose weights are no longer the model's: they can be neither trained nor saved."""
         left = {id(weight) for weight in self.parameters()}
         self.parts = [part for part in self.parts if all(id(weight) in left for weight in part.parameters.values())]
 

@@ -9,9 +9,9 @@ from compat import has_fp16_product, onednn_has_bf16
 from errors import UserError
 
 Precision = Literal["auto", "bf16", "fp16", "float32"]
-# Weights of the LLM's linear layers from which on fp16 answers sooner: 1.6 to 3.1 times at Qwen2.5-0.5B's shape, not at
-# the demo's (`benchmarks.answer_weights`).
-LARGE = 10**8
+# Weights of the LLM's linear layers from which on fp16 is taken by itself. At Qwen2.5-0.5B's shape (494 million) it
+# answers 1.6 to 3.1 times as fast, at the demo's not (`benchmarks.answer_weights`); nothing was measured between them.
+LARGE = 3 * 10**8
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,12 +58,15 @@ def pick_precision(precision: Precision, device: torch.device) -> str:
     return best if precision == "auto" else precision
 
 
-def answering_weights(precision: Precision | None, device: torch.device) -> tuple[torch.dtype, float]:
+def answering_weights(
+    precision: Precision | None, device: torch.device, quantization: str = "none"
+) -> tuple[torch.dtype, float]:
     """Return the dtype of the weights for answering, and from how many of the LLM on `qwen.half` makes these fp16.
 
     Args:
         precision: as in `pick_precision`, with its errors. None: `auto`, but float32 on a CPU, where LoRA can be merged
             into float32 weights only; those of a large LLM become fp16 then, if torch can multiply by them.
+        quantization: `llm.quantization`; with any, None makes nothing fp16.
 
     Raises:
         UserError: fp16 on a CPU without products for it.
@@ -73,5 +76,5 @@ def answering_weights(precision: Precision | None, device: torch.device) -> tupl
             raise UserError("'train.precision': on a CPU, fp16 needs an x86 build of torch; use auto, bf16 or float32")
         return torch.float32, 0
     if precision is None and device.type == "cpu":
-        return torch.float32, LARGE if has_fp16_product() else math.inf
+        return torch.float32, LARGE if has_fp16_product() and quantization == "none" else math.inf
     return DTYPES[pick_precision(precision or "auto", device)], math.inf

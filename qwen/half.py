@@ -6,9 +6,25 @@ models, which are bf16, and rounds only those below 8e-6. Called by `model/check
 
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 
 from compat import fp16_pack, fp16_product, fp16_unpack
+
+
+class _HalfProduct(torch.autograd.Function):
+    """The packed product with a gradient of its input; the float32 weights live only while they are used."""
+
+    @staticmethod
+    def forward(ctx, x, packed):
+        """(…, I), weights of `fp16_pack` → (…, O), float32."""
+        ctx.packed = packed
+        return fp16_product(x, packed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        weight, _ = fp16_unpack(ctx.packed)
+        return gradient @ weight, None
 
 
 class HalfLinear(nn.Module):
@@ -21,9 +37,7 @@ class HalfLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, I) → (…, O), both float32."""
-        if torch.is_grad_enabled():  # the packed product has no gradient
-            return functional.linear(x, *fp16_unpack(self._packed))
-        return fp16_product(x, self._packed)
+        return _HalfProduct.apply(x, self._packed) if torch.is_grad_enabled() else fp16_product(x, self._packed)
 
 
 def linear_weights(model: nn.Module) -> int:
@@ -33,6 +47,6 @@ def linear_weights(model: nn.Module) -> int:
 
 def halve(model: nn.Module) -> None:
     """Give all plain linear layers fp16 weights. An output matrix that is the input matrix becomes one of its own."""
-    for name, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear:
-            model.set_submodule(name, HalfLinear(layer))
+    # only names are kept, so each layer's float32 weights are freed when it is replaced
+    for name in [name for name, layer in model.named_modules() if type(layer) is nn.Linear]:
+        model.set_submodule(name, HalfLinear(model.get_submodule(name)))

@@ -43,6 +43,7 @@ ALLOWED = {
     # scripts, since what is fuzzed or measured is the script itself
     "benchmarks": {
         "process_image",
+        "backbones",
         "export",
         "exporting",
         "demo",

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import test_gui
 from answering.question_file import answer_file
 from config import Generate, Gui
 from evaluation import screenshots
+from page.asking import Shared
 from page.checkpoints import Engines
 from page.texts import TEXTS
 from tests.page.driver import (
+    PATIENCE,
     THUMBNAILS,
     SpokenEngine,
     ask,
@@ -282,25 +285,30 @@ def test_a_photo_is_pasted_or_dropped(page, way):
     expect_text(page, "#chat", "(64, 48) What?")
 
 
-def test_many_photos_are_cancelled_after_the_questions_at_work(page, photos, engine):
+def test_many_photos_are_cancelled_after_the_questions_at_work(page, photos, engine, monkeypatch):
     """A file of questions: its progress is shown, and what was answered before Cancel stays."""
     rows = [{"image": "red.png", "question": f"{number}?" if number < 16 else "wait"} for number in range(40)]
     (photos / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stop, told = Shared.stop, threading.Event()
+    monkeypatch.setattr(Shared, "stop", lambda shared, session: (stop(shared, session), told.set()))
     engine.go_on.clear()
     page.get_by_role("tab", name="Many photos").click()
     page.set_input_files("#batch-files input[type=file]", [str(photos / "red.png"), str(photos / "rows.jsonl")])
-    expect_text(page, "#batch-files", "rows")
-    page.click("#batch-run")
-    expect_text(page, "#batch-state", "16 of 40 answered")
-    page.click("#batch-cancel")
-    page.wait_for_timeout(300)
-    engine.go_on.set()
-    expect_text(page, "#batch-state", "32 of 40 answered · Stopped.")
-    with page.expect_download() as download:
-        page.click("#batch-jsonl")
+    try:
+        expect(page, "#batch-files .file-preview tr.file").to_have_count(2)
+        page.click("#batch-run")
+        expect_text(page, "#batch-state", "16 of 40 answered")
+        page.click("#batch-cancel")
+        assert told.wait(PATIENCE / 1000)
+        engine.go_on.set()
+        expect_text(page, "#batch-state", "32 of 40 answered · Stopped.")
+        with page.expect_download() as download:
+            page.click("#batch-jsonl")
+    finally:
+        engine.go_on.set()
+        page.get_by_role("tab", name="Chat").click()  # where the other tests are
     lines = [json.loads(line) for line in download.value.path().read_text(encoding="utf-8").splitlines()]
     assert [line["answer"] for line in lines] == [f"1 {row['question']}" for row in rows[:32]]
-    page.get_by_role("tab", name="Chat").click()
 
 
 def test_an_answer_is_copied_while_another_person_waits(browser, address, page, photos, engine):

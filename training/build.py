@@ -234,6 +234,11 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
             "'llm.device_map': auto is for answering; in training each GPU holds the language model whole: set "
             "llm.device_map=null, and llm.quantization=nf4 if it does not fit"
         )
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(
+                f"accelerate's {name} is not used here: turn it off for the launch; train.shard=true shares all weights"
+            )
     device = pick_device()
     precision = pick_precision(config.train.precision, device)
     # the other processes wait while one encodes the data set, which can exceed the default timeout

@@ -1,5 +1,9 @@
 """fp16 weights on a CPU: those that fp16 holds give the float32 logits; answers stream, share a photo and have maps."""
 
+import gc
+import math
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,7 @@ from compat import has_fp16_product
 from evaluation.passes import describe
 from model import precision
 from model.checkpoint import load_checkpoint
+from model.parts import LLM_FILE, Part
 from qwen.half import HalfLinear, halve, linear_weights
 from tests.model.test_merging import build, logits
 
@@ -59,6 +64,37 @@ def test_a_large_model_gets_them_where_nothing_is_said(tiny_checkpoint, monkeypa
     assert any(isinstance(layer, HalfLinear) for layer in model.LLM.modules()) == expected
     exact = load_checkpoint(tiny_checkpoint, "cpu", torch.float32, overrides)  # as export does
     assert not any(isinstance(layer, HalfLinear) for layer in exact.LLM.modules())
+
+
+def test_a_quantised_model_gets_none_by_itself():
+    cpu = torch.device("cpu")
+    assert precision.answering_weights(None, cpu) == (torch.float32, precision.LARGE)
+    assert precision.answering_weights(None, cpu, "nf4") == (torch.float32, math.inf)
+    assert precision.answering_weights("fp16", cpu, "nf4") == (torch.float32, 0)
+
+
+def test_gradients_pass_without_float32_weights():
+    layer = torch.nn.Linear(20, 12)
+    half = HalfLinear(layer)
+    x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+    output = half(x)
+    assert output.grad_fn.saved_tensors == ()
+    output.sum().backward()
+    weight = layer.weight.detach().half().float()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_weights_that_were_replaced_are_freed(backbones):
+    model = build(backbones, "qwen2-untied")
+    model.merge_lora()
+    gone = [weakref.ref(layer) for layer in model.LLM.modules() if type(layer) is torch.nn.Linear]
+    model.parts.append(Part("llm", 1.0, dict(model.LLM.named_parameters()), LLM_FILE))  # as if it were trained whole
+    before = len(model.parts)
+    halve(model.LLM)
+    model.drop_stale_parts()
+    gc.collect()
+    assert len(model.parts) == before - 1
+    assert not [layer for layer in gone if layer() is not None]
 
 
 def test_all_ways_of_asking_agree(tiny_checkpoint):

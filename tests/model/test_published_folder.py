@@ -1,6 +1,7 @@
 """A published LLaVA-Qwen folder, SigLIP without its head and an empty line before texts, answers as its stock class."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -79,6 +80,14 @@ def photo(tmp_path):
 
 def words(text):
     return {"type": "text", "text": text}
+
+
+def test_a_template_in_the_processors_own_file_counts(published, tmp_path):
+    folder = shutil.copytree(published, tmp_path / "folder")
+    (folder / "chat_template.json").unlink()
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
+    assert read_prompt(folder) == read_prompt(published)
 
 
 # photos and text of the user, answer, …: each begins a new turn

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 
 from errors import UserError
 from model.checkpoint import load_checkpoint
@@ -23,8 +24,8 @@ SCRIPT = Path(__file__).with_name("process_cases.py")
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node={}"
 # what it starts for several GPUs; for several processes on the CPU it needs MPI
 ACCELERATE = (
-    "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_machines 1 --mixed_precision no "
-    "--dynamo_backend no --main_process_port 0 --num_processes {}"
+    "-m accelerate.commands.accelerate_cli launch --config_file configs/accelerate/one_machine.yaml "
+    "--main_process_port 0 --num_processes {}"
 )
 
 
@@ -297,6 +298,18 @@ def test_accelerate_that_starts_one_process_in_place_of_several_is_refused(confi
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(UserError, match="asked for several processes on the CPU and started one"):
         Trainer(configure())
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_what_would_share_the_weights_in_another_way_is_refused(configure, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=rf"accelerate's {name} is not used here.*train\.shard=true"):
+        Trainer(configure())
+
+
+def test_the_configuration_of_two_machines_is_one():
+    config = load_config_from_file(str(REPO_ROOT / "configs" / "accelerate" / "two_machines.yaml"))
+    assert (config.num_machines, config.num_processes) == (2, 16)
 
 
 def test_frozen_tensors_are_never_sent(configure):
