@@ -55,10 +55,15 @@ def find_other(folder: Path, split: str) -> tuple[dict[str, Any], Replies]:
     return settings, replies.get(TRAINED, {})
 
 
-def check_same_questions(mine: dict[str, Any], other: dict[str, Any]) -> None:
-    """Compare the settings of two evaluations; raise UserError unless both asked the same questions."""
+def check_same_questions(mine: dict[str, Any], other: dict[str, Any]) -> str:
+    """Compare the settings of two evaluations; raise UserError unless both asked the same questions.
+
+    Returns:
+        A sentence for the user if they differ in what can change answers by rounding, else "".
+    """
     if other.get("questions") == mine["questions"]:
-        return
+        there, here = other.get("computed"), mine.get("computed")
+        return "" if there == here else f"--compare: computed in {there} there, in {here} here"
     names = [name for name in ("split", "limit") if other.get(name) != mine[name]]
     found = ", ".join(f"--{name} {other.get(name)} there and {mine[name]} here" for name in names)
     raise UserError(

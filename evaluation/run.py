@@ -65,10 +65,8 @@ def run(args: argparse.Namespace, command: str) -> Iterator[str]:
     else:
         yield f"no loss and no baseline '{NEEDS_WEIGHTS}': they need the weights, which the server has"
     settings = describe(model, checkpoint, asked.entries, asked.photos, asked.name, args.limit)
-    if other is not None:
-        check_same_questions(settings, other[0])
-        if (theirs := other[0].get("computed")) != settings["computed"]:
-            yield f"--compare: those answers were computed by {theirs}, these by {settings['computed']}"
+    if other is not None and (note := check_same_questions(settings, other[0])):
+        yield note
     found = None
     with Predictions(output, settings) as predictions:
         if predictions.note:

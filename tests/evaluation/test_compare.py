@@ -26,7 +26,9 @@ def test_the_difference_is_paired_and_flips_are_found_both_ways(run, entries, tm
     own = run(entries)
     settings, replies = find_other(tmp_path / "checkpoint", "val")
     assert (settings, replies) == find_other(tmp_path / "checkpoint" / "eval_val", "all")
-    check_same_questions(SETTINGS | {"checkpoint": "checkpoint-12"}, settings)
+    assert check_same_questions(SETTINGS | {"checkpoint": "checkpoint-12"}, settings) == ""
+    half = {"computed": "float32 on cpu, fp16 weights"}
+    assert "fp16 weights here" in check_same_questions(SETTINGS | half, settings)
     found = compare(settings["checkpoint"], own.questions, own.answers["trained"], replies)
     assert [(here.answer, there.answer) for here, there in found.gained] == [
         ("green", "red"), ("blue", "red"), ("黑色", "red"), ("hello", "red")
