@@ -4,14 +4,18 @@
 
 and `--output FILE.json` to keep the figures.
 
-Lookup decoding drafts the next tokens by a copy: the last n tokens stood earlier in prompt or answer, and what
-followed them there is the draft. One pass then checks the whole draft; the tokens before the first wrong one are kept,
-with the model's own next one. The true answers stand for the model's. A pass over a draft costs at least as much as one
-over a single token, so tokens per pass bound the speed-up from above.
+Lookup decoding drafts the next tokens by a copy: the last tokens stood earlier in prompt or answer, and what followed
+them there is the draft. Drafts are those of transformers. One pass checks a whole draft; the tokens before the first
+wrong one are kept, with the model's own next one. The true answers stand for the model's. A pass over a draft costs at
+least as much as one over a single token, so tokens per pass bound the speed-up from above.
 """
 
 import argparse
+from itertools import takewhile
 from pathlib import Path
+
+import torch
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from backbones.backbone import locate_backbone
 from benchmarks.report import write_report
@@ -20,41 +24,24 @@ from dataset.records import read_records
 from paths import resolve_path
 from qwen.tokenizer import load_tokenizer
 
-LONGEST, DRAFT = 3, 4  # tokens that must have stood earlier, at most; tokens of a draft, at most
+DRAFTS = PromptLookupCandidateGenerator(max_length=2**31)  # else its defaults: 10 tokens behind 2 or 1 equal ones
 
 
 def passes(prompt: list[int], answer: list[int]) -> int:
-    """Passes that write `answer` behind `prompt`."""
-    told, written, count = [*prompt], 0, 0
-    while written < len(answer):
-        rest = answer[written:]
-        kept = 0
-        for guess, true in zip(draft(told), rest[:-1], strict=False):  # the pass itself gives the token behind it
-            if guess != true:
-                break
-            kept += 1
-        told += rest[: kept + 1]
-        written += kept + 1
+    """Passes that write the tokens `answer` behind `prompt`, if each draft is checked in one."""
+    told, end, count = [*prompt], [*prompt, *answer], 0
+    while len(told) < len(end):
+        drafted = DRAFTS.get_candidates(torch.tensor([told]))[0][0].tolist()  # `told` and the draft
+        right = takewhile(lambda pair: pair[0] == pair[1], zip(drafted, end[:-1], strict=False))
+        told = end[: len(list(right)) + 1]  # the pass itself gives one token more
         count += 1
     return count
-
-
-def draft(told: list[int]) -> list[int]:
-    """Tokens that followed the latest earlier place of the last tokens, of as many as possible."""
-    for length in range(min(LONGEST, len(told) - 1), 0, -1):
-        last = told[-length:]
-        for start in range(len(told) - length - 1, -1, -1):
-            if told[start : start + length] == last:
-                return told[start + length : start + length + DRAFT]
-    return []
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config whose records and tokenizer are used")
-    parser.add_argument(
-        "--answers", type=int, default=2000, help="at most so many, spread over the data (default 2000)"
-    )
+    parser.add_argument("--answers", type=int, default=2000, help="at most, spread evenly over the data (default 2000)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values of the config")
     options = parser.parse_args(arguments)

@@ -42,24 +42,24 @@ def train_for(config: list[str], folder: Path, minutes: float, clock: Path) -> d
     seconds = float(clock.read_text()) if clock.is_file() else 0.0
     begun = any(folder.glob("checkpoint-*"))
     if not begun or seconds < 60 * minutes:
-        start = time.monotonic()
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        start, told = time.monotonic(), []
+        # an exception of the handler could come while the process begins, which would then be left running
+        before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
         command = [sys.executable, "train.py", *config, *(["--resume", "auto"] if begun else [])]
-        with subprocess.Popen(command, cwd=REPO_ROOT) as process:
-            try:
-                status = process.wait(60 * minutes - seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)  # the run stores a checkpoint and ends
+        try:
+            with subprocess.Popen(command, cwd=REPO_ROOT) as process:
+                while process.poll() is None and not told and time.monotonic() < start + 60 * minutes - seconds:
+                    time.sleep(0.1)
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)  # the run stores a checkpoint and ends
                 status = process.wait()
-            except SystemExit:  # Ctrl-C reaches train.py by itself, SIGTERM does not
-                process.send_signal(signal.SIGTERM)
-                process.wait()
-                raise
-            finally:
-                signal.signal(signal.SIGTERM, before)
-                seconds += time.monotonic() - start
-                clock.parent.mkdir(parents=True, exist_ok=True)
-                clock.write_text(f"{seconds:.0f}")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            seconds += time.monotonic() - start
+            clock.parent.mkdir(parents=True, exist_ok=True)
+            clock.write_text(f"{seconds:.0f}")
+        if told:
+            sys.exit(128 + signal.SIGTERM)
         if status not in (0, 128 + signal.SIGTERM):
             raise UserError(f"train.py ended with status {status}: its last sentence says why")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -86,7 +86,7 @@ def score(checkpoint: Path, annotations: Path, images: Path, decoding: list[str]
         "photos": metrics["photos"],
         "questions": metrics["questions"],
         "seconds": metrics["seconds"],
-        "computed": metrics["computed"],
+        "computed": metrics["settings"]["computed"],
         "visual_gain": metrics["visual_gain"],
         "passes": {
             name: scores["overall"]

@@ -108,7 +108,8 @@ class ChatTab:
                 # multiple: else it would be dropped itself while the end of an earlier answer is not done with
                 ended(self.on_ended, None, self.waiting, trigger_mode="multiple", **PRIVATE)
         self.edit.click(self.on_edit, self.messages, self.outputs, **PRIVATE)
-        self.editing.input(self.on_choose, [self.messages, self.editing], self.outputs, **PRIVATE)
+        # not `input`, which one choice sends twice: the second answer would come over what is typed by then
+        self.editing.select(self.on_choose, [self.messages, self.editing], self.outputs, **PRIVATE)
         self.stop.click(self.on_stop, None, None, **PRIVATE)
         cleared = gr.on([self.clear.click, self.shown.clear], self.on_clear, self.question, self.outputs, **PRIVATE)
         cleared.then(None, js="() => vqa.current('')")

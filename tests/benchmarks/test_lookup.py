@@ -1,12 +1,6 @@
 """The count of passes that lookup decoding would take."""
 
-from benchmarks.lookup import draft, main, passes
-
-
-def test_a_draft_is_what_followed_the_longest_latest_place():
-    assert draft([1, 2, 3, 9, 2, 3, 8, 1, 2, 3]) == [9, 2, 3, 8]  # "1 2 3" stood at the start, "2 3" later
-    assert draft([1, 2, 5, 2]) == [5, 2]
-    assert draft([1, 2, 3]) == []
+from benchmarks.lookup import main, passes
 
 
 def test_passes():

@@ -43,6 +43,8 @@ def test_a_try_is_trained_scored_and_written_down(command):
     assert row["training"]["seconds"] > 0
     assert set(row["scores"]["passes"]) == {"trained", "blind", "majority"}
     assert row["scores"]["questions"] == 2
+    assert row["scores"]["computed"] == "float32 on cpu"
+    assert len(row["checkpoint"]["weights"]) == 1
     assert row["command"].endswith("train.max_steps=2")
     (again,) = command("first", "--minutes", "0", "train.max_steps=3")  # the time is over: no third step
     assert again["training"] == row["training"]
