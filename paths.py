@@ -7,6 +7,7 @@ Relative paths in a config or a `key=value` start at the repository root. Paths 
 import contextlib
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +17,22 @@ REPO_ROOT = Path(__file__).resolve().parent
 
 Kind = Literal["file", "folder"]
 
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.DOTALL)  # two letters or more: "c:/" is a drive
+
+
+def address(path: str | Path) -> str | None:
+    """Return the address of something on the web, `https://…`; None: it is a path.
+
+    A `Path` keeps one of the two slashes, so it is the same address with one or two.
+    """
+    found = _ADDRESS.fullmatch(Path(path).as_posix())
+    return found and f"{found[1]}://{found[2]}"
+
 
 def resolve_path(path: str | Path) -> Path:
-    """Return the path, relative to the repository root unless it is absolute; `~` is expanded."""
+    """Return the path, relative to the repository root unless it is absolute or an address; `~` is expanded."""
+    if address(path):
+        return Path(path)
     return REPO_ROOT / os.path.expanduser(path)  # unlike Path.expanduser, it keeps '~name' if no such user exists
 
 

@@ -27,7 +27,7 @@ from cli import run_script, script_arguments
 
 from tqdm import tqdm
 
-from config import Data, load_data
+from config import Data, Source, load_data
 from dataset.disk_records import on_disk
 from dataset.disk_writer import DiskRecords
 from dataset.json_files import read_json
@@ -37,7 +37,7 @@ from dataset.records import Captions, ImageMap, json_pieces, write_files, write_
 from dataset.register import MemoryRecords
 from dataset.rows import Report, report_text
 from errors import UserError, file_error
-from paths import Kind, existing_path, resolve_path
+from paths import Kind, address, existing_path, resolve_path
 
 __all__ = ["main", "process_ali", "process_coco", "process_sources", "read_json"]
 
@@ -151,13 +151,7 @@ def process_sources(data: Data, disk: DiskRecords | None = None) -> tuple[ImageM
     records = memory if disk is None else disk
     reports = []
     for index, source in enumerate(data.sources):
-        key = f"data.sources.{index}"
-        kind: Kind = "folder" if source.format == "webdataset" else "file"  # texts lie in the shards
-        annotations = existing_path(source.annotations, f"{key}.annotations", kind)
-        questions = existing_path(source.questions, f"{key}.questions") if source.questions is not None else None
-        images = resolve_path(source.images)
-        if data.check_images != "none":
-            existing_path(source.images, f"{key}.images", "folder")
+        annotations, questions, images = _places(source, f"data.sources.{index}", data.check_images != "none")
         reader = READERS[source.format]
         report = Report(source.name, str(annotations), spill=None if disk is None else disk.spill())
         rows = reader.load(annotations, questions, images, report.encodings)
@@ -173,6 +167,22 @@ def process_sources(data: Data, disk: DiskRecords | None = None) -> tuple[ImageM
         )
         reports.append(report)
     return memory.image_map, memory.captions, reports
+
+
+def _places(source: Source, key: str, check_images: bool) -> tuple[Path, Path | None, Path]:
+    """Return where annotations, questions and photos of a source are; only shards may be at an address."""
+    if source.format == "webdataset" and address(source.annotations):
+        return resolve_path(source.annotations), None, resolve_path(source.images)
+    for name in ("annotations", "questions", "images"):
+        if address(getattr(source, name) or ""):
+            raise UserError(f"'{key}.{name}': {getattr(source, name)} is an address: only shards (format: webdataset) "
+                            "are read from the web, so download it")  # fmt: skip
+    kind: Kind = "folder" if source.format == "webdataset" else "file"  # texts lie in the shards
+    annotations = existing_path(source.annotations, f"{key}.annotations", kind)
+    questions = existing_path(source.questions, f"{key}.questions") if source.questions is not None else None
+    if check_images:
+        existing_path(source.images, f"{key}.images", "folder")
+    return annotations, questions, resolve_path(source.images)
 
 
 def too_many_rejected(reports: list[Report], most: float) -> str:

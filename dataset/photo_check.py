@@ -20,9 +20,10 @@ from typing import Any
 from tqdm import tqdm
 
 from errors import UserError, shortened
-from paths import resolve_path
+from paths import address, resolve_path
 from visual.photo import load_image
 from visual.shard import member_of
+from visual.web import NetworkError
 
 CHUNK = 16  # photos per task of a process
 MOST_PROCESSES = 8  # a process may need 0.8 GB for a large photo; 8 processes decode about as fast as a disk reads
@@ -66,8 +67,8 @@ def _cores() -> int:
 def _missing(path: str) -> Problem | None:
     file = resolve_path(path)
     if member := member_of(file):
-        # the loader has just read its header
-        if member.start + member.size > os.path.getsize(member.shard):
+        # the loader has just read its header; on the web it has also seen that the shard goes on behind it
+        if not address(member.shard) and member.start + member.size > os.path.getsize(member.shard):
             return "photo is cut off in its shard", shortened(path)
         return None if member.size else ("photo file is empty", shortened(path))
     if not os.path.isfile(file):  # Path.is_file raises an error for names that are too long
@@ -82,6 +83,8 @@ def _undecodable(path: str) -> Problem | None:
     if problem is None:
         try:
             load_image(resolve_path(path))
+        except NetworkError:
+            raise
         except UserError as error:
             return "photo cannot be decoded", shortened(error)
     return problem

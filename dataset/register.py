@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from dataset.records import TEXT_KEY, Captions, ImageMap
 from dataset.turns import Turns
-from paths import resolve_path
+from paths import address, resolve_path
 from visual.region import Box
 from visual.shard import without_place
 
@@ -71,7 +71,7 @@ class Register:
     """IDs and keys of the photos and regions of one source. Absolute path and box identify a photo, not its key."""
 
     def __init__(self, image_path: str | Path, source: str, records: Records) -> None:
-        self.folder = Path(image_path).as_posix()
+        self.folder = address(image_path) or Path(image_path).as_posix()
         self.folder_name = Path(os.path.abspath(resolve_path(image_path))).name or source
         self.source = source
         self.records = records
@@ -133,4 +133,4 @@ def _absolute_path(path: str) -> str:
 
 @functools.lru_cache(maxsize=100_000)
 def _absolute_folder(folder: str) -> str:
-    return os.path.abspath(resolve_path(folder))
+    return address(folder) or os.path.abspath(resolve_path(folder))

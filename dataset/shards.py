@@ -6,18 +6,21 @@ Files of one sample follow one another and have the same name up to the first do
     000124.png  000124.txt      a caption
 
 Its photos are those files, in their order. The shards of a folder are read in the order of their names, one header
-after another, so they can be larger than the memory.
+after another, so they can be larger than the memory. A folder may also be at an address (`visual/web.py`).
 """
 
+import contextlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from dataset.json_files import parse_json
 from dataset.rows import DropRowError, Row, RowPart
 from errors import UserError, file_error, shortened
+from paths import address
 from visual.shard import Member
+from visual.web import list_shards, open_web, web_error
 
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm")
 TEXTS = (".json", ".txt")  # of a sample with both, the first counts
@@ -25,23 +28,31 @@ LONGEST_TEXT_FILE = 64 * 2**20  # bytes; a text of this size is none for a photo
 
 
 def load_shards(annotations: Path, questions: Path | None, images: Path, encodings: dict[str, str]) -> "_Shards":
-    """Return the rows of the shards in the folder `annotations`, which is the folder of the photos too."""
+    """Return the rows of the shards in the folder `annotations`, which is the folder of the photos too.
+
+    At an address, `annotations` may also be a pattern of shards in the folder `images`.
+    """
+    if address(annotations):
+        folder = annotations.parent if annotations.suffix == ".tar" else annotations
+        if folder != images:
+            raise UserError(f"format webdataset has texts and photos in one folder: give {address(folder)} as 'images'")
+        return _Shards(list_shards(annotations))
     if annotations.resolve() != images.resolve():
         raise UserError(f"format webdataset has texts and photos in one folder: give {annotations} as 'images' too")
     shards = sorted(annotations.glob("*.tar"))
     if not shards:
         raise UserError(f"{annotations}: no file that ends in .tar: is 'format' right?")
-    return _Shards(shards)
+    return _Shards([str(shard) for shard in shards])
 
 
 class _Shards:
-    def __init__(self, shards: list[Path]) -> None:
+    def __init__(self, shards: list[str]) -> None:
         self.shards = shards
 
     def __iter__(self) -> Iterator[Row]:
         for shard in self.shards:
             try:
-                with tarfile.open(shard, "r:") as tar:
+                with _opened(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                     yield from _rows(tar, shard)
             except tarfile.TarError as error:
                 remedy = "fetch it again, or decompress it (gunzip)"
@@ -52,7 +63,22 @@ class _Shards:
                 raise file_error(error, shard) from error
 
 
-def _rows(tar: tarfile.TarFile, shard: Path) -> Iterator[Row]:
+@contextlib.contextmanager
+def _opened(shard: str) -> Iterator[BinaryIO]:
+    if not address(shard):
+        with open(shard, "rb") as file:
+            yield file
+        return
+    with open_web(shard) as file:
+        try:
+            yield file
+        except (UserError, tarfile.TarError, GeneratorExit):
+            raise
+        except Exception as error:  # each store has errors of its own
+            raise web_error(error, shard) from error
+
+
+def _rows(tar: tarfile.TarFile, shard: str) -> Iterator[Row]:
     sample, files = None, []
     for info in tar:
         if not info.isfile():
@@ -68,11 +94,11 @@ def _rows(tar: tarfile.TarFile, shard: Path) -> Iterator[Row]:
         yield _row(tar, shard, str(sample), files)
 
 
-def _row(tar: tarfile.TarFile, shard: Path, sample: str, files: list[tarfile.TarInfo]) -> Row:
+def _row(tar: tarfile.TarFile, shard: str, sample: str, files: list[tarfile.TarInfo]) -> Row:
     """Make the row of one sample; a sample without photo or text, or with a broken one, has a problem."""
     place = f"sample {sample}"
     photos = [
-        Member(shard.name, info.name.removeprefix("./"), info.offset_data, info.size)
+        Member(Path(shard).name, info.name.removeprefix("./"), info.offset_data, info.size)
         for info in files
         if _ends(info, PHOTOS)
     ]
@@ -87,12 +113,12 @@ def _row(tar: tarfile.TarFile, shard: Path, sample: str, files: list[tarfile.Tar
             raise DropRowError("sample without a text", ", ".join(info.name for info in files))
         value = _text(tar, shard, texts[0])
     except DropRowError as problem:
-        return Row(None, (RowPart(place, names, str(shard)),), problem)
+        return Row(None, (RowPart(place, names, shard),), problem)
     value = {key: own for key, own in value.items() if key not in ("image_id", "images")} | {"image": names}
-    return Row(value, (RowPart(place, value, str(shard)),))
+    return Row(value, (RowPart(place, value, shard),))
 
 
-def _text(tar: tarfile.TarFile, shard: Path, info: tarfile.TarInfo) -> dict[str, Any]:
+def _text(tar: tarfile.TarFile, shard: str, info: tarfile.TarInfo) -> dict[str, Any]:
     if info.size > LONGEST_TEXT_FILE:
         raise DropRowError("text of the sample is too large", f"{info.name}: {info.size:,} bytes")
     opened = tar.extractfile(info)

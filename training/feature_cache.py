@@ -29,10 +29,11 @@ from dataset.records import Photo
 from errors import UserError, file_error
 from model.model import MMultiModal
 from model.processor import Processor
-from paths import resolve_path
+from paths import address, resolve_path
 from visual.augment import Augment
 from visual.photo import load_image, photo_size
 from visual.shard import file_of
+from visual.web import web_state
 from visual_plan import VisualPlan
 
 END = b"features complete 1"
@@ -208,12 +209,20 @@ def _digest(model: MMultiModal, photos: list[Photo], config: Config) -> str:
             if id(weight) in inside:
                 digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
     for photo in photos:
-        try:
-            state = file_of(photo.path).stat()
-        except OSError as error:
-            raise UserError(f"photo {photo.path} cannot be read: {error.strerror}") from error
-        digest.update(f"{photo.key}{photo.box or ''} {state.st_size} {state.st_mtime_ns}\n".encode())
+        digest.update(f"{photo.key}{photo.box or ''} {_state(photo)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _state(photo: Photo) -> str:
+    """Return what changes with the file of a photo."""
+    file = file_of(photo.path)
+    if address(file):
+        return web_state(file)
+    try:
+        state = file.stat()
+    except OSError as error:
+        raise UserError(f"photo {photo.path} cannot be read: {error.strerror}") from error
+    return f"{state.st_size} {state.st_mtime_ns}"
 
 
 def _encoded(model: MMultiModal, photos: list[Photo], config: Config) -> Iterator[Any]:

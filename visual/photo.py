@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from errors import UserError, file_error, shortened
+from paths import address
 from visual.region import Region, pixel_box
 from visual.shard import member_of, read_member
 
@@ -86,7 +87,8 @@ def photo_size(file: str | Path | Region) -> tuple[int, int]:
 def _content(file: str | Path) -> tuple[str | Path | BinaryIO, str]:
     """Return what Pillow opens, and its name."""
     if member := member_of(file):
-        _checked_name(member.shard)
+        if not address(member.shard):
+            _checked_name(member.shard)
         return io.BytesIO(read_member(member)), str(file)
     return file, _checked_name(file)
 

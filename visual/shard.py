@@ -6,6 +6,7 @@ other members:
 
     photos/part-00007.tar/000123.jpg@1536+24012         24,012 bytes from byte 1,536 of photos/part-00007.tar on
 
+The shard may also be at an address: `https://host/photos/part-00007.tar/…`. Then reading takes one request.
 `dataset/shards.py` writes such paths, `visual/photo.py` reads them. This module imports no torch.
 """
 
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import UserError, file_error, shortened
+from paths import address
+from visual.web import read_range
 
 _PATH = re.compile(r"(.+\.tar)/(.+)@(\d{1,18})\+(\d{1,18})", re.DOTALL)
 _REMEDY = "run process_image.py again"
@@ -36,7 +39,7 @@ class Member(NamedTuple):
 def member_of(path: str | Path) -> Member | None:
     """Return the member that a path means; None: it is the path of an ordinary file."""
     found = _PATH.fullmatch(Path(path).as_posix())
-    return found and Member(found[1], found[2], int(found[3]), int(found[4]))
+    return found and Member(address(found[1]) or found[1], found[2], int(found[3]), int(found[4]))
 
 
 def file_of(path: str | Path) -> Path:
@@ -57,15 +60,12 @@ def read_member(member: Member) -> bytes:
         UserError: the shard is missing or cannot be read, or it has something else at that place.
     """
     block = tarfile.BLOCKSIZE
+    start, end = max(member.start - block, 0), member.start + member.size
+    read = read_range if address(member.shard) else _read_file
+    both = read(member.shard, start, end)
+    content = both[block:]
     try:
-        with open(member.shard, "rb") as shard:
-            shard.seek(max(member.start - block, 0))
-            header = tarfile.TarInfo.frombuf(shard.read(block), "utf-8", "surrogateescape")
-            content = shard.read(member.size)
-    except FileNotFoundError as error:
-        raise UserError(f"shard not found: {shortened(member.shard)}") from error
-    except OSError as error:
-        raise file_error(error, f"shard {shortened(member.shard)}") from error
+        header = tarfile.TarInfo.frombuf(both[:block], "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         raise UserError(f"{member.path}: the shard has no file there any more: {_REMEDY}") from error
     # a header has the first 100 bytes of a longer name, in UTF-8 (GNU tar) or with "?" for other letters (POSIX)
@@ -76,3 +76,14 @@ def read_member(member: Member) -> bytes:
     if len(content) < member.size:
         raise UserError(f"{member.path}: the shard ends before: it was cut off, fetch it again")
     return content
+
+
+def _read_file(shard: str, start: int, end: int) -> bytes:
+    try:
+        with open(shard, "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+    except FileNotFoundError as error:
+        raise UserError(f"shard not found: {shortened(shard)}") from error
+    except OSError as error:
+        raise file_error(error, f"shard {shortened(shard)}") from error
