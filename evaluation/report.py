@@ -14,7 +14,7 @@ from evaluation.baselines import TRAINED
 from evaluation.compare import Comparison
 from evaluation.passes import Evaluation
 from evaluation.runner import Answer
-from evaluation.scores import Result, Score, are_sentences
+from evaluation.scores import Result, Score, all_intervals, are_sentences
 from visual.augment import STRENGTHS
 from visual.transform import load_image
 
@@ -175,6 +175,7 @@ def metrics_of(found: Evaluation, compared: Comparison | None, **facts: Any) -> 
         "measure": found.measure,
         "visual_gain": found.gain and found.gain._asdict(),
         "passes": found.results,
+        "intervals": {name: own._asdict() for name, own in all_intervals(found.answers[TRAINED]).items()},
         "majority": {type_: common._asdict() for type_, common in found.majority.items()},
         "hard": {
             kind: [{"strength": strength, **point._asdict()} for strength, point in enumerate(points)]

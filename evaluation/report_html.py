@@ -12,6 +12,7 @@ from evaluation.intervals import Interval
 from evaluation.passes import Evaluation
 from evaluation.report import compared_line, judged_cells, looks_line, rows, text_columns
 from evaluation.runner import Answer
+from evaluation.scores import all_intervals
 from evaluation.web_page import paragraph, read_thumbnail, show_thumbnails, whole_page
 
 MOST_TYPES = 12  # of which examples are shown, those with most questions
@@ -126,7 +127,18 @@ def _scores(found: Evaluation) -> str:
         if common
         else ""
     )
-    return f'<h2>Scores</h2>\n{_table(head, lines)}\n<p class="note">{html.escape(" ".join(notes))}</p>{unfold}'
+    note = f'<p class="note">{html.escape(" ".join(notes))}</p>'
+    return f"<h2>Scores</h2>\n{_table(head, lines)}\n{note}{_all_intervals(found)}{unfold}"
+
+
+def _all_intervals(found: Evaluation) -> str:
+    """All scores of all questions with their intervals, to unfold."""
+    lines = [
+        [name, f"{own.score:.3f}", f"{own.low:.3f}–{own.high:.3f}"]
+        for name, own in all_intervals(found.answers[TRAINED]).items()
+    ]
+    table = _table(["", "all questions", "95 % interval"], lines)
+    return f"<details><summary>All scores with their 95 % intervals</summary>{table}</details>"
 
 
 def _table(head: list[str], lines: Iterable[list[str]]) -> str:

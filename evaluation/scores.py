@@ -21,6 +21,12 @@ from evaluation.wups import find_nouns, wups
 # or more, and half of the Chinese ones eight characters or more (median of the training split).
 ANSWER_WORDS = 5
 
+# as reports call the scores of `captions.caption_scores`
+CAPTION_SCORES = {f"bleu_{order}": f"BLEU-{order}" for order in range(1, captions.ORDERS + 1)} | {
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr-D",
+}
+
 
 @dataclass(frozen=True)
 class Score:
@@ -111,6 +117,7 @@ def score(answers: list[Answer], sentences: bool) -> Score:
     texts = [answer.answer for answer in answers]
     references = [answer.references for answer in answers]
     accuracy, low, high = judged(answers, sentences=False)
+    daquar = _daquar(answers)
     return Score(
         questions=len(answers),
         accuracy=accuracy,
@@ -123,17 +130,46 @@ def score(answers: list[Answer], sentences: bool) -> Score:
             name: captions.caption_scores(texts, references, cut)
             for name, cut in cuts(text for own in references for text in own).items()
         },
-        daquar=_daquar(texts, references) if all("daquar" in answer.source.lower() for answer in answers) else None,
+        daquar=None
+        if daquar is None
+        else {name: None if own is None else sum(own) / len(own) for name, own in daquar.items()},
         cider_d_interval=judged(answers, sentences)[1:] if sentences else None,
     )
 
 
-def _daquar(texts: list[str], references: list[tuple[str, ...]]) -> dict[str, float | None]:
-    """Scores of DAQUAR, whose answers are lists of things. A source is DAQUAR's if its name says so."""
+def all_intervals(answers: list[Answer]) -> dict[str, Interval]:
+    """Every score that is a formula of sums over answers, with its 95 % interval; name → score.
+
+    Chinese has the scores of captions once for each way to cut it into words. Not there: sacrebleu's BLEU and chrF, and
+    the loss.
+    """
+    texts = [answer.answer for answer in answers]
+    references = [answer.references for answer in answers]
+    tallies = {"accuracy": mean_tally([answer.accuracy for answer in answers])}
+    for name, measure in (("F1", metrics.token_f1), ("ANLS", metrics.anls)):
+        tallies[name] = mean_tally(list(map(measure, texts, references)))
+    ways = cuts(text for own in references for text in own)
+    for way, cut in ways.items():
+        end = f", {way}" if len(ways) > 1 else ""
+        for name, tally in captions.caption_tallies(texts, references, cut).items():
+            tallies[f"{CAPTION_SCORES[name]}{end}"] = tally
+    for name, values in (_daquar(answers) or {}).items():
+        if values is not None:
+            tallies[f"DAQUAR {name}"] = mean_tally(values)
+    photos = _photos_of(answers)
+    return {name: interval(tally, photos) for name, tally in tallies.items()}
+
+
+def _daquar(answers: list[Answer]) -> dict[str, list[float] | None] | None:
+    """Scores of each answer to DAQUAR, whose answers are lists of things. A source is DAQUAR's if its name says so."""
+    if not all("daquar" in answer.source.lower() for answer in answers):
+        return None
+    texts = [answer.answer for answer in answers]
+    references = [answer.references for answer in answers]
     nouns = find_nouns()
     return {
-        "accuracy": sum(map(metrics.daquar_accuracy, texts, references)) / len(texts),
-        "wups_0.9": None if nouns is None else sum(map(partial(wups, nouns=nouns), texts, references)) / len(texts),
+        "accuracy": list(map(metrics.daquar_accuracy, texts, references)),
+        "wups_0.9": None if nouns is None else list(map(partial(wups, nouns=nouns), texts, references)),
     }
 
 

@@ -107,7 +107,9 @@ def test_the_page_in_a_browser(page, tmp_path, width, scheme):
         assert tab.locator(".verdict").bounding_box()["y"] < 200
         assert ATTACK in tab.locator("article").filter(has_text="alert").first.inner_text()
         assert tab.locator("svg").count() == 2
-        tab.locator("summary").click()
+        for summary in tab.locator("summary").all():
+            summary.click()
+        assert tab.locator("details[open] table").count() == 2
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         assert paper == {"dark": "rgb(17, 24, 39)", "light": "rgb(255, 255, 255)"}[scheme]

@@ -11,7 +11,7 @@ from evaluation.compare import compare, find_other
 from evaluation.intervals import difference, interval, mcnemar, mean_tally
 from evaluation.report import compared_line, draw_gallery, looks_line, metrics_of, tables
 from evaluation.report_html import render_report
-from evaluation.scores import are_sentences, judge_values
+from evaluation.scores import all_intervals, are_sentences, judge_values
 from evaluation.words import characters, english_words
 from tests.evaluation.colours import COLOURS, ColourModel
 
@@ -52,6 +52,44 @@ def test_what_is_a_sentence():
         ["两只狗在草地上跑", "一个男孩在玩球", "小孩在雪里"]
     )  # as short as half of Flickr8k's Chinese ones
     assert not are_sentences(["two cups of coffee", "on the left side", "a lamp"])
+
+
+def test_every_score_has_its_interval_on_the_page_and_in_the_file(run, captions, photos):
+    found = run(captions, CaptionModel(), ["blind"])
+    intervals = metrics_of(found, None)["intervals"]
+    overall = found.results["trained"].overall
+    words = overall.captions["words"]
+    scores = {"accuracy": overall.accuracy, "F1": overall.token_f1, "ANLS": overall.anls, "ROUGE-L": words["rouge_l"]}
+    scores |= {f"BLEU-{order}": words[f"bleu_{order}"] for order in (1, 2, 3, 4)} | {"CIDEr-D": words["cider_d"]}
+    assert {name: own["score"] for name, own in intervals.items()} == pytest.approx(scores)
+    assert all(own["low"] <= own["score"] <= own["high"] for own in intervals.values())
+    assert (intervals["CIDEr-D"]["low"], intervals["CIDEr-D"]["high"]) == overall.cider_d_interval
+    assert (intervals["accuracy"]["low"], intervals["accuracy"]["high"]) == overall.accuracy_interval
+    unfolded = render_report(found, None, photos, RUN).partition("All scores with their 95 % intervals")[2]
+    for name, own in intervals.items():
+        row = f"<tr><th>{name}</th><td>{own['score']:.3f}</td><td>{own['low']:.3f}–{own['high']:.3f}</td></tr>"
+        assert row in unfolded
+
+
+def test_chinese_has_intervals_for_each_way_to_cut_it(run):
+    pytest.importorskip("jieba")
+    texts = ("一面红色的墙在照片里", "照片里只有一面红色的墙")
+    entry = Entry("flickr", "caption", (Turn("<|extra_0|>\n这是什么？", texts, images=(0,)),))
+    intervals = all_intervals(run([entry]).answers["trained"])
+    ways = ("characters", "jieba")
+    assert [name for name in intervals if "CIDEr" in name] == [f"CIDEr-D, {way}" for way in ways]
+    assert [name for name in intervals if "BLEU-4" in name] == [f"BLEU-4, {way}" for way in ways]
+
+
+def test_daquar_has_intervals_of_its_own_scores(run, monkeypatch):
+    entries = [
+        Entry("daquar", "object", (Turn("<|extra_0|>\nWhat?", (truth,), images=(ID,)),))
+        for ID, truth in enumerate(("red, blue", "green", "blue"))
+    ]
+    monkeypatch.setattr("evaluation.scores.find_nouns", lambda: None)  # WordNet's files are missing
+    intervals = all_intervals(run(entries).answers["trained"])
+    assert "DAQUAR accuracy" in intervals
+    assert "DAQUAR wups_0.9" not in intervals
 
 
 def test_cider_d_stands_where_accuracy_does_for_answers(run, captions):
