@@ -21,18 +21,21 @@ _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.DOTALL)  # two letters o
 
 
 def address(path: str | Path) -> str | None:
-    """Return the address of something on the web, `https://…`; None: it is a path.
+    """Return the address of something on the web, `https://…`; None: it is a path, and so is `file:…`.
 
     A `Path` keeps one of the two slashes, so it is the same address with one or two.
     """
     found = _ADDRESS.fullmatch(Path(path).as_posix())
-    return found and f"{found[1]}://{found[2]}"
+    return f"{found[1]}://{found[2]}" if found and found[1] != "file" else None
+
+
+def shown_path(path: str | Path) -> str:
+    """Return a path or an address as messages show it."""
+    return address(path) or str(path)
 
 
 def resolve_path(path: str | Path) -> Path:
-    """Return the path, relative to the repository root unless it is absolute or an address; `~` is expanded."""
-    if address(path):
-        return Path(path)
+    """Return the path, relative to the repository root unless it is absolute; `~` is expanded."""
     return REPO_ROOT / os.path.expanduser(path)  # unlike Path.expanduser, it keeps '~name' if no such user exists
 
 

@@ -37,7 +37,7 @@ from dataset.records import Captions, ImageMap, json_pieces, write_files, write_
 from dataset.register import MemoryRecords
 from dataset.rows import Report, report_text
 from errors import UserError, file_error
-from paths import Kind, address, existing_path, resolve_path
+from paths import Kind, address, existing_path, resolve_path, shown_path
 
 __all__ = ["main", "process_ali", "process_coco", "process_sources", "read_json"]
 
@@ -153,7 +153,7 @@ def process_sources(data: Data, disk: DiskRecords | None = None) -> tuple[ImageM
     for index, source in enumerate(data.sources):
         annotations, questions, images = _places(source, f"data.sources.{index}", data.check_images != "none")
         reader = READERS[source.format]
-        report = Report(source.name, str(annotations), spill=None if disk is None else disk.spill())
+        report = Report(source.name, shown_path(annotations), spill=None if disk is None else disk.spill())
         rows = reader.load(annotations, questions, images, report.encodings)
         reader.process(
             tqdm(rows, desc=f"{source.name}: rows", unit="row"),
@@ -172,11 +172,13 @@ def process_sources(data: Data, disk: DiskRecords | None = None) -> tuple[ImageM
 def _places(source: Source, key: str, check_images: bool) -> tuple[Path, Path | None, Path]:
     """Return where annotations, questions and photos of a source are; only shards may be at an address."""
     if source.format == "webdataset" and address(source.annotations):
-        return resolve_path(source.annotations), None, resolve_path(source.images)
+        return Path(source.annotations), None, Path(source.images)
     for name in ("annotations", "questions", "images"):
         if address(getattr(source, name) or ""):
-            raise UserError(f"'{key}.{name}': {getattr(source, name)} is an address: only shards (format: webdataset) "
-                            "are read from the web, so download it")  # fmt: skip
+            advice = "only shards are read from the web (format: webdataset), so download it"
+            if source.format == "webdataset":
+                advice = "name it as 'annotations' too, for texts and photos are in the same shards"
+            raise UserError(f"'{key}.{name}': {getattr(source, name)} is an address: {advice}")
     kind: Kind = "folder" if source.format == "webdataset" else "file"  # texts lie in the shards
     annotations = existing_path(source.annotations, f"{key}.annotations", kind)
     questions = existing_path(source.questions, f"{key}.questions") if source.questions is not None else None

@@ -29,7 +29,7 @@ from dataset.grouping import group_entries
 from dataset.records import Entry, Photo
 from errors import UserError
 from qwen.chat import IGNORE_INDEX, ChatFormat, Message, MessageFormat
-from visual.web import NetworkError
+from visual.web import WebError
 from visual_plan import VisualPlan
 
 REPLACEMENTS = 8  # other samples to try if a photo cannot be read
@@ -198,7 +198,7 @@ class ImageCaptionDataset(Dataset):
     def _of_photo(self, ID: int, read: Callable[[Photo, int], Any]) -> Any:
         try:
             return read(self.photos[ID], int(self.epoch))
-        except NetworkError:
+        except WebError:
             raise
         except UserError as error:
             raise BrokenPhotoError(str(error)) from error

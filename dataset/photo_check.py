@@ -19,11 +19,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dataset.entries import photo_path
 from errors import UserError, shortened
-from paths import address, resolve_path
+from paths import address
 from visual.photo import load_image
 from visual.shard import member_of
-from visual.web import NetworkError
+from visual.web import WebError
 
 CHUNK = 16  # photos per task of a process
 MOST_PROCESSES = 8  # a process may need 0.8 GB for a large photo; 8 processes decode about as fast as a disk reads
@@ -65,9 +66,9 @@ def _cores() -> int:
 
 
 def _missing(path: str) -> Problem | None:
-    file = resolve_path(path)
+    file = photo_path(path)
     if member := member_of(file):
-        # the loader has just read its header; on the web it has also seen that the shard goes on behind it
+        # the loader has just read its header; on the web it has also seen how large the shard is
         if not address(member.shard) and member.start + member.size > os.path.getsize(member.shard):
             return "photo is cut off in its shard", shortened(path)
         return None if member.size else ("photo file is empty", shortened(path))
@@ -82,8 +83,8 @@ def _undecodable(path: str) -> Problem | None:
     problem = _missing(path)
     if problem is None:
         try:
-            load_image(resolve_path(path))
-        except NetworkError:
+            load_image(photo_path(path))
+        except WebError:
             raise
         except UserError as error:
             return "photo cannot be decoded", shortened(error)

@@ -72,7 +72,7 @@ class Register:
 
     def __init__(self, image_path: str | Path, source: str, records: Records) -> None:
         self.folder = address(image_path) or Path(image_path).as_posix()
-        self.folder_name = Path(os.path.abspath(resolve_path(image_path))).name or source
+        self.folder_name = Path(_absolute_folder(self.folder)).name or source
         self.source = source
         self.records = records
 

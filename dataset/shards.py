@@ -9,18 +9,17 @@ Its photos are those files, in their order. The shards of a folder are read in t
 after another, so they can be larger than the memory. A folder may also be at an address (`visual/web.py`).
 """
 
-import contextlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from dataset.json_files import parse_json
 from dataset.rows import DropRowError, Row, RowPart
 from errors import UserError, file_error, shortened
 from paths import address
 from visual.shard import Member
-from visual.web import list_shards, open_web, web_error
+from visual.web import list_shards, open_web
 
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm")
 TEXTS = (".json", ".txt")  # of a sample with both, the first counts
@@ -52,7 +51,10 @@ class _Shards:
     def __iter__(self) -> Iterator[Row]:
         for shard in self.shards:
             try:
-                with _opened(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                with (
+                    open_web(shard) if address(shard) else open(shard, "rb") as file,
+                    tarfile.open(fileobj=file, mode="r:") as tar,
+                ):
                     yield from _rows(tar, shard)
             except tarfile.TarError as error:
                 remedy = "fetch it again, or decompress it (gunzip)"
@@ -61,21 +63,6 @@ class _Shards:
                 ) from error
             except OSError as error:
                 raise file_error(error, shard) from error
-
-
-@contextlib.contextmanager
-def _opened(shard: str) -> Iterator[BinaryIO]:
-    if not address(shard):
-        with open(shard, "rb") as file:
-            yield file
-        return
-    with open_web(shard) as file:
-        try:
-            yield file
-        except (UserError, tarfile.TarError, GeneratorExit):
-            raise
-        except Exception as error:  # each store has errors of its own
-            raise web_error(error, shard) from error
 
 
 def _rows(tar: tarfile.TarFile, shard: str) -> Iterator[Row]:

@@ -25,7 +25,7 @@ from evaluation.losses import answer_losses
 from evaluation.metrics import normalise
 from evaluation.predictions import Predictions, Replies
 from evaluation.runner import Answer, Progress, Question, ask, list_questions, make_answer, questions_digest
-from evaluation.scores import Result, are_sentences, judged, score_pass, visual_gain
+from evaluation.scores import Result, all_intervals, are_sentences, judged, score_pass, visual_gain
 from model.checkpoint_folder import weights_digest
 from model.model import MMultiModal
 from model.portable import portable_config
@@ -83,6 +83,11 @@ class Evaluation:
     def sentences(self) -> bool:
         """Whether CIDEr-D judges the answers, and not accuracy."""
         return are_sentences(text for question in self.questions for text in question.references)
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """All scores of the model with its own photos; see `scores.all_intervals`."""
+        return all_intervals(self.answers[TRAINED])
 
     @property
     def measure(self) -> str:

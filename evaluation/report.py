@@ -14,11 +14,12 @@ from evaluation.baselines import TRAINED
 from evaluation.compare import Comparison
 from evaluation.passes import Evaluation
 from evaluation.runner import Answer
-from evaluation.scores import Result, Score, all_intervals, are_sentences
+from evaluation.scores import Result, Score, are_sentences
 from visual.augment import STRENGTHS
 from visual.transform import load_image
 
 WIDTH = 100  # columns of a terminal
+NO_BLEU = 1e-4  # a BLEU up to this comes from no match but from what its formula adds against a 0
 
 # Fonts with Chinese characters of Linux distributions, macOS and Windows, and the index of the font in its file.
 _CJK_FONTS = {
@@ -74,7 +75,8 @@ def text_columns(lines: list[TableRow], measure: str) -> list[tuple[str, list[st
     """Columns of the scores of the model with its own photo, without `measure`: name and one cell for each row.
 
     BLEU-4, ROUGE-L and CIDEr-D are those of the first way to cut texts into words. BLEU-4 is left out where no four
-    words in a row match, as in answers of one word. Loss and DAQUAR's scores stand there only if a row has them.
+    words in a row match (`NO_BLEU`), as in answers of one word. Loss and DAQUAR's scores stand there only if a row has
+    them.
     """
     scores = [row.scores[TRAINED] for row in lines]
     words = [next(iter(score.captions.values())) for score in scores]
@@ -83,7 +85,7 @@ def text_columns(lines: list[TableRow], measure: str) -> list[tuple[str, list[st
         ("accuracy", [score.accuracy for score in scores], ".3f"),
         ("F1", [score.token_f1 for score in scores], ".3f"),
         ("ANLS", [score.anls for score in scores], ".3f"),
-        ("BLEU-4", [score["bleu_4"] if score["bleu_4"] > 1e-4 else None for score in words], ".3f"),
+        ("BLEU-4", [score["bleu_4"] if score["bleu_4"] > NO_BLEU else None for score in words], ".3f"),
         ("ROUGE-L", [score["rouge_l"] for score in words], ".3f"),
         ("CIDEr-D", [score["cider_d"] for score in words], ".3f"),
         ("chrF", [score.chrf for score in scores], ".1f"),
@@ -175,7 +177,7 @@ def metrics_of(found: Evaluation, compared: Comparison | None, **facts: Any) -> 
         "measure": found.measure,
         "visual_gain": found.gain and found.gain._asdict(),
         "passes": found.results,
-        "intervals": {name: own._asdict() for name, own in all_intervals(found.answers[TRAINED]).items()},
+        "intervals": {name: own._asdict() for name, own in found.intervals.items()},
         "majority": {type_: common._asdict() for type_, common in found.majority.items()},
         "hard": {
             kind: [{"strength": strength, **point._asdict()} for strength, point in enumerate(points)]

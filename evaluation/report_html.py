@@ -10,9 +10,8 @@ from evaluation.baselines import BASELINES, TRAINED
 from evaluation.compare import Comparison
 from evaluation.intervals import Interval
 from evaluation.passes import Evaluation
-from evaluation.report import compared_line, judged_cells, looks_line, rows, text_columns
+from evaluation.report import NO_BLEU, compared_line, judged_cells, looks_line, rows, text_columns
 from evaluation.runner import Answer
-from evaluation.scores import all_intervals
 from evaluation.web_page import paragraph, read_thumbnail, show_thumbnails, whole_page
 
 MOST_TYPES = 12  # of which examples are shown, those with most questions
@@ -135,10 +134,11 @@ def _all_intervals(found: Evaluation) -> str:
     """All scores of all questions with their intervals, to unfold."""
     lines = [
         [name, f"{own.score:.3f}", f"{own.low:.3f}–{own.high:.3f}"]
-        for name, own in all_intervals(found.answers[TRAINED]).items()
+        for name, own in found.intervals.items()
+        if not (name.startswith("BLEU") and own.score <= NO_BLEU)
     ]
     table = _table(["", "all questions", "95 % interval"], lines)
-    return f"<details><summary>All scores with their 95 % intervals</summary>{table}</details>"
+    return f"<details><summary>Scores of all questions with their 95 % intervals</summary>{table}</details>"
 
 
 def _table(head: list[str], lines: Iterable[list[str]]) -> str:

@@ -155,7 +155,7 @@ def all_intervals(answers: list[Answer]) -> dict[str, Interval]:
             tallies[f"{CAPTION_SCORES[name]}{end}"] = tally
     for name, values in (_daquar(answers) or {}).items():
         if values is not None:
-            tallies[f"DAQUAR {name}"] = mean_tally(values)
+            tallies[{"accuracy": "DAQUAR", "wups_0.9": "WUPS"}[name]] = mean_tally(values)
     photos = _photos_of(answers)
     return {name: interval(tally, photos) for name, tally in tallies.items()}
 

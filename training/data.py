@@ -20,6 +20,7 @@ from model.model import MMultiModal
 from paths import existing_path, resolve_path
 from training.feature_cache import PixelLoader, cached_features
 from visual.augment import Augment
+from visual.web import WebError
 
 
 def build_datasets(
@@ -210,6 +211,8 @@ class _Lengths(Dataset):
     def __getitem__(self, index: int) -> int:
         try:
             return len(self.dataset.tokens(index).input_ids)
+        except WebError:
+            raise
         except UserError:  # training reports the error when it reads this sample
             return 0
 

@@ -29,7 +29,7 @@ from dataset.records import Photo
 from errors import UserError, file_error
 from model.model import MMultiModal
 from model.processor import Processor
-from paths import address, resolve_path
+from paths import address, resolve_path, shown_path
 from visual.augment import Augment
 from visual.photo import load_image, photo_size
 from visual.shard import file_of
@@ -88,7 +88,9 @@ class FeatureLoader:
         except OSError as error:
             raise file_error(error, self.file) from error
         if block is None:
-            raise UserError(f"{self.file}: the features of {photo.path} are damaged: delete the file and start again")
+            raise UserError(
+                f"{self.file}: the features of {shown_path(photo.path)} are damaged: delete the file and start again"
+            )
         return torch.frombuffer(block, dtype=torch.bfloat16).view(-1, *self.shape)
 
     def _block(self, row: int) -> bytearray | None:

@@ -15,9 +15,10 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from errors import UserError, file_error, shortened
-from paths import address
+from paths import address, shown_path
 from visual.region import Region, pixel_box
 from visual.shard import member_of, read_member
+from visual.web import WebError
 
 # Formats that Pillow may read. Formats that start another program (EPS: Ghostscript) and formats that no camera or
 # website uses are excluded. JPEG includes MPO (cameras with several views), PPM covers PBM, PGM, PNM and PFM.
@@ -76,6 +77,9 @@ def photo_size(file: str | Path | Region) -> tuple[int, int]:
         assert isinstance(file.photo, str | Path), "only files have a header"
         left, top, right, bottom = pixel_box(file.box, *photo_size(file.photo))
         return right - left, bottom - top
+    if address(file):
+        raise WebError(f"{shortened(shown_path(file))}: 'visual.tiles' needs the size of each photo before it is read, "
+                       "so its shard must be on a disk: copy it, or set visual.tiles=0")  # fmt: skip
     content, name = _content(file)
     with _opened(content, name, MAX_PIXELS) as image:
         _check_size(image, name, MAX_PIXELS)
@@ -89,7 +93,7 @@ def _content(file: str | Path) -> tuple[str | Path | BinaryIO, str]:
     if member := member_of(file):
         if not address(member.shard):
             _checked_name(member.shard)
-        return io.BytesIO(read_member(member)), str(file)
+        return io.BytesIO(read_member(member)), shown_path(file)
     return file, _checked_name(file)
 
 

@@ -5,6 +5,7 @@ module imports no torch.
 """
 
 import functools
+import io
 import re
 import time
 from collections.abc import Callable
@@ -15,13 +16,15 @@ from errors import UserError, shortened
 from paths import address
 
 WAITS = (1, 4, 15)  # seconds before the tries after the first: a server that is restarted is back by then
+CONNECT, SILENT = 10, 20  # seconds until a web server must have answered, and between two parts of its answer
 READ_AHEAD = 2**20  # bytes of a request while a shard is read from its beginning to its end
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_SHARDS = 1_000_000
+_MAY_PASS = (408, 425, 429)  # of the answers 4xx, those that waiting mends
 _Result = TypeVar("_Result")
 
 
-class NetworkError(UserError):
+class WebError(UserError):
     """A store does not answer, or not as it should. That says nothing about a photo, so none may be left out."""
 
 
@@ -29,14 +32,16 @@ def list_shards(place: str | Path) -> list[str]:
     """Return the addresses of the shards of a folder, or of a pattern such as `…/part-{00000..00099}.tar`.
 
     Raises:
-        UserError: the server lists no shards in this folder, or cannot be asked; or the pattern is wrong.
+        UserError: the server lists no shards in this folder, or cannot be asked; or the address cannot be read.
     """
     url = _address(place)
+    if "?" in url or "#" in url:
+        raise UserError(f"{shortened(url)}: addresses with '?' or '#' are not read")
     if not url.endswith(".tar"):
-        found = _try(lambda files, path: files.glob(f"{path.rstrip('/')}/*.tar"), url)
+        folder = url.rstrip("/")
+        found = _ask(lambda files, path: files.glob(f"{path.rstrip('/')}/*.tar"), url)
         if found:
-            scheme = url.partition("://")[0]
-            return sorted(one if "://" in one else f"{scheme}://{one.lstrip('/')}" for one in found)
+            return sorted(f"{folder}/{one.rpartition('/')[2]}" for one in found)
         raise UserError(f"{shortened(url)}: this address lists no file that ends in .tar: name the shards as "
                         "'…/part-{00000..00099}.tar' in 'annotations'")  # fmt: skip
     numbers = _RANGE.search(url)
@@ -51,34 +56,66 @@ def list_shards(place: str | Path) -> list[str]:
 
 def open_web(place: str | Path) -> BinaryIO:
     """Open a shard that is read from its beginning to its end."""
-    return _try(lambda files, path: files.open(path, "rb", block_size=READ_AHEAD), _address(place))
+    return io.BufferedReader(_WebFile(_address(place)), READ_AHEAD)
+
+
+class _WebFile(io.RawIOBase):
+    """A file at an address; each read is one request, with the tries and errors of `read_range`."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.place = url, 0
+        size = _ask(lambda files, path: files.info(path), url).get("size")
+        if size is None:
+            raise WebError(f"{shortened(url)}: the server does not say how large it is")
+        self.size = size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        self.place = start + offset
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self.place + len(buffer), self.size)
+        content = read_range(self.url, self.place, end) if self.place < end else b""
+        buffer[: len(content)] = content
+        self.place += len(content)
+        return len(content)
 
 
 def read_range(place: str | Path, start: int, end: int) -> bytes:
-    """Return the bytes from `start` to `end` of a shard, or less if it ends before."""
-    content = _try(lambda files, path: files.cat_file(path, start=start, end=end), _address(place))
-    if len(content) > end - start:
-        raise web_error(OSError("it gives the whole file instead of a part"), _address(place))
-    return content
+    """Return the bytes from `start` to `end` of a shard, or less if it ends before.
+
+    Raises:
+        UserError: there is no such shard.
+        WebError: it cannot be asked for, or the server has no ranges of bytes.
+    """
+
+    def ask(files: Any, path: str) -> bytes:
+        if hasattr(files, "_cat_file") and "http" not in files.protocol:
+            return files.cat_file(path, start=start, end=end)
+        # others read ahead, and of a server without ranges `cat_file` would take the whole file into memory
+        with files.open(path, "rb", cache_type="none", size=end) as file:
+            file.seek(start)
+            return file.read(end - start)
+
+    return _ask(ask, _address(place))
 
 
 @functools.lru_cache(maxsize=10_000)
 def web_state(place: str | Path) -> str:
     """Return what the server says about a shard that changes with it: its size, and its hash or date."""
-    info = _try(lambda files, path: files.info(path), _address(place))
+    info = _ask(lambda files, path: files.info(path), _address(place))
     marks = (info.get(name) for name in ("ETag", "etag", "md5", "blob_id", "mtime", "LastModified", "Last-Modified"))
     return f"{info.get('size')} {next((mark for mark in marks if mark), '')}"
-
-
-def web_error(error: Exception, url: str) -> UserError:
-    """Return an error that says what is wrong with the shard at an address; a NetworkError if it may well be there."""
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"shard not found: {shortened(url)}")
-    if isinstance(error, ImportError):
-        return UserError(f"{shortened(url)}: reading it needs a package that is missing: {shortened(error)}")
-    what = shortened(str(error) or type(error).__name__)
-    advice = "check the address and the network; the server must give ranges of bytes"
-    return NetworkError(f"{shortened(url)} cannot be fetched ({what}): {advice}")
 
 
 def _address(place: str | Path) -> str:
@@ -87,21 +124,62 @@ def _address(place: str | Path) -> str:
     return url
 
 
-def _try(ask: Callable[[Any, str], _Result], url: str) -> _Result:
+def _ask(ask: Callable[[Any, str], _Result], url: str) -> _Result:
     """Ask the file system of an address, again after each of `WAITS` if the network failed.
 
     Raises:
         UserError: it failed every time, or in a way that waiting does not mend.
     """
-    from fsspec.core import url_to_fs  # takes 0.1 s, and few need it
-
     for wait in (*WAITS, None):
         try:
-            files, path = url_to_fs(url)  # keeps the file systems of this process, and makes new ones after a fork
-            return ask(files, path)
+            return ask(*_store(url))
         except Exception as error:  # each store has errors of its own
-            lasting = isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
-            if wait is None or lasting:
-                raise web_error(error, url) from error
+            cause = _cause(error)
+            if wait is None or _lasts(cause):
+                raise _explained(cause, url) from error
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+def _store(url: str) -> tuple[Any, str]:
+    """Return the file system of an address and the path there; fsspec keeps it, and makes another after a fork."""
+    from fsspec.core import url_to_fs  # takes 0.1 s, and few need it
+
+    if not url.startswith(("http://", "https://")):
+        return url_to_fs(url)
+    import aiohttp  # an optional package
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT, sock_read=SILENT)
+    return url_to_fs(url, client_kwargs={"timeout": timeout, "trust_env": True})  # trust_env: HTTPS_PROXY counts
+
+
+def _cause(error: Exception) -> BaseException:
+    """Return what happened; fsspec calls every failure of a web server a missing file."""
+    return error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+
+
+def _status(cause: BaseException) -> int | None:
+    """Return the status that an HTTP server answered; None: no server did."""
+    return getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
+
+
+def _lasts(cause: BaseException) -> bool:
+    """Whether waiting does not mend it."""
+    status = _status(cause)
+    if status is not None:
+        return 400 <= status < 500 and status not in _MAY_PASS
+    return isinstance(cause, FileNotFoundError | PermissionError | ImportError | ValueError)
+
+
+def _explained(cause: BaseException, url: str) -> UserError:
+    status, name = _status(cause), shortened(url)
+    what = shortened(str(cause) or type(cause).__name__)
+    if status in (404, 410) or isinstance(cause, FileNotFoundError):
+        return UserError(f"shard not found: {name}")
+    if isinstance(cause, ImportError):
+        return UserError(f"{name}: reading it needs a package that is missing: {what}")
+    if status in (401, 403) or isinstance(cause, PermissionError):
+        return WebError(f"{name}: the server refuses it ({what}): check the address and your rights")
+    if isinstance(cause, ValueError):
+        return WebError(f"{name} cannot be read ({what}): check the address; the server must give ranges of bytes")
+    return WebError(f"{name} cannot be fetched ({what}): check the address and the network")

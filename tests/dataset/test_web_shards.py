@@ -1,80 +1,46 @@
 """Shards at an address give the records, the pixels and the run of the same shards on the disk."""
 
-import http.server
 import json
-import re
-import threading
+import socket
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 import process_image
 from config import Data
+from dataset.entries import photo_path
 from dataset.records import read_records, write_records
 from errors import UserError
-from paths import address, resolve_path
+from paths import address, resolve_path, shown_path
+from tests.dataset.range_server import serve
 from tests.dataset.test_shards import DIALOGUE, pack, picture
 from tests.tiny import tiny_config
 from training import due, loop
 from training.loop import Trainer
 from visual import web
-from visual.photo import load_image
+from visual.photo import load_image, photo_size
 from visual.shard import Member, member_of, without_place
+from visual.web import WebError
 
 pytest.importorskip("aiohttp")  # fsspec asks web servers with it
-
-
-class RangeServer(http.server.SimpleHTTPRequestHandler):
-    """The files of a folder, whole or in ranges of bytes, as web servers and stores give them."""
-
-    def do_GET(self):
-        file = Path(self.translate_path(self.path))
-        self.server.asked.append((self.path, self.headers.get("Range", "")))
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not asked or not self.server.gives_ranges or not file.is_file():
-            super().do_GET()
-            return
-        if self.server.failures or not self.server.answering:
-            self.server.failures = max(self.server.failures - 1, 0)
-            self.send_error(503)
-            return
-        content = file.read_bytes()[int(asked[1]) : int(asked[2]) + 1]
-        self.send_response(206)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Content-Range", f"bytes {asked[1]}-{int(asked[1]) + len(content) - 1}/{file.stat().st_size}")
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A server of the folder `shards`, with its address."""
     monkeypatch.setattr(web, "WAITS", (0, 0))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder = tmp_path / "shards"
     folder.mkdir()
-    pack(
-        folder / "part-0.tar",
-        {"a/0.png": picture(0), "a/0.json": DIALOGUE, "1.png": picture(1), "1.txt": "一只猫".encode()},
-    )
+    first = {"a/0.png": picture(0), "a/0.json": DIALOGUE, "1.png": picture(1), "1.txt": "一只猫".encode()}
+    pack(folder / "part-0.tar", first)
     pack(folder / "part-1.tar", {"2.png": picture(2), "2.json": {"caption": ["A dog.", "A small dog."]}})
-    handler = type(
-        "Handler",
-        (RangeServer,),
-        {"__init__": lambda self, *args: RangeServer.__init__(self, *args, directory=tmp_path)},
-    )
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        running.asked, running.gives_ranges = [], True
-        running.failures, running.answering = 0, True  # answers 503 to so many requests, or to all
-        running.folder, running.url = folder, f"http://127.0.0.1:{running.server_port}/shards"
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
+    with serve(folder) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def prepare(annotations, images, **data):
@@ -178,8 +144,107 @@ def test_a_server_that_fails_is_asked_again(server):
     whole = load_image(path).tobytes()
     assert whole == load_image(path.replace(server.url, str(server.folder))).tobytes()
     server.failures = 3
-    with pytest.raises(UserError, match=r"part-1\.tar cannot be fetched \(503.*\): check the address and the network"):
+    with pytest.raises(WebError, match=r"part-1\.tar cannot be fetched \(503.*\): check the address and the network"):
         load_image(path)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_preparing_asks_again_too(server, after):
+    """Whatever request it is that fails: for the size of a shard, or for a part of it."""
+    for number in range(4):  # several parts
+        pack(
+            server.folder / f"part-{number + 2}.tar", {"1.png": noise(number), "1.txt": b"noise", "2.txt": b"no photo"}
+        )
+    local, _, _ = prepare(server.folder, server.folder)
+    asked = 0
+
+    def fail_now_and_then(handler):
+        nonlocal asked
+        asked += 1
+        return asked % 4 == after and not handler.send_error(503)
+
+    server.handler.refused = fail_now_and_then
+    image_map, _, _ = prepare(f"{server.url}/part-{{0..5}}.tar", server.url)
+    assert [*image_map] == [*local]
+    assert asked > 15
+
+
+def noise(number):
+    return np.random.default_rng(number).bytes(int(2.5 * web.READ_AHEAD))
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (503, r"part-0\.tar cannot be fetched \(503.*\): check the address and the network"),
+        (403, r"part-0\.tar: the server refuses it \(403.*\): check the address and your rights"),
+        (404, r"shard not found: .*part-0\.tar"),
+    ],
+)
+def test_a_server_that_gives_nothing(server, status, message):
+    server.answering, server.status = False, status
+    with pytest.raises(UserError, match=message) as caught:
+        prepare(f"{server.url}/part-0.tar", server.url)
+    assert isinstance(caught.value, WebError) == (status != 404)  # there is no such shard, and that is sure
+    with pytest.raises(UserError, match=message):
+        web.web_state(f"{server.url}/part-0.tar")
+
+
+def test_no_server(monkeypatch):
+    monkeypatch.setattr(web, "WAITS", (0,))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/part-0.tar"
+    with pytest.raises(WebError, match=r"part-0\.tar cannot be fetched \(.*\): check the address and the network"):
+        prepare(url, url.rpartition("/")[0])
+    with pytest.raises(WebError, match="cannot be fetched"):
+        load_image(f"{url}/0.png@512+100")
+
+
+def test_a_server_that_falls_silent(server, monkeypatch):
+    image_map, _, _ = prepare(server.url, server.url)
+    monkeypatch.setattr(web, "SILENT", 0.2)
+    server.silent = 1
+    with pytest.raises(WebError, match=r"cannot be fetched \(.*[Tt]imeout.*\): check the address and the network"):
+        load_image(image_map["shards/part-1.tar/2.png"]["path"])
+
+
+def test_what_is_wrong_with_a_photo_names_its_address(server):
+    pack(server.folder / "part-1.tar", {"2.png": b"no photo", "2.txt": b"cat"})
+    _, _, [report] = prepare(server.url, server.url, check_images="open")
+    [(part, *_)] = report.rejected
+    assert part.file == f"{server.url}/part-1.tar"
+    [example] = report.dropped["photo cannot be decoded"]["examples"]
+    assert f"{server.url}/part-1.tar/2.png@" in str(example)
+
+
+def test_tiles_need_the_shards_on_a_disk(server):
+    image_map, _, _ = prepare(server.url, server.url)
+    with pytest.raises(WebError, match=r"2\.png@.*'visual\.tiles' needs the size of each photo .*: copy it, or set"):
+        photo_size(image_map["shards/part-1.tar/2.png"]["path"])
+
+
+class HubFile(AbstractBufferedFile):
+    """As `huggingface_hub` opens files: no ranges but by `open`, which reads ahead unless told otherwise."""
+
+    asked: ClassVar[list] = []
+
+    def _fetch_range(self, start, end):
+        self.asked.append((start, end))
+        return bytes(end - start)
+
+
+class HubFiles(AbstractFileSystem):
+    protocol = "hub-like"
+
+    def _open(self, path, mode="rb", **options):
+        return HubFile(self, path, mode, **options)
+
+
+def test_stores_without_ranges_of_their_own_give_no_more_than_the_bytes():
+    fsspec.register_implementation("hub-like", HubFiles)
+    assert web.read_range("hub-like://a/part-0.tar", 1000, 3000) == bytes(2000)
+    assert HubFile.asked == [(1000, 3000)]
 
 
 def test_addresses_that_cannot_be_read(server):
@@ -189,11 +254,13 @@ def test_addresses_that_cannot_be_read(server):
         prepare(f"{server.url}/none", f"{server.url}/none")
     with pytest.raises(UserError, match=r"\{2\.\.1\} is no range"):
         prepare(f"{server.url}/part-{{2..1}}.tar", server.url)
+    with pytest.raises(UserError, match=r"tar\?key=1: addresses with '\?' or '#' are not read"):
+        prepare(f"{server.url}/part-0.tar?key=1", f"{server.url}/part-0.tar?key=1")
     with pytest.raises(UserError, match="give http://.*/shards as 'images'"):
         prepare(f"{server.url}/part-0.tar", server.folder)
     with pytest.raises(UserError, match=r"needs a package that is missing: Install s3fs"):
         prepare("s3://bucket/part-0.tar", "s3://bucket")
-    with pytest.raises(UserError, match=r"cannot be fetched \(Protocol not known: nothing"):
+    with pytest.raises(UserError, match=r"cannot be read \(Protocol not known: nothing"):
         prepare("nothing://bucket/part-0.tar", "nothing://bucket")
     whole = (server.folder / "part-0.tar").read_bytes()
     (server.folder / "part-0.tar").write_bytes(whole[:700])
@@ -205,11 +272,10 @@ def test_addresses_that_cannot_be_read(server):
 def test_a_server_without_ranges_is_said(server):
     image_map, _, _ = prepare(server.url, server.url)
     server.gives_ranges = False
-    with pytest.raises(UserError, match=r"gives the whole file instead of a part.*the server must give ranges of byt"):
-        load_image(image_map["shards/part-1.tar/2.png"]["path"])
-    noise = np.random.default_rng(0).bytes(3 * web.READ_AHEAD)
-    pack(server.folder / "part-1.tar", {"2.png": noise, "2.txt": b"noise", "3.png": picture(3), "3.txt": b"cat"})
-    with pytest.raises(UserError, match=r"part-1\.tar cannot be fetched .*the server must give ranges of bytes"):
+    with pytest.raises(WebError, match=r"part-0\.tar cannot be read \(.*\): .*the server must give ranges of bytes"):
+        load_image(image_map["shards/part-0.tar/1.png"]["path"])
+    pack(server.folder / "part-1.tar", {"2.png": noise(0), "2.txt": b"noise", "3.png": picture(3), "3.txt": b"cat"})
+    with pytest.raises(WebError, match=r"part-1\.tar cannot be read .*the server must give ranges of bytes"):
         prepare(server.url, server.url)
 
 
@@ -223,13 +289,19 @@ def test_only_shards_are_read_from_the_web(tmp_path, name):
         process_image.process_sources(Data(sources=[source | {name: "https://host/x"}]))
 
 
+def test_photos_at_an_address_have_their_texts_there(tmp_path):
+    with pytest.raises(UserError, match=r"'data\.sources\.0\.images': https://host/x .* name it as 'annotations' too"):
+        prepare(tmp_path, "https://host/x")
+
+
 def test_what_an_address_is():
     for path in ("c:/photos/a.jpg", "/a/b.jpg", "a:b/c.jpg", "photos/http:/x.jpg", "HTTP://x"):
         assert address(path) is None
-        assert resolve_path(path).is_absolute()
+    assert address("file:///a/b.tar") is None
     for path in ("https://host/a b/c.tar", Path("https://host/a b/c.tar")):
         assert address(path) == "https://host/a b/c.tar"
-        assert address(resolve_path(path)) == "https://host/a b/c.tar"
+        assert shown_path(path) == address(photo_path(str(path))) == "https://host/a b/c.tar"
+    assert photo_path("a/b.jpg") == resolve_path("a/b.jpg")
     path = "hf://datasets/x/y/p.tar/1.png@512+7"
     assert member_of(path) == member_of(Path(path)) == Member("hf://datasets/x/y/p.tar", "1.png", 512, 7)
     assert without_place(path) == "hf://datasets/x/y/p.tar/1.png"
