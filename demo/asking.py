@@ -31,7 +31,7 @@ UNKNOWN_FACT = Fact("unknown", (), ())
 
 
 def questions(
-    scene: Scene, rng: np.random.Generator, per_type: int = 1, places: bool = True, plain: bool = False
+    scene: Scene, rng: np.random.Generator, per_type: int = 1, places: bool = True, plain: bool = False, sizes: int = 0
 ) -> list[Row]:
     """Return `per_type` questions of each type and language, one of them a description, one without an answer.
 
@@ -41,12 +41,13 @@ def questions(
         places: False leaves out what names a place.
         plain: ask in the first wording of each form only, about things that are there, in one way where something is,
             and in one way what is larger: whether the first thing is.
+        sizes: questions about sizes of each language; 0: `per_type`.
     """
     words = FirstChoice() if plain else rng
     rows = []
     for kind in FORMS:
         for language in LANGUAGES:
-            number = 1 if kind in ("description", "unknown") else per_type
+            number = {"description": 1, "unknown": 1, "size": sizes or per_type}.get(kind, per_type)
             found: dict[tuple, Fact] = {}
             for turn in range(number * 4):  # extra tries, because a small scene may give the same fact again
                 one = _fact(scene, rng, kind, turn)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
@@ -57,7 +58,7 @@ SPARE_ROWS = 85  # embedding rows above the vocabulary, for `<|extra_0|>` and fo
 SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant.", "", "Answer the question.")
 VALUES = (*COLOURS, *SHAPES, *SIZES, *CELLS)
 # probability of the second kind in a step
-OTHER_KINDS = {"dialogues": 0.5, "sentences": 0.25, "regions": 0.12, "caption first": 0.08, "text": 0.05}
+OTHER_KINDS = {"dialogues": 0.47, "sentences": 0.24, "regions": 0.16, "caption first": 0.08, "text": 0.05}
 # Last steps of the first phases: English questions in one wording, both languages in one wording, questions only.
 # With both languages and all wordings from the start, 0.66 of the answers were right after 1,000 steps.
 ENGLISH_STEPS, PLAIN_STEPS, QUESTION_STEPS = 500, 700, 1700
@@ -191,7 +192,7 @@ class SceneWriter:
         else:
             long = ("description", "unknown")
             english = kind == "plain english"
-            asked = questions(scene, self.rng, 4 if english else 2, plain=kind.startswith("plain"))
+            asked = questions(scene, self.rng, 4 if english else 2, plain=kind.startswith("plain"), sizes=4)
             asked = [row for row in asked if not (english and row[0].endswith(SUFFIX["chinese"]))]
             branches = [[row] for row in asked if row[0].startswith(long) == (kind == "sentences")]
             if kind == "regions":  # some that name what they ask about, so that not all are about the second photo
@@ -275,12 +276,17 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
     the time, and the other language and wordings afterwards. Every step contains questions. A step on captions or
     sentences only would change the weights as much, because Muon's steps all have the same size, and undo the effect of
     the questions: with such steps, most types stayed at chance.
+    Sizes are asked for twice as often as the rest, because they are learned last.
     The unfinished model is also written every 500 steps, so an interrupted run leaves a usable file.
+
+    Several processes share the scenes of each step and take the same steps; the first one scores and writes.
     """
+    processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    writer = SceneWriter(tokenizer, rng)
+    rng = np.random.default_rng(seed)  # of the kinds of scenes: the same in all processes
+    writer = SceneWriter(tokenizer, np.random.default_rng([seed, rank]))
     reader = SceneReader(tokenizer)
+    torch.manual_seed(seed + rank)  # of the noise
     optimizers = make_optimizers(reader, reader.language.model.layers, peak=4e-3)
     running = dict.fromkeys(("plain english", "plain", "questions", *OTHER_KINDS), 5.0)  # smoothed losses, for the log
     for step in range(1, steps + 1):
@@ -292,19 +298,21 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
         losses = []
         for kind, size in sizes.items():
             patches = IMAGE_TOKENS if whole else int(rng.integers(8, 25))
-            batch, _ = writer.batch(kind, 2 if whole else size, patches)
+            batch, _ = writer.batch(kind, max(1, (2 if whole else size) // processes), patches)
             with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
                 losses.append(reader.loss(batch, NOISE))
             running[kind] = 0.95 * running[kind] + 0.05 * losses[-1].item()
         torch.stack(losses).sum().backward()
         take_step(optimizers, reader)
-        if step % 100 == 0:
+        if step % 100 == 0 and rank == 0:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in running.items())
             log(f"language step {step}, processor time {time.process_time():.0f} s, loss {shown}")
-        if step % 500 == 0:
+        if step % 500 == 0 and rank == 0:
             kinds = ("plain english", "plain", "questions", "dialogues", "sentences", "regions", "paraphrases")
             log(str({name: score(reader, tokenizer, seed + 1, 48, 32, name) for name in kinds}))
             _store(reader.language, tokenizer, folder)
+    if rank:
+        return {}
     reader.to(torch.bfloat16).float()  # the weights as they are stored
     _store(reader.language, tokenizer, folder)
     kinds = ("questions", "dialogues", "sentences", "caption first", "regions", "paraphrases")

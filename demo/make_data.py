@@ -31,7 +31,7 @@ from demo.world import PICTURE_PX, Scene, captions, draw, random_scene
 from paths import REPO_ROOT
 
 CAPTION_SHARE = 0.2  # share of the photos with captions; the others have questions
-UNKNOWN_SHARE = 0.5  # share of the other photos with a question that the world has no answer to
+UNKNOWN_SHARE = 0.25  # share of the other photos with a question that the world has no answer to
 PARAPHRASE_PHOTOS = 20  # each held-out wording is asked twice
 REGION_SHARE = 1 / 3  # share of the photos with questions that have questions about a boxed object too
 
@@ -72,7 +72,7 @@ def make_data(output: Path, photos: int, seed: int, per_type: int = 1, small: bo
 
 
 def _one_language(rows: list[Row], rng: np.random.Generator) -> list[Row]:
-    """Keep one description, and in half of the cases one question without an answer, each in a random language."""
+    """Keep one description, and of `UNKNOWN_SHARE` one question without an answer, each in a random language."""
     suffix = {"description": str(rng.choice(["", "_zh"])), "unknown": str(rng.choice(["", "_zh"]))}
     if rng.random() >= UNKNOWN_SHARE:
         suffix["unknown"] = "left out"

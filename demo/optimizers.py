@@ -6,6 +6,7 @@ Muon (https://kellerjordan.github.io/posts/muon) needs about half the steps of A
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 MOMENTUM, WEIGHT_DECAY = 0.95, 0.01
@@ -70,7 +71,13 @@ def set_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
 
 
 def take_step(optimizers: list[torch.optim.Optimizer], model: nn.Module) -> None:
-    """Clip the gradients to norm 1, make one step, and clear them."""
+    """Average the gradients over the processes, clip them to norm 1, make one step, and clear them."""
+    if dist.is_initialized():
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together.div_(dist.get_world_size()))
+        for gradient, part in zip(gradients, together.split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()

@@ -4,20 +4,23 @@
     python -m demo.pretrain language    # demo/backbones/qwen
 
 Not part of `make demo`: the results are in the repository. Scores on fresh scenes go to `demo/backbones/scores.json`.
+Several processes (`torchrun --nproc-per-node 2 -m demo.pretrain language`) share the steps of the language model.
 """
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import SiglipImageProcessorPil
 
 from demo import encoder, language, words
 from qwen.tokenizer import load_tokenizer
 
-ENCODER_STEPS, LANGUAGE_STEPS = 3000, 3400
+ENCODER_STEPS, LANGUAGE_STEPS = 3000, 4600
 BACKBONES = Path(__file__).parent / "backbones"
 
 
@@ -30,6 +33,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=BACKBONES, help="folder (default demo/backbones)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and arguments.backbone == "encoder":
+        parser.error("one process pretrains the encoder; start it without torchrun")
+    if processes > 1:
+        dist.init_process_group("gloo")
     start = time.process_time()
     if arguments.backbone == "encoder":
         folder, steps = arguments.output / "siglip", arguments.steps or ENCODER_STEPS
@@ -39,10 +47,17 @@ def main() -> None:
     else:
         folder, steps = arguments.output / "qwen", arguments.steps or LANGUAGE_STEPS
         folder.mkdir(parents=True, exist_ok=True)
-        words.save_tokenizer(words.train_tokenizer(), folder)
+        if int(os.environ.get("RANK", "0")) == 0:
+            words.save_tokenizer(words.train_tokenizer(), folder)
+        if processes > 1:
+            dist.barrier()  # the others read what the first one wrote
         scores = language.pretrain(load_tokenizer(folder), folder, steps, arguments.seed, print_now)
-    command = f"python -m demo.pretrain {arguments.backbone} --steps {steps} --seed {arguments.seed}"
-    record = {"command": command, "processor_minutes": round((time.process_time() - start) / 60, 1), "scores": scores}
+        if not scores:
+            return  # the first process scores and writes
+    program = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
+    command = f"{program} -m demo.pretrain {arguments.backbone} --steps {steps} --seed {arguments.seed}"
+    minutes = round(processes * (time.process_time() - start) / 60, 1)
+    record = {"command": command, "processor_minutes": minutes, "scores": scores}
     file = arguments.output / "scores.json"
     records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     records[arguments.backbone] = record

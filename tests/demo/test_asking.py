@@ -114,6 +114,14 @@ def test_answers_are_the_only_right_ones(scenes):
             assert answer == true_answer(scene, kind, question), question
 
 
+def test_sizes_are_asked_for_more_often_where_it_is_wanted(scenes):
+    rng = np.random.default_rng(5)
+    asked = Counter(kind for scene in scenes for kind, _, _ in questions(scene, rng, 2, sizes=4))
+    assert asked["colour"] == 2 * len(scenes)
+    assert asked["size"] > 3.5 * len(scenes)  # a small scene has fewer than four
+    assert asked["size_zh"] > 3.5 * len(scenes)
+
+
 def test_held_out_answers_are_the_only_right_ones(scenes):
     rng = np.random.default_rng(3)
     for number, scene in enumerate(scenes):

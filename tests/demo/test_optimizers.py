@@ -1,8 +1,36 @@
-"""Muon of the demo's pretraining: the steps of torch's class."""
+"""The steps of the demo's pretraining: those of torch's Muon, in one process or several."""
 
 import torch
 
-from demo.optimizers import Muon
+from demo.optimizers import Muon, make_optimizers, set_rate, take_step
+
+
+def two_steps(gradients):
+    """Take a step for each row of `gradients` (2, 40); return the weights."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.Linear(8, 1, bias=False))
+    optimizers = make_optimizers(model, model[0], peak=4e-3)
+    set_rate(optimizers, 1.0)
+    for row in gradients:
+        for weight, part in zip(model.parameters(), row.split([32, 8]), strict=True):
+            weight.grad = part.reshape(weight.shape).clone()
+        take_step(optimizers, model)
+    return torch.cat([weight.detach().flatten() for weight in model.parameters()])
+
+
+def step_in_a_process(rank, folder, gradients):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(two_steps(gradients[rank]), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_several_processes_step_by_the_mean_of_their_gradients(tmp_path):
+    gradients = torch.randn(2, 2, 40, generator=torch.Generator().manual_seed(1))  # (processes, steps, weights)
+    torch.multiprocessing.spawn(step_in_a_process, (tmp_path, gradients), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, two_steps(gradients.mean(0)))
+    assert not torch.allclose(first, two_steps(gradients[0]))
 
 
 def test_steps_are_those_of_torch(monkeypatch):
