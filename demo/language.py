@@ -276,15 +276,17 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
     the time, and the other language and wordings afterwards. Every step contains questions. A step on captions or
     sentences only would change the weights as much, because Muon's steps all have the same size, and undo the effect of
     the questions: with such steps, most types stayed at chance.
-    Sizes are asked for twice as often as the rest, because they are learned last.
+    After the first steps, questions about sizes are twice as many as those of another type, because they are learned
+    last; dialogues ask for all types equally often.
     The unfinished model is also written every 500 steps, so an interrupted run leaves a usable file.
 
-    Several processes share the scenes of each step and take the same steps; the first one scores and writes.
+    Two processes share the scenes of each step and take the same steps, by the mean of their gradients; the first one
+    scores and writes. Each has scenes of its own, so the weights differ from those of one process.
     """
     processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)  # of the kinds of scenes: the same in all processes
-    writer = SceneWriter(tokenizer, np.random.default_rng([seed, rank]))
+    writer = SceneWriter(tokenizer, np.random.default_rng([seed, 1 + rank]))
     reader = SceneReader(tokenizer)
     torch.manual_seed(seed + rank)  # of the noise
     optimizers = make_optimizers(reader, reader.language.model.layers, peak=4e-3)
@@ -298,7 +300,7 @@ def pretrain(tokenizer, folder: Path, steps: int, seed: int, log) -> dict[str, d
         losses = []
         for kind, size in sizes.items():
             patches = IMAGE_TOKENS if whole else int(rng.integers(8, 25))
-            batch, _ = writer.batch(kind, max(1, (2 if whole else size) // processes), patches)
+            batch, _ = writer.batch(kind, (2 if whole else size) // processes, patches)
             with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
                 losses.append(reader.loss(batch, NOISE))
             running[kind] = 0.95 * running[kind] + 0.05 * losses[-1].item()

@@ -4,7 +4,7 @@
     python -m demo.pretrain language    # demo/backbones/qwen
 
 Not part of `make demo`: the results are in the repository. Scores on fresh scenes go to `demo/backbones/scores.json`.
-Several processes (`torchrun --nproc-per-node 2 -m demo.pretrain language`) share the steps of the language model.
+Two processes (`torchrun --nproc-per-node 2 -m demo.pretrain language`) share the steps of the language model.
 """
 
 import argparse
@@ -33,9 +33,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=BACKBONES, help="folder (default demo/backbones)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and arguments.backbone == "encoder":
-        parser.error("one process pretrains the encoder; start it without torchrun")
+    processes, rank = (int(os.environ.get(name, other)) for name, other in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    if processes > (2 if arguments.backbone == "language" else 1):
+        parser.error("one process pretrains the encoder, one or two the language model: change --nproc-per-node")
     if processes > 1:
         dist.init_process_group("gloo")
     start = time.process_time()
@@ -47,17 +47,20 @@ def main() -> None:
     else:
         folder, steps = arguments.output / "qwen", arguments.steps or LANGUAGE_STEPS
         folder.mkdir(parents=True, exist_ok=True)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if rank == 0:
             words.save_tokenizer(words.train_tokenizer(), folder)
         if processes > 1:
             dist.barrier()  # the others read what the first one wrote
         scores = language.pretrain(load_tokenizer(folder), folder, steps, arguments.seed, print_now)
-        if not scores:
-            return  # the first process scores and writes
+    seconds = torch.tensor(time.process_time() - start)
+    if processes > 1:
+        dist.all_reduce(seconds)
+        dist.destroy_process_group()
+    if rank:
+        return  # the first process scores and writes
     program = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
     command = f"{program} -m demo.pretrain {arguments.backbone} --steps {steps} --seed {arguments.seed}"
-    minutes = round(processes * (time.process_time() - start) / 60, 1)
-    record = {"command": command, "processor_minutes": minutes, "scores": scores}
+    record = {"command": command, "processor_minutes": round(seconds.item() / 60, 1), "scores": scores}
     file = arguments.output / "scores.json"
     records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     records[arguments.backbone] = record

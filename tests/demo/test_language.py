@@ -13,6 +13,7 @@ from transformers import Qwen2ForCausalLM
 from batch import sample_positions
 from dataset.image_caption_dataset import ImageCaptionDataset
 from dataset.records import Entry, Photo, Turn
+from demo import language
 from demo.language import IMAGE_TOKENS, NOISE, SceneReader, SceneWriter, _store, score
 from demo.pretrain import BACKBONES
 from demo.world import random_scene
@@ -208,3 +209,38 @@ def test_dialogues_are_rendered_as_in_training(tokenizer):
     assert batch.lengths == (sample.lengths,)
     answers = sum(len(chat.encode_text(answer)) + 1 for branch in branches for _, _, answer in branch)
     assert (batch.labels != IGNORE_INDEX).sum() == answers  # every answer is supervised
+
+
+def pretrain_in_a_process(rank, folder):
+    """Three steps of the last phase; keep the weights after them, and which questions this process saw."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    language.ENGLISH_STEPS = language.PLAIN_STEPS = language.QUESTION_STEPS = 0
+    language.score, language._store = lambda *_: {}, lambda *_: None
+    seen, take_step, make_batch = {"kinds": [], "ids": []}, language.take_step, SceneWriter.batch
+
+    def batch(writer, kind, size, patches):
+        made, types = make_batch(writer, kind, size, patches)
+        seen["kinds"].append((kind, size, patches))
+        seen["ids"].append(made.input_ids)
+        return made, types
+
+    def step(optimizers, reader):
+        take_step(optimizers, reader)
+        seen["weights"] = torch.cat([weight.detach().flatten() for weight in reader.parameters()])
+
+    SceneWriter.batch, language.take_step = batch, step
+    seen["scores"] = language.pretrain(load_tokenizer(BACKBONES / "qwen"), folder, 3, 0, lambda _: None)
+    torch.save(seen, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_take_the_same_steps_on_scenes_of_their_own(tmp_path):
+    torch.multiprocessing.spawn(pretrain_in_a_process, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["kinds"] == second["kinds"]
+    assert {size for kind, size, _ in first["kinds"] if kind == "questions"} <= {1, 3}
+    assert not any(torch.equal(*pair) for pair in zip(first["ids"], second["ids"], strict=True))
+    assert set(first["scores"]) > {"text"}
+    assert second["scores"] == {}

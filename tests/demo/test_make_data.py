@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from demo.make_data import PARAPHRASE_PHOTOS, make_data
+from demo.make_data import PARAPHRASE_PHOTOS, _one_language, make_data
 from demo.world import TYPES
 
 BOTH = {kind + end for kind in (*TYPES, "unknown") for end in ("", "_zh")}
@@ -49,6 +50,15 @@ def test_training_data_has_all_kinds(folder):
     for turns in dialogues:
         assert turns[0]["value"].startswith("<image>\n")
         assert not any("<image>" in turn["value"] for turn in turns[1:])
+
+
+def test_a_quarter_of_the_photos_is_asked_what_needs_no_photo():
+    rng = np.random.default_rng(0)
+    asked = [(kind, "?", "!") for kind in sorted(BOTH)]
+    kept = [{kind for kind, _, _ in _one_language(asked, rng)} for _ in range(400)]
+    for suffix in ("", "_zh"):
+        assert sum(f"unknown{suffix}" in kinds for kinds in kept) == pytest.approx(50, abs=20)  # three deviations
+        assert sum(f"description{suffix}" in kinds for kinds in kept) == pytest.approx(200, abs=30)
 
 
 def test_paraphrases_have_photos_of_their_own(folder):
