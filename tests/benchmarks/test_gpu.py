@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import subprocess
 import sys
 import time
 
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu_checks import Bar
+from paths import REPO_ROOT
 
 pytestmark = pytest.mark.skipif(gpu.GPU, reason="on a GPU, the command itself is the test")
 
@@ -19,6 +21,15 @@ def test_attention_equals_flex_attention():
     assert checked["status"] == "passed"
     assert checked["bars"][0]["name"] == "largest relative difference"
     assert checked["bars"][0]["value"] < 1e-5  # float32, other orders of sums
+
+
+@pytest.mark.nightly  # minutes
+def test_the_whole_command_runs_to_its_end_without_a_gpu(tmp_path):
+    report = tmp_path / "gpu.json"
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--output", report], cwd=REPO_ROOT, check=False)
+    checks = json.loads(report.read_text(encoding="utf-8"))["checks"]
+    assert {name: check["status"] for name, check in checks.items()} == dict.fromkeys(gpu.CHECKS, "passed")
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize(("value", "correctness", "status"), [(2.0, True, "failed"), (2.0, False, "passed")])
