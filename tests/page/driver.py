@@ -138,6 +138,14 @@ def expect_text(page, selector, text):
     expect(page, selector).to_contain_text(text)
 
 
+def wait_until(holds):
+    """Wait for what the page does not show: a function of no arguments, asked every 50 ms."""
+    end = time.monotonic() + PATIENCE / 1000
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert holds()
+
+
 def upload(page, *files):
     """Attach files to the question, as a user does; wait for their pictures."""
     before = page.locator(THUMBNAILS).count()
