@@ -23,6 +23,7 @@ from cli import run_script
 import torch
 
 from config import load_config
+from dataset.json_files import read_json
 from errors import UserError
 from model.checkpoint_folder import weights_digest
 from model.precision import pick_device, pick_precision
@@ -73,11 +74,23 @@ def train_for(config: list[str], folder: Path, minutes: float, clock: Path) -> d
     }
 
 
-def score(checkpoint: Path, annotations: Path, images: Path, decoding: list[str]) -> dict[str, Any]:
-    """Score a checkpoint on a standard file, with its own photos and with others; return a few of the scores."""
+def score(checkpoint: Path, annotations: Path, images: Path, options: list[str], decoding: list[str]) -> dict[str, Any]:
+    """Score a checkpoint on held-out questions, with its own photos and with others; return a few of the scores.
+
+    Args:
+        annotations: a standard file, or AI Challenger's rows, which are prepared as a source first.
+        options: the config and overrides of process_image.py.
+    """
     output = checkpoint / "real_run"
     command = [sys.executable, "eval_vqa.py", "--checkpoint", checkpoint, "--baselines", "blind", "majority"]
-    command += ["--format", STANDARD[annotations.suffix], "--annotations", annotations, "--images", images]
+    if annotations.suffix == ".json" and isinstance(read_json(annotations), list):
+        source = f"{{name: held out, format: ai_challenger, annotations: {annotations}, images: {images}}}"
+        files = [f"data.image_map={output / 'map.json'}", f"data.captions={output / 'captions.json'}"]
+        prepare = [sys.executable, "process_image.py", *options, f"data.sources=[{source}]", *files]
+        subprocess.run(prepare, cwd=REPO_ROOT, check=True)
+        command += ["--split", "all", *files]
+    else:
+        command += ["--format", STANDARD[annotations.suffix], "--annotations", annotations, "--images", images]
     done = subprocess.run([*map(str, command), "--output", str(output), *decoding], cwd=REPO_ROOT, check=False)
     if done.returncode:
         raise UserError(f"eval_vqa.py ended with status {done.returncode}: its last sentence says why")
@@ -102,7 +115,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, type=Path, metavar="FILE")
     parser.add_argument("--minutes", type=float, default=120, help="of training, interruptions left out (default 120)")
     parser.add_argument(
-        "--annotations", required=True, type=Path, metavar="FILE", help="held out: COCO captions or jsonl"
+        "--annotations",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="held out: COCO captions, AI Challenger's rows or jsonl",
     )
     parser.add_argument("--images", required=True, type=Path, metavar="DIR")
     parser.add_argument("--note", default="", help="a sentence for the table")
@@ -121,7 +138,7 @@ def main() -> None:
     trained = train_for(options, folder, args.minutes, folder.with_name(f"{folder.name}.seconds"))
     checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     decoding = [override for override in args.overrides if override.startswith("generate.")]  # a finished run too
-    scored = score(checkpoint, args.annotations.absolute(), args.images.absolute(), decoding)
+    scored = score(checkpoint, args.annotations.absolute(), args.images.absolute(), options, decoding)
     row = {
         "name": args.name,
         "note": args.note,

@@ -37,7 +37,7 @@ def command(workshop, tmp_path, monkeypatch):
 
 
 @pytest.mark.nightly  # starts six programs
-def test_a_try_is_trained_scored_and_written_down(command):
+def test_a_try_is_trained_scored_and_written_down(command, tmp_path):
     (row,) = command("first", "train.max_steps=2")
     assert row["training"]["steps"] == 2
     assert row["training"]["seconds"] > 0
@@ -51,6 +51,11 @@ def test_a_try_is_trained_scored_and_written_down(command):
     further = command("second", "train.max_steps=3")
     assert [(other["name"], other["training"]["steps"]) for other in further] == [("first", 2), ("second", 3)]
     assert further[1]["training"]["seconds"] > row["training"]["seconds"]
+    rows = [{"image_id": f"{number}.jpg", "caption": ["红色的墙", "一面墙"]} for number in (1, 2)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    chinese = command("chinese", "train.max_steps=3", "--annotations", str(tmp_path / "rows.json"))[-1]
+    assert chinese["scores"]["questions"] == 2
+    assert "characters" in chinese["scores"]["passes"]["trained"]["captions"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no shell and no SIGTERM")
