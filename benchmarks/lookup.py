@@ -11,7 +11,7 @@ least as much as one over a single token, so tokens per pass bound the speed-up 
 """
 
 import argparse
-from itertools import takewhile
+from operator import eq
 from pathlib import Path
 
 import torch
@@ -32,8 +32,8 @@ def passes(prompt: list[int], answer: list[int]) -> int:
     told, end, count = [*prompt], [*prompt, *answer], 0
     while len(told) < len(end):
         drafted = DRAFTS.get_candidates(torch.tensor([told]))[0][0].tolist()  # `told` and the draft
-        right = takewhile(lambda pair: pair[0] == pair[1], zip(drafted, end[:-1], strict=False))
-        told = end[: len(list(right)) + 1]  # the pass itself gives one token more
+        equal = [*map(eq, drafted, end[:-1]), False]
+        told = end[: equal.index(False) + 1]  # the pass itself gives one token more
         count += 1
     return count
 

@@ -84,9 +84,10 @@ def score(checkpoint: Path, annotations: Path, images: Path, options: list[str],
     output = checkpoint / "real_run"
     command = [sys.executable, "eval_vqa.py", "--checkpoint", checkpoint, "--baselines", "blind", "majority"]
     if annotations.suffix == ".json" and isinstance(read_json(annotations), list):
-        source = f"{{name: held out, format: ai_challenger, annotations: {annotations}, images: {images}}}"
+        place = {"annotations": str(annotations), "images": str(images)}
+        sources = json.dumps([{"name": "held out", "format": "ai_challenger"} | place])
         files = [f"data.image_map={output / 'map.json'}", f"data.captions={output / 'captions.json'}"]
-        prepare = [sys.executable, "process_image.py", *options, f"data.sources=[{source}]", *files]
+        prepare = [sys.executable, "process_image.py", *options, f"data.sources={sources}", *files]
         subprocess.run(prepare, cwd=REPO_ROOT, check=True)
         command += ["--split", "all", *files]
     else:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 MOMENTUM, WEIGHT_DECAY = 0.95, 0.01
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan's post, as in `torch.optim.Muon`
@@ -74,10 +75,9 @@ def take_step(optimizers: list[torch.optim.Optimizer], model: nn.Module) -> None
     """Average the gradients over the processes, clip them to norm 1, make one step, and clear them."""
     if dist.is_initialized():
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-        together = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(together.div_(dist.get_world_size()))
-        for gradient, part in zip(gradients, together.split([one.numel() for one in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        together = parameters_to_vector(gradients)  # one message, not one for each weight
+        dist.all_reduce(together)
+        vector_to_parameters(together / dist.get_world_size(), gradients)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()

@@ -17,10 +17,10 @@ from dataset.image_caption_dataset import ImageCaptionDataset
 from dataset.records import Entry, Photo, read_records, split_entries
 from errors import UserError, shortened
 from model.model import MMultiModal
-from paths import existing_path, resolve_path
+from paths import address, existing_path, resolve_path
 from training.feature_cache import PixelLoader, cached_features
 from visual.augment import Augment
-from visual.web import WebError
+from visual.web import NO_SIZES
 
 
 def build_datasets(
@@ -37,9 +37,12 @@ def build_datasets(
         encode: False (dry run): if there is no feature cache yet, load pixels and do not encode.
 
     Raises:
-        UserError: the weight of a source draws none of its samples; errors of `cached_features`.
+        UserError: the weight of a source draws none of its samples; tiles of photos at an address; errors of
+            `cached_features`.
     """
     features = None
+    if config.visual.tiles and any(address(source.images) for source in config.data.sources):
+        raise UserError(NO_SIZES)
     if config.data.cache_features:
         if model.trains_encoder:
             raise UserError(
@@ -211,8 +214,6 @@ class _Lengths(Dataset):
     def __getitem__(self, index: int) -> int:
         try:
             return len(self.dataset.tokens(index).input_ids)
-        except WebError:
-            raise
         except UserError:  # training reports the error when it reads this sample
             return 0
 

@@ -18,7 +18,6 @@ from batch import Batch
 from config import Train
 from dataset.image_caption_dataset import ImageCaptionDataset, Sample, collate
 from errors import UserError
-from visual.web import WebError
 
 USABLE = 0.9  # share of the memory to plan with; the rest is for fragmentation and for other programs
 ADAMW_BYTES = 8  # optimizer state per trained parameter: two float32
@@ -179,8 +178,6 @@ def longest_sample(dataset: ImageCaptionDataset) -> int:
     def tokens_of(images: Sequence[int]) -> int:
         try:
             return sum(dataset.plan(ID).tokens for ID in images)
-        except WebError:
-            raise
         except UserError:  # training reports the error when it reads this photo
             return 0
 

@@ -18,7 +18,7 @@ from errors import UserError, file_error, shortened
 from paths import address, shown_path
 from visual.region import Region, pixel_box
 from visual.shard import member_of, read_member
-from visual.web import WebError
+from visual.web import NO_SIZES, WebError
 
 # Formats that Pillow may read. Formats that start another program (EPS: Ghostscript) and formats that no camera or
 # website uses are excluded. JPEG includes MPO (cameras with several views), PPM covers PBM, PGM, PNM and PFM.
@@ -78,8 +78,7 @@ def photo_size(file: str | Path | Region) -> tuple[int, int]:
         left, top, right, bottom = pixel_box(file.box, *photo_size(file.photo))
         return right - left, bottom - top
     if address(file):
-        raise WebError(f"{shortened(shown_path(file))}: 'visual.tiles' needs the size of each photo before it is read, "
-                       "so its shard must be on a disk: copy it, or set visual.tiles=0")  # fmt: skip
+        raise WebError(f"{shortened(shown_path(file))}: {NO_SIZES}")
     content, name = _content(file)
     with _opened(content, name, MAX_PIXELS) as image:
         _check_size(image, name, MAX_PIXELS)

@@ -58,6 +58,7 @@ def read_member(member: Member) -> bytes:
 
     Raises:
         UserError: the shard is missing or cannot be read, or it has something else at that place.
+        WebError: the server of its address does not answer, or not as it should.
     """
     block = tarfile.BLOCKSIZE
     start, end = max(member.start - block, 0), member.start + member.size

@@ -24,6 +24,12 @@ _MAY_PASS = (408, 425, 429)  # of the answers 4xx, those that waiting mends
 _Result = TypeVar("_Result")
 
 
+NO_SIZES = (
+    "'visual.tiles' needs the size of each photo before it is read, so shards must be on a disk: copy them, or set "
+    "visual.tiles=0"
+)
+
+
 class WebError(UserError):
     """A store does not answer, or not as it should. That says nothing about a photo, so none may be left out."""
 
@@ -60,7 +66,7 @@ def open_web(place: str | Path) -> BinaryIO:
 
 
 class _WebFile(io.RawIOBase):
-    """A file at an address; each read is one request, with the tries and errors of `read_range`."""
+    """A file at an address; each read is one request of `read_range`, for fsspec's own files ask once only."""
 
     def __init__(self, url: str) -> None:
         self.url, self.place = url, 0
@@ -100,7 +106,7 @@ def read_range(place: str | Path, start: int, end: int) -> bytes:
     """
 
     def ask(files: Any, path: str) -> bytes:
-        if hasattr(files, "_cat_file") and "http" not in files.protocol:
+        if files.async_impl and "http" not in files.protocol:
             return files.cat_file(path, start=start, end=end)
         # others read ahead, and of a server without ranges `cat_file` would take the whole file into memory
         with files.open(path, "rb", cache_type="none", size=end) as file:

@@ -220,8 +220,16 @@ def test_what_is_wrong_with_a_photo_names_its_address(server):
 
 def test_tiles_need_the_shards_on_a_disk(server):
     image_map, _, _ = prepare(server.url, server.url)
-    with pytest.raises(WebError, match=r"2\.png@.*'visual\.tiles' needs the size of each photo .*: copy it, or set"):
+    with pytest.raises(WebError, match=r"2\.png@.*'visual\.tiles' needs the size of each photo .*: copy them, or set"):
         photo_size(image_map["shards/part-1.tar/2.png"]["path"])
+
+
+def test_training_with_tiles_says_so_before_it_reads(workshop, tmp_path):
+    source = {"name": "web", "format": "webdataset", "annotations": "https://host/x", "images": "https://host/x"}
+    config = tiny_config(workshop, data={"sources": [source]}, train={"output_dir": str(tmp_path / "run")})
+    config.visual.tiles, config.visual.image_tokens = 4, None
+    with pytest.raises(UserError, match=r"^'visual\.tiles' needs the size of each photo .*: copy them, or set visual"):
+        Trainer(config)
 
 
 class HubFile(AbstractBufferedFile):
