@@ -33,26 +33,30 @@ RESULTS = REPO_ROOT / "benchmarks" / "results" / "real_run.json"
 STANDARD = {".json": "coco_captions", ".jsonl": "jsonl"}
 
 
-def train_for(config: list[str], folder: Path, minutes: float, clock: Path) -> dict[str, Any]:
+def train_for(config: list[str], folder: Path, minutes: float, clock: Path, processes: int = 1) -> dict[str, Any]:
     """Train until the end or the limit; return seconds of all calls, memory, steps and losses.
 
     Args:
         folder: the run's.
         clock: file with the seconds of earlier calls.
+        processes: started by torchrun, if more than one.
     """
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    ended = {0, 128 + signal.SIGTERM}
     seconds = float(clock.read_text()) if clock.is_file() else 0.0
     begun = any(folder.glob("checkpoint-*"))
     if not begun or seconds < 60 * minutes:
         start, told = time.monotonic(), []
         # an exception of the handler could come while the process begins, which would then be left running
         before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-        command = [sys.executable, "train.py", *config, *(["--resume", "auto"] if begun else [])]
+        command = [sys.executable, *torchrun, "train.py", *config, *(["--resume", "auto"] if begun else [])]
         try:
             with subprocess.Popen(command, cwd=REPO_ROOT) as process:
                 while process.poll() is None and not told and time.monotonic() < start + 60 * minutes - seconds:
                     time.sleep(0.1)
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)  # the run stores a checkpoint and ends
+                    ended |= {1} if torchrun else set()  # torchrun hands the signal on, but not the status
                 status = process.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -61,7 +65,7 @@ def train_for(config: list[str], folder: Path, minutes: float, clock: Path) -> d
             clock.write_text(f"{seconds:.0f}")
         if told:
             sys.exit(128 + signal.SIGTERM)
-        if status not in (0, 128 + signal.SIGTERM):
+        if status not in ended:
             raise UserError(f"train.py ended with status {status}: its last sentence says why")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     validated = [line["val_loss"] for line in lines if "val_loss" in line]
@@ -115,6 +119,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("name", help="of the row")
     parser.add_argument("--config", required=True, type=Path, metavar="FILE")
     parser.add_argument("--minutes", type=float, default=120, help="of training, interruptions left out (default 120)")
+    parser.add_argument("--processes", type=int, default=1, help="that train together, as with torchrun (default 1)")
     parser.add_argument(
         "--annotations",
         required=True,
@@ -136,7 +141,7 @@ def main() -> None:
     options = ["--config", str(args.config.absolute()), *args.overrides]
     if not (REPO_ROOT / config.data.captions).is_file():
         subprocess.run([sys.executable, "process_image.py", *options], cwd=REPO_ROOT, check=True)
-    trained = train_for(options, folder, args.minutes, folder.with_name(f"{folder.name}.seconds"))
+    trained = train_for(options, folder, args.minutes, folder.with_name(f"{folder.name}.seconds"), args.processes)
     checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     decoding = [override for override in args.overrides if override.startswith("generate.")]  # a finished run too
     scored = score(checkpoint, args.annotations.absolute(), args.images.absolute(), options, decoding)
@@ -147,6 +152,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name()
         if pick_device().type == "cuda"
         else torch.backends.cpu.get_cpu_capability(),
+        "processes": args.processes,
         "threads": torch.get_num_threads(),
         "precision": pick_precision(config.train.precision, pick_device()),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),

@@ -58,6 +58,15 @@ def test_a_try_is_trained_scored_and_written_down(command, tmp_path):
     assert "characters" in chinese["scores"]["passes"]["trained"]["captions"]
 
 
+@pytest.mark.nightly  # starts seven programs
+def test_a_try_trains_in_two_processes(command, tmp_path):
+    (row,) = command("both", "--processes", "2")
+    assert row["processes"] == 2
+    assert row["training"]["steps"] == 3
+    state = json.loads(next((tmp_path / "run").glob("checkpoint-3/training_state.json")).read_text(encoding="utf-8"))
+    assert state["world_size"] == 2
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no shell and no SIGTERM")
 def test_a_try_that_is_ended_ends_its_training(tmp_path, monkeypatch):
     program = tmp_path / "python"
