@@ -60,7 +60,6 @@ class Data(Section):
     feature_cache: str = "data/features"
     max_length: int = Field(2048, ge=16, le=2**20)
     answers: Literal["one", "all"] = "one"
-    # the kinds of visual/augment.py
     augment: list[Literal["blur", "noise", "occlusion", "jpeg", "light", "rotation"]] = Field(default_factory=list)
 
     @field_validator("augment")
@@ -189,6 +188,7 @@ class Train(Section):
     pack_questions: bool = True
     max_questions: Count = 16
     parts: Parts = Field(default_factory=Parts)
+    word_alignment: int = Field(0, ge=0, le=10**6)
     contrastive_weight: float = Field(0.0, ge=0, le=1000)
     weight_decay: float = Field(0.0, ge=0, le=10)
     betas: tuple[Beta, Beta] = (0.9, 0.999)

@@ -3,18 +3,15 @@
 import contextlib
 import math
 import os
-import platform
-import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import accelerate
-import peft
 import torch
-import transformers
 from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -23,21 +20,21 @@ from batch import Batch
 from compat import send_no_gradients_of, set_activation_checkpointing
 from config import Config, Train
 from dataset.image_caption_dataset import ImageCaptionDataset
+from dataset.records import Entry, Photo
 from errors import UserError
 from model.checkpoint import fingerprints, restore_weights
 from model.checkpoint_folder import check_complete, read_config
 from model.model import LossOf, MMultiModal
 from model.parts import check_part_name
 from model.precision import DTYPES, pick_device, pick_precision
-from paths import REPO_ROOT, check_folder, resolve_path
+from paths import check_folder, resolve_path
 from training import state
-from training.agreement import all_or_none
+from training.agreement import all_or_none, on_main
 from training.batches import checked
 from training.costs import Arithmetic, PeakMemory, matrix_peak
 from training.data import (
     MicroBatches,
     build_datasets,
-    data_hash,
     epoch_order,
     micro_batches,
     read_split,
@@ -48,9 +45,11 @@ from training.estimate import Estimate, Setting, Trial, choose_setting, longest_
 from training.folder_lock import folder_lock
 from training.movement import sample_weights
 from training.optimizer import build_optimizer, build_schedule
+from training.provenance import make_provenance
 from training.run_log import check_trackers
 from training.sharding import check_shardable, shard
 from training.signals import StopSignals
+from training.word_alignment import align_words
 
 # keys that determine the setting; if none has changed, a resumed run keeps the values that `auto` chose
 SETTING_KEYS = ("micro_batch", "accumulation", "samples_per_step", "tokens_per_batch", "gradient_checkpointing")
@@ -108,20 +107,15 @@ class Run:
             self.provenance["accepted_changes"] = accepted
 
         self.model = load_model(config, self.accelerator.device, self.precision)
-        notes: list[str] = []
-        if resumed is not None:
-            notes = restore_weights(self.model, resumed, other_prompt=accept_changes)
-        elif config.train.init_from is not None:
-            origin = check_complete(resolve_path(config.train.init_from))
-            notes = restore_weights(self.model, origin, other_prompt=True, new_run=True)
-        for note in notes:
-            self.say(note)
+        self._restore_weights(resumed, accept_changes)
         if config.train.compile:
             compile_layers(self.model.language_model)
         self._same_on_all_processes()
         # on each disk, the first process writes the feature cache; the other processes read it
         with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
             self.train_set, self.val_set = build_datasets(config, self.model, photos, train, val, encode=not dry_run)
+        if config.train.word_alignment and resumed is None and config.train.init_from is None and not dry_run:
+            self._align_projector(photos, train)
         self.weights = {source.name: source.weight for source in config.data.sources}
         self.val_samples = validation_sample(self.val_set, config.train.eval_samples, config.train.seed)
 
@@ -177,6 +171,29 @@ class Run:
             return step
         rest = math.ceil(len(self.epoch_batches(epoch, samples)) / self.batches_per_step)
         return step + rest + (train.epochs - epoch - 1) * self.steps_per_epoch
+
+    def _restore_weights(self, resumed: Path | None, accept_changes: bool) -> None:
+        """Take the weights of the resumed checkpoint, or of `train.init_from`; print what differs."""
+        notes: list[str] = []
+        if resumed is not None:
+            notes = restore_weights(self.model, resumed, other_prompt=accept_changes)
+        elif self.config.train.init_from is not None:
+            origin = check_complete(resolve_path(self.config.train.init_from))
+            notes = restore_weights(self.model, origin, other_prompt=True, new_run=True)
+        for note in notes:
+            self.say(note)
+
+    def _align_projector(self, photos: Mapping[int, Photo], entries: Sequence[Entry]) -> None:
+        """Align the new projector with words on the first process, and give its weights to all."""
+
+        def task() -> tuple[str, dict[str, torch.Tensor]]:
+            train = self.config.train
+            sentence = align_words(self.model, photos, entries, train.word_alignment, train.seed, train.workers)
+            return sentence, {name: weight.cpu() for name, weight in self.model.feature_proj.state_dict().items()}
+
+        sentence, weights = on_main(self.accelerator, task)
+        self.model.feature_proj.load_state_dict(weights)
+        self.say(sentence)
 
     def _same_on_all_processes(self) -> None:
         """Raise an error if processes have different files; averaging their gradients would raise none."""
@@ -242,7 +259,8 @@ def make_accelerator(config: Config) -> tuple[accelerate.Accelerator, str]:
     device = pick_device()
     precision = pick_precision(config.train.precision, device)
     # the other processes wait while one encodes the data set, which can exceed the default timeout
-    patience = [accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=6))] if config.data.cache_features else []
+    waits = config.data.cache_features or config.train.word_alignment
+    patience = [accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=6))] if waits else []
     accelerator = accelerate.Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no" if precision == "float32" else precision,
@@ -322,29 +340,3 @@ def make_trial(run: Run) -> Trial:
         return peak.bytes, min(seconds)
 
     return trial
-
-
-def make_provenance(config: Config) -> dict[str, Any]:
-    """Return the origin of a checkpoint: library versions, commit of the code, and the shape of the run."""
-    libraries = {"torch": torch, "transformers": transformers, "peft": peft, "accelerate": accelerate}
-    return {
-        "versions": {"python": platform.python_version()} | {name: lib.__version__ for name, lib in libraries.items()},
-        "commit": code_commit(),
-        "shape": state.run_shape(config, data_hash(config)),
-    }
-
-
-def code_commit() -> str | None:
-    """Return the commit of this code, with suffix `-dirty` if files differ; None without git or outside a clone."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    try:
-        if git("rev-parse", "--show-toplevel") != REPO_ROOT.as_posix():  # unpacked inside another repository
-            return None
-        commit = git("rev-parse", "--verify", "--quiet", "HEAD")
-        return f"{commit}{'-dirty' if git('status', '--porcelain', '--untracked-files=no') else ''}" if commit else None
-    except OSError:  # no git on this machine
-        return None

@@ -227,23 +227,32 @@ def _state(photo: Photo) -> str:
     return f"{state.st_size} {state.st_mtime_ns}"
 
 
-def _encoded(model: MMultiModal, photos: list[Photo], config: Config) -> Iterator[Any]:
-    """Yield the bytes of each photo's features."""
+def encoded_photos(model: MMultiModal, photos: list[Photo], workers: int) -> Iterator[torch.Tensor | str]:
+    """Yield the features of each photo, (C, R, Dv) bf16 on the CPU, or the problem of an unreadable one."""
     loader = PixelLoader(model.processor)
     pixels = DataLoader(
         _Pixels(photos, loader),
         batch_size=8,
-        num_workers=config.train.workers,
+        num_workers=workers,
         collate_fn=list,
         generator=torch.Generator(),  # by default, the loader would advance the global generator
     )
     for batch in tqdm(pixels, desc="encoding photos", unit="batch", dynamic_ncols=True):
+        readable = [item for item in batch if not isinstance(item, str)]
+        features = iter(())
+        if readable:
+            encoded = model.encode_image(torch.cat(readable).to(model.device)).to(torch.bfloat16).cpu()
+            features = iter(encoded.split([len(crops) for crops in readable]))
         for item in batch:
-            if isinstance(item, str):
-                raise UserError(item)
-        features = model.encode_image(torch.cat(batch).to(model.device)).to(torch.bfloat16).cpu()  # (crops, R, Dv)
-        for photo in features.split([len(crops) for crops in batch]):
-            yield photo.contiguous().view(torch.uint8).flatten().numpy()
+            yield item if isinstance(item, str) else next(features)
+
+
+def _encoded(model: MMultiModal, photos: list[Photo], config: Config) -> Iterator[Any]:
+    """Yield the bytes of each photo's features."""
+    for features in encoded_photos(model, photos, config.train.workers):
+        if isinstance(features, str):
+            raise UserError(features)
+        yield features.contiguous().view(torch.uint8).flatten().numpy()
 
 
 def _remove_abandoned(file: Path) -> None:

@@ -90,6 +90,7 @@ EQUAL = {  # to one process that makes as many micro-batches itself
     # of CLIP, some weights do nothing for the output; its processes draw only text in some steps, too
     "encoder": {"visual": "clip", "parts": RATES | {"vision": {"mode": "full", "lr": 1e-3}}},
     "lora on the encoder": {"parts": RATES | {"vision": {"mode": "lora", "lr": 1e-3}}},
+    "words": {"word_alignment": 3},
 }
 # six micro-batches are no multiple of four, and what is left of them belongs to no step of four processes
 FOUR = {
@@ -155,6 +156,7 @@ def test_several_processes_equal_one(together, name):
 
 SHARDED = {  # equal to one process that has all weights
     "plain": {"max_questions": 2},
+    "words": {"word_alignment": 3},
     "align": {"parts": {"projector": {"lr": 1e-2}, "llm": {"lr": 0.0}}},  # text only: nothing of a batch is trained
     "checkpointing": {"gradient_checkpointing": "on", "data": {"val_fraction": 0.25}, "eval_steps": 1, "max_steps": 2},
     "all weights": {"parts": RATES | {"llm": {"mode": "full", "lr": 1e-3}, "vision": {"mode": "full", "lr": 1e-3}}},

@@ -17,7 +17,7 @@ from errors import UserError
 from model.checkpoint_folder import damage, list_checkpoints
 from paths import REPO_ROOT
 from tests.training.runs import at_step, losses, names, same, weights
-from training import build, loop, state
+from training import loop, provenance, state
 from training.checks import NonFiniteError
 from training.loop import Trainer
 from training.signals import SIGNALS
@@ -257,14 +257,14 @@ def test_files_follow_the_umask(config, tmp_path):
 
 def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert build.code_commit() is None
+    assert provenance.code_commit() is None
 
 
 def test_the_repository_around_us_is_not_ours(monkeypatch, tmp_path):
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     (tmp_path / "copy").mkdir()
-    monkeypatch.setattr(build, "REPO_ROOT", tmp_path / "copy")
-    assert build.code_commit() is None
+    monkeypatch.setattr(provenance, "REPO_ROOT", tmp_path / "copy")
+    assert provenance.code_commit() is None
 
 
 def test_dry_run_of_a_folder_that_was_trained_in(config, whole):
