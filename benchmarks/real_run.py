@@ -33,6 +33,12 @@ RESULTS = REPO_ROOT / "benchmarks" / "results" / "real_run.json"
 STANDARD = {".json": "coco_captions", ".jsonl": "jsonl"}
 
 
+def training_command(options: list[str], processes: int) -> list[str]:
+    """Command that trains in one process, or in several by torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return [sys.executable, *torchrun, "train.py", *options]
+
+
 def train_for(config: list[str], folder: Path, minutes: float, clock: Path, processes: int = 1) -> dict[str, Any]:
     """Train until the end or the limit; return seconds of all calls, memory, steps and losses.
 
@@ -41,7 +47,6 @@ def train_for(config: list[str], folder: Path, minutes: float, clock: Path, proc
         clock: file with the seconds of earlier calls.
         processes: started by torchrun, if more than one.
     """
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     ended = {0, 128 + signal.SIGTERM}
     seconds = float(clock.read_text()) if clock.is_file() else 0.0
     begun = any(folder.glob("checkpoint-*"))
@@ -49,14 +54,15 @@ def train_for(config: list[str], folder: Path, minutes: float, clock: Path, proc
         start, told = time.monotonic(), []
         # an exception of the handler could come while the process begins, which would then be left running
         before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-        command = [sys.executable, *torchrun, "train.py", *config, *(["--resume", "auto"] if begun else [])]
+        command = training_command([*config, *(["--resume", "auto"] if begun else [])], processes)
         try:
             with subprocess.Popen(command, cwd=REPO_ROOT) as process:
                 while process.poll() is None and not told and time.monotonic() < start + 60 * minutes - seconds:
                     time.sleep(0.1)
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)  # the run stores a checkpoint and ends
-                    ended |= {1} if torchrun else set()  # torchrun hands the signal on, but not the status
+                    if processes > 1:
+                        ended.add(1)  # torchrun hands the signal on, but not the status
                 status = process.wait()
         finally:
             signal.signal(signal.SIGTERM, before)

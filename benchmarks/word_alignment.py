@@ -1,9 +1,10 @@
 """Train twice, with a new projector and with one that was aligned with words first: validation losses and seconds.
 
-    python -m benchmarks.word_alignment --config configs/flickr8k_light.yaml --steps 200 --processes 2 \\
-        --plain train.parts.projector.lr=2.0e-3 --output benchmarks/results/word_alignment.json [train.seed=1 …]
+    python -m benchmarks.word_alignment --config configs/flickr8k_light.yaml --steps 60 --processes 2 \\
+        --plain train.parts.projector.lr=2.0e-3 --output benchmarks/results/word_alignment.json \\
+        train.word_alignment=12 train.parts.projector.lr=3.0e-4 train.micro_batch=2 train.workers=0
 
-Needs a config whose data set is prepared, and whose `train.word_alignment` is above 0; `--plain` gives the side without
+Needs a config whose data set is prepared, and `train.word_alignment` above 0; `--plain` gives the side without
 it the settings that suit it better. Both sides go through train.py, as a person would, and see the same samples in the
 same order. Of each: the validation loss four times, the seconds of training with the alignment, and how much alike the
 tokens of different photos are in the end (mean cosine over pairs of tokens of two photos each).
@@ -12,7 +13,6 @@ tokens of different photos are in the end (mean cosine over pairs of tokens of t
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +23,8 @@ from cli import run_script
 import torch
 from torch.nn import functional
 
+from benchmarks.real_run import training_command
+from benchmarks.report import write_report
 from config import Config, load_config
 from errors import UserError
 from model.checkpoint import load_checkpoint
@@ -50,10 +52,10 @@ def sameness(checkpoint: Path, config: Config) -> float:
 
 
 def train(config: Path, overrides: list[str], processes: int, folder: Path) -> dict[str, Any]:
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *torchrun, "train.py", "--config", str(config.absolute()), *overrides]
+    """Train one side in `folder`; return what the table has of it."""
+    options = ["--config", str(config.absolute()), *overrides, f"train.output_dir={folder}"]
     began = time.monotonic()
-    done = subprocess.run([*command, f"train.output_dir={folder}"], cwd=REPO_ROOT, check=False)
+    done = subprocess.run(training_command(options, processes), cwd=REPO_ROOT, check=False)
     if done.returncode:
         raise UserError(f"train.py ended with status {done.returncode}: its last sentence says why")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -106,10 +108,7 @@ def main() -> None:
         "steps_for_the_same_loss": sooner,
         "steps_ratio": None if sooner is None else args.steps / sooner,
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text + "\n", encoding="utf-8")
+    write_report(result, args.output)
 
 
 if __name__ == "__main__":

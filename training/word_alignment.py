@@ -1,9 +1,9 @@
 """Alignment of a new projector with the words of the language model (`train.word_alignment`). Called by `build.py`.
 
-Photo tokens that mean nothing yet teach a language model to overlook them: at first, the projector learns what improves
-every answer, the same for all photos, and its tokens stay nearly equal for hundreds of steps. Here, before the first
-step, they learn to resemble the word embeddings of their photo's answers. Encoder features are computed once and the
-language model does not run, so many passes take less time than a few training steps.
+A new projector first learns what improves every answer, the same for all photos, so that their tokens become nearly
+equal (`benchmarks/word_alignment.py`). Here, before the first step, the tokens learn to resemble the word embeddings of
+their photo's answers. Encoder features are computed once and the language model does not run, so a pass over the photos
+takes a small part of the time of one in training.
 
 It is multiple-instance learning, as in Fang et al. 2015 (arXiv 1411.4952): a word belongs to a photo if one of its
 tokens shows it. Shapes: P photos, T image tokens of a photo, V words, Dl width of the language model.
@@ -29,12 +29,12 @@ LARGEST_SHARE = 0.5  # of the photos: a word of more of them, such as "a", says 
 FEATURE_BYTES = 4 << 30  # of features in memory; of more photos, a random part is used
 PHOTOS_OF_A_STEP = 64
 NUMBERS_OF_A_STEP = 1 << 26  # similarities of a step at most, 256 MiB in float32: fewer photos if they have many tokens
-# The values below were chosen on Flickr8k with ViT-Tiny and SmolLM2-135M, by the loss of photos held out.
+# The values below served Flickr8k with ViT-Tiny and SmolLM2-135M; others were hardly tried.
 LEARNING_RATE = 1e-3
 SCORE_LEARNING_RATE = 1e-2
-DROPOUT = 0.2  # of the features; without it, the loss of photos held out is 4 % higher
-FIRST_SCALE = 8.0
-NORM_WEIGHT = 10.0
+DROPOUT = 0.2  # of the features, so that the projector does not learn the photos by heart
+FIRST_SCALE = 8.0  # of cosines, which are between -1 and 1
+NORM_WEIGHT = 10.0  # of the squared difference in log length, beside a loss that is summed over all words
 
 
 class WordScores(nn.Module):
@@ -109,11 +109,6 @@ def align_words(
     chosen = choose_photos(model, photos, entries, seed)
     words = words_of_photos(model, entries, (photo.ID for photo in chosen))
     vocabulary = telling_words(words)
-    if not vocabulary:
-        return (
-            "train.word_alignment: the projector stays as it is, because no word is in the answers of enough photos "
-            f"without being in those of most ({len(words):,} photos with questions of their own)"
-        )
     column = {token: number for number, token in enumerate(vocabulary)}
     features, targets = [], []
     model.eval()
@@ -121,7 +116,13 @@ def align_words(
         for photo, own in zip(chosen, encoded_photos(model, chosen, workers), strict=True):
             if isinstance(own, torch.Tensor):
                 features.append(own)
-                targets.append(torch.tensor([column[token] for token in words[photo.ID] if token in column]))
+                own_words = [column[token] for token in words[photo.ID] if token in column]
+                targets.append(torch.tensor(own_words, dtype=torch.long))  # for some photos, there is none
+    if not vocabulary or not features:
+        return (
+            "train.word_alignment: the projector stays as it is, because no word is in the answers of enough photos "
+            f"without being in those of most ({len(features):,} readable photos with questions of their own)"
+        )
     losses = _train(model, features, targets, vocabulary, passes, seed)
     return (
         f"train.word_alignment: {passes} passes over {len(features):,} photos and {len(vocabulary):,} words in "

@@ -87,10 +87,19 @@ def test_tokens_come_to_show_the_words_of_photos_never_seen(coloured):
         assert (tokens.norm(dim=1).log().mean() - table[ids].norm(dim=1).log().mean()).abs() < 0.2
 
 
-def test_an_unreadable_photo_is_left_out(coloured):
+def test_unreadable_photos_are_left_out(coloured):
     model, photos, entries = coloured
     photos[5].path.write_bytes(b"no photo")
     assert "over 29 photos" in align_words(model, photos, entries, passes=1, seed=0, workers=0)
+    for photo in photos.values():
+        photo.path.write_bytes(b"no photo")
+    assert "(0 readable photos" in align_words(model, photos, entries, passes=1, seed=0, workers=0)
+
+
+def test_a_photo_may_have_no_telling_word(coloured):
+    model, photos, entries = coloured
+    sentence = align_words(model, photos, [question(0, "x"), *entries[1:]], passes=1, seed=0, workers=0)
+    assert "over 30 photos and 3 words" in sentence
 
 
 def test_no_telling_word_changes_nothing(coloured):
