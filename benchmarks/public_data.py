@@ -49,7 +49,10 @@ def convert_flickr8k(downloads: Path, output: Path) -> None:
 
 
 def convert_daquar(downloads: Path, output: Path) -> None:
-    """Write the questions of each split, one a line, without the name of the photo in them."""
+    """Write the questions of each split, one a line, without the name of the photo and with words apart.
+
+    The files join words ("garbage_bin"). A language model has seen them apart, and every score takes both as equal.
+    """
     for split in ("train", "test"):
         file = downloads / f"qa.37.raw.{split}.txt"
         lines = list(_lines(file))
@@ -57,7 +60,7 @@ def convert_daquar(downloads: Path, output: Path) -> None:
             raise UserError(f"{file}: {len(lines)} lines, but each question has a line and each answer: get it again")
         rows = []
         for number in range(0, len(lines), 2):
-            question, answer = lines[number].strip(), lines[number + 1].strip()
+            question, answer = (line.strip().replace("_", " ") for line in lines[number : number + 2])
             found = IMAGE_NAME.search(question)
             if not found:
                 raise UserError(f"{file}, line {number + 1}: no image at the end of {question[:60]!r}: get it again")

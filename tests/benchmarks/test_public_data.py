@@ -83,7 +83,7 @@ def test_flickr8k_without_chinese(tmp_path):
 
 
 DAQUAR = {
-    "qa.37.raw.train.txt": "what is on the table in the image3 ?\ncup, knife\n"
+    "qa.37.raw.train.txt": "what is on the table_top in the image3 ?\ncup, night_stand\n"
     "how many chairs are there in this image image3 ?\n2\n"
     "what is the colour of the sofa image4 ?\nred\n",
     "qa.37.raw.test.txt": "what is on the right side of the picture in image12?\nlamp\n",
@@ -96,14 +96,14 @@ def test_daquar(tmp_path):
     convert_daquar(tmp_path, tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
     assert [tuple(row.values()) for row in rows] == [
-        ("image3.png", "What is on the table?", "cup, knife", "object"),
+        ("image3.png", "What is on the table top?", "cup, night stand", "object"),
         ("image3.png", "How many chairs are there?", "2", "count"),
         ("image4.png", "What is the colour of the sofa?", "red", "colour"),
     ]
     (test,) = (tmp_path / "out" / "test.jsonl").read_text().splitlines()
     assert json.loads(test)["question"] == "What is on the right side of the picture?"
     assert prepare(tmp_path, "daquar.yaml", tmp_path / "photos") == {
-        ("daquar", "image3.png", ("cup, knife",)),
+        ("daquar", "image3.png", ("cup, night stand",)),
         ("daquar", "image3.png", ("2",)),
         ("daquar", "image4.png", ("red",)),
     }
