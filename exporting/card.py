@@ -12,6 +12,7 @@ from model.portable import portable_config
 
 METRICS = "metrics.json"
 NOT_STATED = "not stated in its folder"
+TRAIN_SETTINGS = ("epochs", "max_steps", "word_alignment", "contrastive_weight", "parts", "seed", "precision")
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE")
 
 STOCK = """This folder is a stock `{stock_class}` in {dtype}:
@@ -161,7 +162,7 @@ def _settings(config: dict[str, Any], checkpoint: Path) -> str:
     shown = {
         "prompt": config["prompt"],
         "visual": {key: config["visual"][key] for key in ("drop", "feature")},
-        "train": {key: train[key] for key in ("epochs", "max_steps", "parts", "seed", "precision")},
+        "train": {key: train[key] for key in TRAIN_SETTINGS},
         "data": {key: config["data"][key] for key in ("val_fraction", "seed", "max_length", "answers", "augment")},
     }
     provenance = _read(checkpoint / "provenance.json")

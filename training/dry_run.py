@@ -33,9 +33,10 @@ def describe_run(run: Run) -> str:
     ]
     run.model.zero_grad()
     hours = _step_seconds(run, chosen, lengths) * run.total_steps / 3600
-    text.append(
-        f"the whole run: about {hours * 60:.0f} minutes" if hours < 2 else f"the whole run: about {hours:.1f} hours"
-    )
+    time = f"about {hours * 60:.0f} minutes" if hours < 2 else f"about {hours:.1f} hours"
+    train = run.config.train
+    before = train.word_alignment and train.init_from is None
+    text.append(f"the whole run: {time}" + (", and before it train.word_alignment, not measured here" if before else ""))
     return "\n".join(text)
 
 

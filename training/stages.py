@@ -98,7 +98,7 @@ def stage_configs(config: Config) -> list[Config]:
         if number < len(config.train.stages) - 1:
             values["train.output_dir"] = f"{config.train.output_dir}/{number + 1}-{name}"
         if number > 0:
-            values["train.init_from"] = None
+            values |= {"train.init_from": None, "train.word_alignment": 0}  # its projector is not new
         made = overridden(base, values, where)
         if configs:
             _check_parts(trained, configs[-1].train.parts, made.train.parts, where)

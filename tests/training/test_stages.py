@@ -201,8 +201,10 @@ def test_nested_keys_and_earlier_names_mean_the_same(config):
 
 
 def test_a_dry_run_describes_every_stage(two, tmp_path):
-    first, second = describe(two())
+    first, second = describe(two(word_alignment=1))
     assert first.startswith("stage 1 of 2: align\n")
+    assert "word_alignment" in first
+    assert "word_alignment" not in second
     assert second.startswith("stage 2 of 2: all\n")
     assert "lora 0;" in first
     assert "lora 0;" not in second

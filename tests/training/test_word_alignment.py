@@ -10,6 +10,7 @@ from model.model import MMultiModal
 from tests.tiny import tiny_config
 from tests.training.runs import weights
 from training import word_alignment
+from training.dry_run import describe_run
 from training.loop import Trainer
 from training.word_alignment import WordScores, align_words, choose_photos, telling_words, words_of_photos
 
@@ -143,6 +144,9 @@ def test_only_a_new_run_is_aligned(configure, tmp_path, monkeypatch, capsys):
     for name, parameter in resumed.model.feature_proj.state_dict().items():
         assert torch.equal(parameter, after[f"feature_proj.{name}"] if f"feature_proj.{name}" in after else after[name])
     trainer("next", init_from=str(folder), max_steps=1, word_alignment=2)
-    trainer("other", None, False, True, max_steps=1, word_alignment=2)  # a dry run
+    dry = trainer("other", None, False, True, max_steps=1, word_alignment=2)
+    assert describe_run(dry).endswith(", and before it train.word_alignment, not measured here")
+    dry = trainer("other", None, False, True, init_from=str(folder), max_steps=1, word_alignment=2)
+    assert "word_alignment" not in describe_run(dry)
     with pytest.raises(UserError, match="aligned again"):
         trainer("new", max_steps=1, word_alignment=2)
