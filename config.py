@@ -99,8 +99,7 @@ class Lora(Section):
     alpha: int = Field(128, ge=1, le=2**16)
     dropout: float = Field(0.05, ge=0, lt=1)
     target_modules: list[str] | None = Field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        min_length=1,
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
     )
 
 
@@ -138,8 +137,7 @@ class Projector(Section):
 
     @model_validator(mode="after")
     def _no_setting_of_another_kind(self) -> "Projector":
-        owners = dict.fromkeys(("factor", "mean_share"), "pixel_shuffle")
-        owners |= dict.fromkeys(("queries", "heads"), "resampler")
+        owners = {"factor": "pixel_shuffle", "mean_share": "pixel_shuffle", "queries": "resampler", "heads": "resampler"}
         for key, kind in owners.items():
             # a checkpoint's config has all keys, so a default value was not chosen; new kinds may use any key
             chosen = getattr(self, key) != type(self).model_fields[key].default
@@ -245,6 +243,7 @@ class Generate(Section, frozen=True):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     seed: Seed = 0
     num_beams: int = Field(1, ge=1, le=16)
+    length_penalty: float = Field(1.0, ge=0, le=10)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), max_length=16)
 
     @field_validator("temperature")

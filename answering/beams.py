@@ -1,8 +1,8 @@
 """Beam search: instead of the likeliest next token, the answer that is likeliest as a whole. Used by `answer.py`.
 
-The rules are those of transformers' `generate` with `num_beams`: an answer is scored by the mean log probability of its
-tokens, end token included, and a search ends when no open beam has a better mean than the worst of `num_beams` ended
-ones. The beams of a question are branches behind its prompt (`qwen/branches.py`), so all of them share its keys.
+The rules are those of transformers' `generate` with `num_beams`: an answer is scored by its log probability, divided by
+the number of its tokens, end token included, to the power of `length_penalty` (1: their mean). A search ends when no open
+beam has a better score than the worst of `num_beams` ended ones. The beams of a question are branches behind its prompt (`qwen/branches.py`), so all of them share its keys.
 
 Shapes: N questions that have not ended, W beams of each, V vocabulary.
 """
@@ -87,8 +87,9 @@ class _Beams:
         self.tokens: list[list[int]] = [[]]
         self.ended = False
         self._prompt, self._width, self._stop_ids = prompt, settings.num_beams, stop_ids
+        self._length_penalty = settings.length_penalty
         self._totals = torch.zeros(1, device=device)  # log probability of each open answer
-        self._done: list[tuple[float, list[int]]] = []  # mean log probability and tokens, the best first
+        self._done: list[tuple[float, list[int]]] = []  # score and tokens, the best first
         self._penalty = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
 
     def grow(self, model: MMultiModal, scores: torch.Tensor) -> list[int]:
@@ -111,7 +112,7 @@ class _Beams:
             if token not in self._stop_ids and len(tokens) < self._prompt.limit:
                 grown.append((total, parent, tokens))
             elif rank < self._width:
-                self._done.append((total / len(tokens), tokens))
+                self._done.append((self._score(total, tokens), tokens))
         self._done = sorted(self._done, key=lambda done: -done[0])[: self._width]
         if not grown:
             self.ended = True
@@ -120,8 +121,11 @@ class _Beams:
         self._totals = best.new_tensor([total for total, _, _ in grown])
         self.tokens = [tokens for _, _, tokens in grown]
         full = len(self._done) == self._width
-        self.ended = full and grown[0][0] / len(self.tokens[0]) <= self._done[-1][0]
+        self.ended = full and self._score(grown[0][0], self.tokens[0]) <= self._done[-1][0]
         return [parent for _, parent, _ in grown]
+
+    def _score(self, total: float, tokens: list[int]) -> float:
+        return total / len(tokens) ** self._length_penalty
 
     def best(self) -> list[int]:
         """Return the tokens of the best answer, its end token included."""

@@ -205,6 +205,7 @@ class RemoteAnswerer:
         # OpenAI's protocol has no field for it, and servers ignore what they do not know
         if fields.pop("num_beams", 1) != 1:
             raise UserError("a server is asked with its own number of beams: leave generate.num_beams out")
+        fields.pop("length_penalty", None)  # of beams only
         fields = {
             name: value for name, value in fields.items() if name not in EXTENSIONS or value != getattr(neutral, name)
         }

@@ -92,7 +92,7 @@ def generation_settings(model: MMultiModal) -> dict[str, Any]:
         content |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
         content |= {"min_p": settings.min_p} if settings.min_p else {}
     elif settings.num_beams > 1:
-        content["num_beams"] = settings.num_beams
+        content |= {"num_beams": settings.num_beams, "length_penalty": settings.length_penalty}
     return content
 
 

@@ -26,6 +26,7 @@ def reference(model, request, settings):
         torch.tensor([prompt.ids]),
         max_new_tokens=settings.max_new_tokens,
         num_beams=settings.num_beams,
+        length_penalty=settings.length_penalty,
         do_sample=False,
         repetition_penalty=settings.repetition_penalty,
     )[0].tolist()
@@ -36,8 +37,13 @@ def reference(model, request, settings):
 @pytest.mark.parametrize("model", ["qwen2-tied", "qwen1", "sliding", "tiles"], indirect=True)
 @pytest.mark.parametrize(
     "settings",
-    [THREE, THREE.model_copy(update={"num_beams": 5, "repetition_penalty": 1.4})],
-    ids=["three", "five with a penalty"],
+    [
+        THREE,
+        THREE.model_copy(update={"num_beams": 5, "repetition_penalty": 1.4}),
+        THREE.model_copy(update={"length_penalty": 0.0}),
+        THREE.model_copy(update={"length_penalty": 0.5}),
+    ],
+    ids=["three", "five with a penalty", "the likeliest", "in between"],
 )
 def test_answers_are_those_of_transformers(model, photos, monkeypatch, settings):
     requests = requests_of(model, photos)[:12]

@@ -131,9 +131,10 @@ def test_decoding_settings_travel(make, export):
     assert (settings.max_new_tokens, settings.do_sample, settings.temperature) == (7, True, 0.5)
     assert (settings.top_p, settings.repetition_penalty) == (0.9, 1.2)
     assert settings.suppress_tokens == model.suppressed_ids
-    folder, report = export(make(generate={"max_new_tokens": 7, "num_beams": 3}), name="beams")
+    folder, report = export(make(generate={"max_new_tokens": 7, "num_beams": 3, "length_penalty": 0.5}), name="beams")
     assert report["passed"]
-    assert transformers.GenerationConfig.from_pretrained(folder).num_beams == 3
+    settings = transformers.GenerationConfig.from_pretrained(folder)
+    assert (settings.num_beams, settings.length_penalty) == (3, 0.5)
 
 
 BROKEN = {
