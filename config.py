@@ -137,7 +137,8 @@ class Projector(Section):
 
     @model_validator(mode="after")
     def _no_setting_of_another_kind(self) -> "Projector":
-        owners = {"factor": "pixel_shuffle", "mean_share": "pixel_shuffle", "queries": "resampler", "heads": "resampler"}
+        owners = dict.fromkeys(("factor", "mean_share"), "pixel_shuffle")
+        owners |= dict.fromkeys(("queries", "heads"), "resampler")
         for key, kind in owners.items():
             # a checkpoint's config has all keys, so a default value was not chosen; new kinds may use any key
             chosen = getattr(self, key) != type(self).model_fields[key].default

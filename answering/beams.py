@@ -1,8 +1,9 @@
 """Beam search: instead of the likeliest next token, the answer that is likeliest as a whole. Used by `answer.py`.
 
 The rules are those of transformers' `generate` with `num_beams`: an answer is scored by its log probability, divided by
-the number of its tokens, end token included, to the power of `length_penalty` (1: their mean). A search ends when no open
-beam has a better score than the worst of `num_beams` ended ones. The beams of a question are branches behind its prompt (`qwen/branches.py`), so all of them share its keys.
+the number of its tokens, end token included, to the power of `length_penalty` (1: their mean). A search ends when no
+open beam has a better score than the worst of `num_beams` ended ones. The beams of a question are branches behind its
+prompt (`qwen/branches.py`), so all of them share its keys.
 
 Shapes: N questions that have not ended, W beams of each, V vocabulary.
 """

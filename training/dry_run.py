@@ -34,9 +34,9 @@ def describe_run(run: Run) -> str:
     run.model.zero_grad()
     hours = _step_seconds(run, chosen, lengths) * run.total_steps / 3600
     time = f"about {hours * 60:.0f} minutes" if hours < 2 else f"about {hours:.1f} hours"
-    train = run.config.train
-    before = train.word_alignment and train.init_from is None
-    text.append(f"the whole run: {time}" + (", and before it train.word_alignment, not measured here" if before else ""))
+    text.append(f"the whole run: {time}")
+    if run.config.train.word_alignment and run.config.train.init_from is None:
+        text[-1] += ", and before it train.word_alignment, not measured here"
     return "\n".join(text)
 
 
