@@ -1,8 +1,7 @@
 """The typed schema of a run: every key of `config.yaml`, its type, its default and its bounds.
 
 All scripts call `load_config(path, overrides)`. For a wrong file, the error has one sentence per mistake with the key,
-the reason and the nearest valid name; nothing is guessed. Each script checks that the files it needs exist
-(`existing_path`), so `predict.py` needs no training data.
+the reason and the nearest valid name. Each script checks itself that the files it needs exist (`existing_path`).
 """
 
 from pathlib import Path
@@ -132,6 +131,7 @@ class Projector(Section):
     init_std: float = Field(0.01, ge=1e-6, le=10)
     factor: Literal[2, 3] = 3
     mean_share: float | None = Field(None, ge=0, le=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
     queries: int = Field(64, ge=1, le=4096)
     heads: int = Field(16, ge=1, le=256)
 

@@ -184,8 +184,9 @@ class MMultiModal(nn.Module):
             return torch.cat([self.encoder(crops) for crops in pixels.split(ENCODER_CROPS)])
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """`(C, R, Dv)` encoder features → `(C, M, Dl)` image tokens."""
-        return self.feature_proj(features, self.encoder.grid)
+        """`(C, R, Dv)` encoder features → `(C, M, Dl)` image tokens; dropout in training."""
+        kept = nn.functional.dropout(features, self.config.projector.dropout, self.training)
+        return self.feature_proj(kept, self.encoder.grid)
 
     def forward(
         self,

@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import Projector, load_config
 from errors import UserError
+from model.model import MMultiModal
 from model.projector import PROJECTORS, FeatureProjector, build_projector, sine_positions
 from paths import REPO_ROOT
+from tests.tiny import tiny_config
 from visual_plan import Grid
 
 WIDTH, OUT_WIDTH = 12, 32
@@ -351,3 +353,18 @@ def test_the_table_of_the_docs_holds_what_is_counted(language, unit, kinds):
         scale = {"G": 1e9, "亿次": 1e8}[kinds[1]]
         needed = projector.operations(Grid(27, 27, -1), True)
         assert float(operations.removesuffix(kinds[1])) == pytest.approx(needed / scale, rel=0.01)
+
+
+def test_dropout_zeroes_features_in_training_only(backbones):
+    """`projector.dropout` of 0.25: a quarter of the features is 0, the others are larger by 4 / 3."""
+    model = MMultiModal.from_config(tiny_config(backbones, projector={"dropout": 0.25}), device="cpu")
+    seen = []
+    model.feature_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    features = torch.ones(4, model.encoder.grid.rows, model.encoder.width)
+    torch.manual_seed(0)
+    model.train().project(features)
+    model.eval().project(features)
+    trained, asked = seen
+    assert torch.equal(asked, features)
+    assert trained.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert (trained == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
