@@ -111,3 +111,5 @@ def test_a_server_is_not_told(photos):
     answerer = RemoteAnswerer("http://127.0.0.1:9/v1", model="gpt", settings=THREE)
     with pytest.raises(UserError, match=r"leave generate\.num_beams out"):
         answerer.stream(photos[0], [{"role": "user", "content": "?"}]).rest()
+    settings = Generate(length_penalty=0.0, max_new_tokens=8)
+    assert answerer._fields([], settings) == {"model": "gpt", "messages": [], "max_tokens": 8}
