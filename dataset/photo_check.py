@@ -129,15 +129,21 @@ def _result(chunk: list[str], future: Future[Any]) -> list[Problem | None]:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Block SIGINT while processes start, because the terminal sends Ctrl-C to all; only the parent handles it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows: workers ignore it from `_start_worker` on
+    """Hold SIGINT back while processes start, because the terminal sends Ctrl-C to all; only the parent handles it.
+
+    The processes inherit the mask. In the parent, it does not suffice: another thread, such as that of a progress bar,
+    takes the signal, and the main thread would raise KeyboardInterrupt before a process has got its first message.
+    """
+    with contextlib.ExitStack() as ends:  # the last one first
+        if threading.current_thread() is threading.main_thread():  # others get no signal, and may set no handler
+            told: list[int] = []
+            handler = signal.signal(signal.SIGINT, lambda number, _: told.append(number))
+            ends.callback(lambda: signal.raise_signal(signal.SIGINT) if told else None)
+            ends.callback(signal.signal, signal.SIGINT, handler)
+        if hasattr(signal, "pthread_sigmask"):  # Windows: workers ignore it from `_start_worker` on
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            ends.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
         yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(stop: Event) -> None:

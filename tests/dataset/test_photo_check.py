@@ -5,11 +5,13 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from PIL import Image
 
-from dataset.photo_check import _decode_all, photo_check
+from dataset.photo_check import _decode_all, _interrupts_held, photo_check
 from paths import REPO_ROOT
 from tests.raw_world import write_json
 
@@ -73,6 +75,26 @@ class TestDecoding:
         assert process.wait() == (130 if kind == "SIGINT" else -9), rest
         assert kind == "SIGKILL" or "Traceback" not in rest
         assert world.written() == {}
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+    def test_an_interrupt_waits_until_a_process_has_started(self):
+        """Also where another thread takes the signal: it has no mask."""
+        ended, reached = threading.Event(), []
+
+        def start():
+            with _interrupts_held():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+                reached.append(True)
+
+        thread = threading.Thread(target=ended.wait)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        ended.set()
+        thread.join()
+        assert reached
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 class Deadly(str):
