@@ -226,7 +226,7 @@ class Train(Section):
                 "with micro_batch: auto, 'samples_per_step' says how many samples make an optimizer step (and "
                 "'accumulation' follows); with a number, 'accumulation' does and 'samples_per_step' is null"
             )
-        if self.contrastive_weight > 0 and self.micro_batch == 1 and self.tokens_per_batch is None:
+        if self.contrastive_weight > 0 and self.micro_batch in (1, "auto") and self.tokens_per_batch is None:
             raise ValueError("'contrastive_weight' compares the photos of a micro-batch: set micro_batch to 2 or more")
         if self.micro_batch == "auto" and self.tokens_per_batch is not None:
             raise ValueError("'tokens_per_batch' fills micro-batches by itself: set micro_batch to a number")

@@ -147,7 +147,8 @@ def check_part_name(key: str, where: str = "") -> None:
 def make_parts(model: Network) -> list[Part]:
     """Build the parts of a frozen model and enable gradients where the learning rate is above 0.
 
-    Trained weights are kept in float32, because bf16 would lose small steps.
+    Trained weights are kept in float32, because bf16 would lose small steps. So is LoRA with a learning rate of 0: the
+    next checkpoint has it unchanged. Whole weights with 0 get the dtype of frozen ones, and that checkpoint has it too.
 
     Raises:
         UserError: an unknown part, or an error of its function in `PARTS`.
@@ -158,7 +159,7 @@ def make_parts(model: Network) -> list[Part]:
         parts += PARTS[key](model, settings)
     for part in parts:
         for parameter in part.parameters.values():
-            if part.lr > 0 and parameter.dtype in (torch.bfloat16, torch.float16):
+            if (part.lr > 0 or part.lora) and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
             parameter.requires_grad_(part.lr > 0)
     return parts

@@ -102,10 +102,11 @@ class LoraLinear(Linear):
         weight, bias = base.weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype)
         flat = x.reshape(-1, x.shape[-1])  # (T, I)
         dropout, mask, scaling = self.lora_dropout["default"], None, self.scaling["default"]
-        if self.training and not isinstance(dropout, torch.nn.Identity):
+        matrices = (self.lora_A["default"].weight, self.lora_B["default"].weight)
+        # dropout is for what is trained: with a learning rate of 0 it would only be noise
+        if self.training and matrices[0].requires_grad and not isinstance(dropout, torch.nn.Identity):
             mask = dropout_mask(flat, dropout.p)
             scaling /= 1 - dropout.p
-        matrices = (self.lora_A["default"].weight, self.lora_B["default"].weight)
         if torch.is_grad_enabled():
             with torch.autocast(kind, enabled=False):
                 output = _LowRankLinear.apply(flat, mask, weight, bias, *matrices, scaling)

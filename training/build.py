@@ -17,16 +17,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from batch import Batch
-from compat import send_no_gradients_of, set_activation_checkpointing
+from compat import set_activation_checkpointing
 from config import Config, Train
 from dataset.image_caption_dataset import ImageCaptionDataset
 from dataset.records import Entry, Photo
 from errors import UserError
-from model.checkpoint import fingerprints, restore_weights
-from model.checkpoint_folder import check_complete, read_config
-from model.model import LossOf, MMultiModal
+from model.checkpoint import fingerprints
+from model.checkpoint_folder import check_complete, read_config, read_provenance
+from model.model import MMultiModal
 from model.parts import check_part_name
 from model.precision import DTYPES, pick_device, pick_precision
+from model.restore import restore_weights
 from paths import check_folder, resolve_path
 from training import state
 from training.agreement import all_or_none, on_main
@@ -47,7 +48,7 @@ from training.movement import sample_weights
 from training.optimizer import build_optimizer, build_schedule
 from training.provenance import make_provenance
 from training.run_log import check_trackers
-from training.sharding import check_shardable, shard
+from training.sharding import check_shardable, wrap
 from training.signals import StopSignals
 from training.word_alignment import align_words
 
@@ -121,19 +122,21 @@ class Run:
 
         self.wrapped = wrap(self.accelerator, self.model)
         before = None if resumed is None else read_config(resumed).train
+        self.stop = StopSignals()
+        self._counted: tuple[int, Sequence[int]] = (-1, ())
         self.setting = self._setting(saved, before)
         self.set_checkpointing(self.setting.checkpointing)
         self.steps_per_epoch = math.ceil(len(self.epoch_batches(0)) / self.batches_per_step)
-        self.total_steps = self._count_steps(saved, before)
+        same_data = resumed is None or read_provenance(resumed).get("shape") == self.provenance["shape"]
+        self.total_steps = self._count_steps(saved, before, same_data)
         optimizer = build_optimizer(self.model, config.train)
         self.schedule = build_schedule(optimizer, config.train, self.total_steps)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.arithmetic = Arithmetic(self.model)
         self.matrix_peak = matrix_peak(self.accelerator.device, DTYPES[self.precision])
         torch.manual_seed(config.train.seed + self.accelerator.process_index)  # different dropout on each process
-        self.stop = StopSignals()
         self.whole_step = True
-        self.last_figures: dict[str, Any] = {}
+        self.last_figures = {} if resumed is None else state.saved_figures(resumed)
         self.saved_step = -1
         self.start = sample_weights(self.model) if saved is None else saved.get("start")
         self.progress = state.Progress() if saved is None else state.restore(self, saved)
@@ -159,13 +162,13 @@ class Run:
         self.model.zero_grad()
         return setting
 
-    def _count_steps(self, saved: dict[str, Any] | None, before: Train | None) -> int:
+    def _count_steps(self, saved: dict[str, Any] | None, before: Train | None, same_data: bool) -> int:
         train = self.config.train
         if train.max_steps is not None or before is None or saved is None:
             return train.max_steps or train.epochs * self.steps_per_epoch
-        if same_keys(before, train, SETTING_KEYS + LENGTH_KEYS):
+        if same_data and same_keys(before, train, SETTING_KEYS + LENGTH_KEYS):
             return saved["total_steps"]
-        # earlier steps may have used another number of samples per step
+        # earlier steps may have used another number of samples per step, or other samples
         step, epoch, samples = (saved["progress"][name] for name in ("step", "epoch", "samples"))
         if epoch >= train.epochs:
             return step
@@ -225,7 +228,7 @@ class Run:
     ) -> MicroBatches:
         """Cut the sample indices from position `start` of `order` into micro-batches; see `micro_batches`."""
         train = self.config.train
-        lengths = None if train.tokens_per_batch is None else sample_lengths(dataset, train.workers)
+        lengths = None if train.tokens_per_batch is None else self._lengths(dataset, order)
         return micro_batches(order, self.setting.micro_batch, processes, lengths, train.tokens_per_batch, start)
 
     def epoch_batches(self, epoch: int, samples: int = 0) -> MicroBatches:
@@ -233,6 +236,15 @@ class Run:
         self.train_set.set_epoch(epoch)
         order = epoch_order(self.train_set, self.weights, self.config.train.seed, epoch)
         return self.cut(self.train_set, order, self.accelerator.num_processes, samples)
+
+    def _lengths(self, dataset: ImageCaptionDataset, order: Sequence[int]) -> Sequence[int]:
+        """Tokens of the samples of `order`, by index; those of a training epoch are kept for the next call."""
+        workers = self.config.train.workers
+        if dataset is not self.train_set:
+            return sample_lengths(dataset, workers, order, self.stop)
+        if self._counted[0] != int(dataset.epoch):
+            self._counted = int(dataset.epoch), sample_lengths(dataset, workers, stop=self.stop)
+        return self._counted[1]
 
 
 def same_keys(before: Train, now: Train, keys: tuple[str, ...]) -> bool:
@@ -285,25 +297,6 @@ def load_model(config: Config, device: torch.device, precision: str) -> MMultiMo
     model.encoder.to(device)
     model.feature_proj.to(device)
     return model
-
-
-def wrap(accelerator: accelerate.Accelerator, model: MMultiModal) -> torch.nn.Module:
-    """Wrap the loss for several processes, each with all weights or, with `train.shard`, with its share of them.
-
-    Frozen tensors are equal on all processes; whole ones are not sent.
-
-    Raises:
-        UserError: all tensors are frozen.
-    """
-    loss = LossOf(model)
-    if not any(parameter.requires_grad for parameter in loss.parameters()):
-        raise UserError("'train.parts': nothing is trained: give a part a learning rate above 0")
-    if model.config.train.shard:
-        return shard(accelerator, loss)
-    frozen = [name for name, parameter in loss.named_parameters() if not parameter.requires_grad]
-    buffers = [name for name, _ in loss.named_buffers()]
-    send_no_gradients_of(loss, [*frozen, *buffers])
-    return accelerator.prepare(loss)
 
 
 def compile_layers(language_model: torch.nn.Module) -> None:

@@ -28,7 +28,9 @@ def after_step(run: Run, watch: Watch, figures: dict[str, Any]) -> None:
     line = summarise(run.progress.window, run.matrix_peak, peak_memory(device))
     watch.step(figures, line)
     evaluating = last or (train.eval_steps is not None and step % train.eval_steps == 0)
-    if evaluating := evaluating and not figures["signal"]:
+    if last and figures["signal"]:
+        save(run)  # first, because who sent the signal may not wait for the validation
+    if evaluating := evaluating and (last or not figures["signal"]):
         line |= validate(run) if run.val_samples else {}
         if not math.isfinite(line.get("val_loss", 0.0)):
             run.say(f"the validation loss at step {step} is {line['val_loss']}: the weights overflow in evaluation")

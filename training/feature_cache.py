@@ -33,7 +33,7 @@ from paths import address, resolve_path, shown_path
 from visual.augment import Augment
 from visual.photo import load_image, photo_size
 from visual.shard import file_of
-from visual.web import web_state
+from visual.web import WebError, web_state
 from visual_plan import VisualPlan
 
 END = b"features complete 1"
@@ -128,11 +128,11 @@ class _Pixels(Dataset):
     def __len__(self) -> int:
         return len(self.photos)
 
-    def __getitem__(self, index: int) -> torch.Tensor | str:
+    def __getitem__(self, index: int) -> torch.Tensor | UserError:
         try:
             return self.load(self.photos[index])
         except UserError as error:
-            return str(error)
+            return error
 
 
 def cached_features(
@@ -228,7 +228,11 @@ def _state(photo: Photo) -> str:
 
 
 def encoded_photos(model: MMultiModal, photos: list[Photo], workers: int) -> Iterator[torch.Tensor | str]:
-    """Yield the features of each photo, (C, R, Dv) bf16 on the CPU, or the problem of an unreadable one."""
+    """Yield the features of each photo, (C, R, Dv) bf16 on the CPU, or the problem of an unreadable one.
+
+    Raises:
+        WebError: a store does not answer.
+    """
     loader = PixelLoader(model.processor)
     pixels = DataLoader(
         _Pixels(photos, loader),
@@ -238,13 +242,16 @@ def encoded_photos(model: MMultiModal, photos: list[Photo], workers: int) -> Ite
         generator=torch.Generator(),  # by default, the loader would advance the global generator
     )
     for batch in tqdm(pixels, desc="encoding photos", unit="batch", dynamic_ncols=True):
-        readable = [item for item in batch if not isinstance(item, str)]
+        for item in batch:
+            if isinstance(item, WebError):
+                raise item
+        readable = [item for item in batch if isinstance(item, torch.Tensor)]
         features = iter(())
         if readable:
             encoded = model.encode_image(torch.cat(readable).to(model.device)).to(torch.bfloat16).cpu()
             features = iter(encoded.split([len(crops) for crops in readable]))
         for item in batch:
-            yield item if isinstance(item, str) else next(features)
+            yield next(features) if isinstance(item, torch.Tensor) else str(item)
 
 
 def _encoded(model: MMultiModal, photos: list[Photo], config: Config) -> Iterator[Any]:

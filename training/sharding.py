@@ -1,8 +1,9 @@
-"""Sharding of all weights over the processes of a run (`train.shard`), by torch's FSDP2.
+"""The loss on several processes: with all weights on each, or sharded (`train.shard`) by torch's FSDP2.
 
-Each process keeps its share of every weight, gradient and optimizer state. A decoder layer is gathered while it
-computes; the embedding, `lm_head`, the projector and the encoder are gathered together during the whole pass, because
-a batch without photos does not call the encoder, and all processes must gather the same weights in the same order.
+Sharded, each process keeps its share of every weight, gradient and optimizer state. A decoder layer is gathered while
+it computes; the embedding, `lm_head`, the projector and the encoder are gathered together during the whole pass,
+because a batch without photos does not call the encoder, and all processes must gather the same weights in the same
+order.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from compat import send_no_gradients_of
 from config import Config
 from errors import UserError
 from model.model import LossOf, MMultiModal
@@ -56,6 +58,25 @@ def shard(accelerator: Accelerator, loss: LossOf) -> torch.nn.Module:
     for part in model.parts:
         part.parameters = {name: sharded[names[id(weight)]] for name, weight in part.parameters.items()}
     return accelerator.prepare_model(loss, evaluation_mode=True)  # only autocast
+
+
+def wrap(accelerator: Accelerator, model: MMultiModal) -> torch.nn.Module:
+    """Wrap the loss for several processes, each with all weights or, with `train.shard`, with its share of them.
+
+    Frozen tensors are equal on all processes; whole ones are not sent.
+
+    Raises:
+        UserError: all tensors are frozen.
+    """
+    loss = LossOf(model)
+    if not any(parameter.requires_grad for parameter in loss.parameters()):
+        raise UserError("'train.parts': nothing is trained: give a part a learning rate above 0")
+    if model.config.train.shard:
+        return shard(accelerator, loss)
+    frozen = [name for name, parameter in loss.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in loss.named_buffers()]
+    send_no_gradients_of(loss, [*frozen, *buffers])
+    return accelerator.prepare(loss)
 
 
 def whole(value: Any, kept: bool = True) -> Any:

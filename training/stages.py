@@ -97,6 +97,8 @@ def stage_configs(config: Config) -> list[Config]:
         name = _name(stage, where)
         if number < len(config.train.stages) - 1:
             values["train.output_dir"] = f"{config.train.output_dir}/{number + 1}-{name}"
+        if number > 0 and values.get("train.word_alignment"):
+            raise UserError(f"{where}.train.word_alignment is for a new projector: set it in the first stage")
         if number > 0:
             values |= {"train.init_from": None, "train.word_alignment": 0}  # its projector is not new
         made = overridden(base, values, where)

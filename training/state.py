@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
+import orjson
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -23,6 +24,7 @@ from errors import UserError, file_error
 from model.checkpoint import save_checkpoint
 from model.checkpoint_folder import (
     CONFIG_FILE,
+    METRICS_FILE,
     PROVENANCE_FILE,
     STATE_FILE,
     check_complete,
@@ -36,6 +38,8 @@ from training.estimate import Setting
 from training.folder_lock import hold, recover_free
 from training.movement import WeightSample
 from training.sharding import shards_of, whole, whole_parts
+
+POSITION = ("step", "epoch", "samples")  # attributes of `Progress` that metrics.json shows
 
 
 @dataclasses.dataclass
@@ -68,14 +72,14 @@ class Progress:
     def note_generators(self, device: torch.device) -> None:
         """Store the current state of the generators, for a checkpoint that is saved during the next step."""
         self.generators = {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            self.generators["cuda"] = torch.cuda.get_rng_state()
+        if device.type != "cpu":
+            self.generators[device.type] = torch.get_device_module(device).get_rng_state()
 
     def restore_generators(self, device: torch.device) -> None:
         """Set the generators to the stored state."""
         torch.set_rng_state(self.generators["cpu"])
-        if "cuda" in self.generators and device.type == "cuda":
-            torch.cuda.set_rng_state(self.generators["cuda"])
+        if device.type != "cpu" and device.type in self.generators:
+            torch.get_device_module(device).set_rng_state(self.generators[device.type])
 
 
 class Resumable(Protocol):
@@ -188,6 +192,7 @@ def run_shape(config: Config, data: str) -> dict[str, Any]:
         "train.seed": train.seed,
         "train.max_questions": train.max_questions if train.pack_questions else 1,
         "weights of the sources": {source.name: source.weight for source in config.data.sources},
+        "visual.tiles": config.visual.tiles,
         "prompt": config.prompt.model_dump(),
     }
 
@@ -285,7 +290,7 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
             "schedule": run.schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        position = {"step": progress.step, "epoch": progress.epoch, "samples": progress.samples}
+        position = {key: getattr(progress, key) for key in POSITION}
         save_checkpoint(run.model, folder, position | figures, run.provenance, state)
         if pruning:
             prune(run.output_dir, run.config.train.save_total_limit, newest=folder)
@@ -293,6 +298,15 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
     with whole_parts(run.model, writes):
         on_main(run.accelerator, write)
     return folder
+
+
+def saved_figures(folder: Path) -> dict[str, Any]:
+    """Return what `save` got as `figures`; {} if it cannot be read, as no run depends on it."""
+    try:
+        figures = orjson.loads((folder / METRICS_FILE).read_bytes())
+        return {name: figure for name, figure in figures.items() if name not in POSITION}
+    except (OSError, orjson.JSONDecodeError, AttributeError):
+        return {}
 
 
 def restore(run: Resumable, state: dict[str, Any]) -> Progress:

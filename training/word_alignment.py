@@ -9,6 +9,7 @@ It is multiple-instance learning, as in Fang et al. 2015 (arXiv 1411.4952): a wo
 tokens shows it. Shapes: P photos, T image tokens of a photo, V words, Dl width of the language model.
 """
 
+import contextlib
 import math
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from dataset.records import Entry, Photo
+from errors import UserError
 from model.model import MMultiModal
 from training.feature_cache import PixelLoader, encoded_photos
 
@@ -85,7 +87,8 @@ def choose_photos(model: MMultiModal, photos: Mapping[int, Photo], entries: Iter
     chosen, room = [], FEATURE_BYTES
     for number in torch.randperm(len(IDs), generator=torch.Generator().manual_seed(seed)).tolist():
         photo = photos[IDs[number]]
-        room -= plan(photo).crops * crop_bytes
+        with contextlib.suppress(UserError):  # its size cannot be read: it is left out with the unreadable ones
+            room -= plan(photo).crops * crop_bytes
         if room < 0:
             break
         chosen.append(photo)

@@ -75,7 +75,11 @@ class Tower(nn.Module):
     @property
     def dropped(self) -> int:
         """Number of rows that `forward` leaves out."""
-        return {"none": 0, "first": 1, "leading": self.leading}[self.drop]
+        return self.dropped_by(self.drop)
+
+    def dropped_by(self, drop: Drop) -> int:
+        """Number of rows that another `drop` would leave out."""
+        return {"none": 0, "first": 1, "leading": self.leading}[drop]
 
     @property
     def all_rows(self) -> int:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from backbones.backbone import _first_fingerprint, remember_backbones
+from errors import UserError
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.checkpoint_folder import list_checkpoints, recover
 from model.model import MMultiModal
@@ -110,6 +111,30 @@ def test_missing_backbone_says_which_key(folder, tmp_path):
 def test_changed_prompt_is_refused(folder, backbones):
     with pytest.raises(ValueError, match=r"trained with another prompt: leave prompt\.\* as"):
         load(folder, backbones, **{"prompt.system": "Other."})
+
+
+@pytest.mark.parametrize(
+    ("projector", "changed", "said"),
+    [
+        ({"kind": "resampler", "queries": 5, "heads": 4}, {"projector.heads": 2}, "projector.heads=4"),
+        ({"kind": "pixel_shuffle", "factor": 2, "mean_share": 0.0}, {"projector.mean_share": None}, "mean_share=0.0"),
+        ({"kind": "pixel_shuffle", "factor": 2}, {"visual.drop": "none"}, "visual.drop=first"),
+        ({}, {"visual.drop": "none"}, "visual.drop=first"),
+    ],
+)
+def test_settings_that_change_no_shape_are_compared(backbones, tmp_path, projector, changed, said):
+    model = MMultiModal.from_config(tiny_config(backbones, projector=projector))
+    save_checkpoint(model, tmp_path / "checkpoint-1", {}, {"commit": None}, {})
+    load(tmp_path / "checkpoint-1", backbones)
+    load(tmp_path / "checkpoint-1", backbones, **{"projector.dropout": 0.5})
+    with pytest.raises(UserError, match=rf"was trained with .*{said}: set it so"):
+        load(tmp_path / "checkpoint-1", backbones, **changed)
+
+
+def test_the_default_share_of_the_mean_is_equal_to_its_number(backbones, tmp_path):
+    model = MMultiModal.from_config(tiny_config(backbones, projector={"kind": "pixel_shuffle", "factor": 2}))
+    save_checkpoint(model, tmp_path / "checkpoint-1", {}, {"commit": None}, {})
+    load(tmp_path / "checkpoint-1", backbones, **{"projector.mean_share": 0.5})
 
 
 def test_projector_of_another_size_is_refused(folder, backbones):

@@ -113,3 +113,5 @@ def test_zero_changes_no_bit_and_more_lowers_it(backbones, tmp_path):
 def test_a_micro_batch_of_one_is_refused(backbones):
     with pytest.raises(UserError, match="'contrastive_weight' compares the photos of a micro-batch"):
         tiny_config(backbones, train={"contrastive_weight": 0.1, "micro_batch": 1})
+    with pytest.raises(UserError, match="'contrastive_weight' compares the photos of a micro-batch"):
+        tiny_config(backbones, train={"contrastive_weight": 0.1, "micro_batch": "auto", "samples_per_step": 4})

@@ -273,6 +273,16 @@ def test_mistakes_are_one_sentence(backbones, tmp_path):
     assert near == "'train.parts.visoin' is not a part that can be trained, did you mean 'vision'?"
 
 
+def test_lora_with_a_rate_of_zero_is_stored_as_it_was(backbones, tmp_path):
+    rates = {"projector": {"lr": 1e-2}, "llm": LLM, "vision": {"mode": "lora", "lr": 1e-2}}
+    first = Trainer(configured(backbones, tmp_path / "first", rates, precision="bf16")).run()
+    rest = {"projector": {"lr": 1e-2}, "llm": LLM | {"lr": 0}, "vision": {"mode": "lora", "lr": 0}}
+    second = Trainer(configured(backbones, tmp_path / "second", rest, precision="bf16", init_from=str(first))).run()
+    for name in ("adapter_model.safetensors", "vision_adapter/adapter_model.safetensors"):
+        before, after = load_file(first / name), load_file(second / name)
+        assert all(torch.equal(after[key], tensor) and tensor.any() for key, tensor in before.items())
+
+
 @pytest.mark.parametrize(
     "settings", [{"mode": "full"}, {"mode": "full", "layers": [0]}, {"mode": "lora", "layers": [0]}]
 )

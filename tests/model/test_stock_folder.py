@@ -13,8 +13,9 @@ from answering.answer import Answerer
 from config import Prompt
 from errors import UserError
 from exporting.write import check_export, write_export
-from model.checkpoint import load_checkpoint, restore_weights
+from model.checkpoint import load_checkpoint
 from model.model import MMultiModal
+from model.restore import restore_weights
 from predict import main as predict_main
 from tests.exporting.conftest import FACTS
 from tests.tiny import fill_trained, tiny_config, write_clip

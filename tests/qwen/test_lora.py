@@ -149,3 +149,11 @@ def test_the_operator_for_gpus_is_the_product_with_the_mask():
     mask = dropout_mask(x.flatten(), 0.3).view(x.shape)
     assert 0 < int(mask.sum()) < x.numel()
     assert torch.equal(torch.ops.aten.native_dropout_backward(x, mask.view(torch.bool), 1.0), x * mask)
+
+
+def test_lora_that_is_not_trained_has_no_dropout():
+    _, model = pair(dropout=0.5)
+    x = torch.randn(3, 12, dtype=torch.float64)
+    assert not torch.equal(model(x), model(x))
+    model.requires_grad_(requires_grad=False)
+    assert torch.equal(model(x), model(x))

@@ -16,6 +16,7 @@ from model.checkpoint import load_checkpoint
 from model.checkpoint_folder import list_checkpoints
 from paths import REPO_ROOT
 from tests.training.runs import losses, weights
+from training import build, data
 from training.data import epoch_order, micro_batches, sample_lengths
 from training.dry_run import describe_run
 from training.loop import Trainer
@@ -198,18 +199,39 @@ def test_order_visits_every_sample_once_and_weights_repeat(configure):
     assert [len(batch) for batch in micro_batches(list(range(7)), 2, 3)] == [2, 2, 2]
 
 
-def test_token_budget_fills_micro_batches_and_keeps_the_order(configure):
+def test_token_budget_fills_micro_batches_and_keeps_the_order(configure, monkeypatch):
     lengths = [5, 4, 3, 30, 1, 9, 10]
     assert list(micro_batches([6, 0, 1, 3, 2, 4, 5], 1, 1, lengths, tokens=10)) == [[6], [0, 1], [3], [2, 4], [5]]
     assert list(micro_batches([6, 0, 1, 3, 2, 4, 5], 1, 2, lengths, tokens=10)) == [[6], [0, 1], [3], [2, 4]]
     trainer = Trainer(configure(tokens_per_batch=300, workers=1))
     lengths = [len(trainer.train_set.tokens(index).input_ids) for index in range(len(trainer.train_set))]
     assert list(sample_lengths(trainer.train_set, workers=1)) == lengths
+    monkeypatch.setattr(data, "FEW_SAMPLES", 1)
+    assert list(sample_lengths(trainer.train_set, workers=1)) == lengths
+    some = [0 if index == 1 else length for index, length in enumerate(lengths)]
+    chosen = [index for index in range(len(lengths)) if index != 1]
+    assert list(sample_lengths(trainer.train_set, 1, chosen[::-1])) == some
     batches = trainer.epoch_batches(0, 0)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     assert max(map(len, batches)) > 1
     assert all(len(batch) == 1 or sum(lengths[index] for index in batch) <= 300 for batch in batches)
     assert list(batches) == list(trainer.epoch_batches(0, 0)) != list(trainer.epoch_batches(1, 0))
+
+
+def test_tokens_are_counted_once_an_epoch(configure, monkeypatch):
+    counted = []
+
+    def noting(dataset, workers, indices=None, stop=None):
+        counted.append(len(dataset) if indices is None else len(indices))
+        return sample_lengths(dataset, workers, indices, stop)
+
+    monkeypatch.setattr(build, "sample_lengths", noting)
+    settings = {"tokens_per_batch": 300, "eval_steps": 1, "max_steps": None, "epochs": 2, "eval_samples": 1}
+    trainer = Trainer(configure(data={"val_fraction": 0.4}, **settings))
+    trainer.run()
+    assert counted.count(len(trainer.train_set)) == 2
+    assert counted.count(1) == trainer.total_steps  # the validation sample before each validation
+    assert len(counted) == 2 + trainer.total_steps
 
 
 @pytest.mark.nightly  # compiling takes half a minute

@@ -41,14 +41,17 @@ def launch(cases, processes, folder, launcher=TORCHRUN):
         str(folder),
     ]
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=REPO_ROOT, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS
-    )
+    with subprocess.Popen(command, cwd=REPO_ROOT, env=environment, stderr=subprocess.PIPE, text=True) as launched:
+        try:
+            _, told = launched.communicate(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            launched.terminate()  # the launcher hands it on; if it were killed, it would leave its processes behind
+            raise
     results = {}
     for case in cases:
         files = [folder / f"{case['name']}-{rank}.json" for rank in range(processes)]
         results[case["name"]] = [json.loads(file.read_text()) if file.exists() else None for file in files]
-    return results, done.stderr
+    return results, told
 
 
 @pytest.fixture(scope="module")

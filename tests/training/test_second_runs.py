@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import orjson
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -111,6 +112,56 @@ def test_a_first_stage_of_the_projector_fits_any_lora(config, capsys):
     third = second.run()
     with pytest.raises(UserError, match=r"'llm.lora' differs from the adapter .*r=2"):  # that one was trained
         Trainer(config("third", init_from=str(third), prompt=other["prompt"]))
+
+
+def test_other_rows_of_the_photo_are_a_note_for_a_new_run(config, capsys):
+    first = Trainer(config("first")).run()
+    other = config("second", init_from=str(first))
+    other = other.model_copy(update={"visual": other.visual.model_copy(update={"drop": "none"})})
+    capsys.readouterr()
+    Trainer(other)
+    said = capsys.readouterr().out
+    assert f"{first} was trained with visual.drop=first, and training will adapt it to none" in said
+    assert "another prompt" not in said
+    other = other.model_copy(update={"train": other.train.model_copy(update={"output_dir": str(first.parent)})})
+    with pytest.raises(UserError, match=r"was trained with visual\.drop=first: set it so"):
+        Trainer(other, resume="auto")
+
+
+def test_other_samples_change_the_number_of_steps(config):
+    settings = {"max_steps": None, "epochs": 1, "micro_batch": 1}
+    trainer = Trainer(config(**settings))
+    at_step(trainer, 2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer.run()
+    apart = config(pack_questions=False, **settings)
+    resumed = Trainer(apart, resume="auto", accept_changes=True)
+    assert trainer.total_steps < resumed.total_steps == 2 + len(resumed.train_set) - resumed.progress.samples
+    resumed.run()
+    assert Trainer(apart, resume="auto").total_steps == resumed.total_steps
+
+
+def test_figures_of_the_validation_outlive_a_resumption(config):
+    trainer = Trainer(config(data={"val_fraction": 0.4}, eval_steps=2, max_steps=5))
+    at_step(trainer, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer.run()
+    resumed = Trainer(config(data={"val_fraction": 0.4}, eval_steps=4, max_steps=5), resume="auto")
+    kept = resumed.last_figures["val_loss"]
+    at_step(resumed, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        resumed.run()
+    saved = orjson.loads((resumed.output_dir / "checkpoint-4" / "metrics.json").read_bytes())
+    assert (saved["step"], saved["val_loss"]) == (4, kept)
+
+
+def test_a_signal_in_the_last_step_leaves_out_no_validation(config, tmp_path):
+    trainer = Trainer(config(data={"val_fraction": 0.4}))
+    at_step(trainer, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer.run()
+    assert lines(tmp_path / "run")[-1]["val_loss"] > 0
+    assert names(tmp_path / "run")[-1] == "checkpoint-4"
 
 
 # fp16's scaler, with a scale that overflows

@@ -167,6 +167,7 @@ MISTAKES = {
     "a stage cannot change 'epochs'": {"epochs": 3},
     "'train.parts.visoin' is not a part that can be trained, did you mean 'vision'?": {"train.parts.visoin.lr": 0},
     "name = 'a/b': it becomes part of a folder's name": {"name": "a/b"},
+    "train.word_alignment is for a new projector: set it in the first stage": {"train.word_alignment": 5},
     "data.captions': file not found": {"data.captions": "nowhere.json"},
     "'train.parts.llm.mode' is 'frozen', but an earlier stage trains this part with 'lora'": {
         "train.parts.llm.mode": "frozen"

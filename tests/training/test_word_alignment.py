@@ -13,6 +13,7 @@ from training import word_alignment
 from training.dry_run import describe_run
 from training.loop import Trainer
 from training.word_alignment import WordScores, align_words, choose_photos, telling_words, words_of_photos
+from visual.web import WebError
 
 TAG = "<|extra_0|>"
 COLOURS = {"red": "r", "green": "g", "blue": "b"}  # the tokens of the tiny tokenizer are letters
@@ -95,6 +96,25 @@ def test_unreadable_photos_are_left_out(coloured):
     for photo in photos.values():
         photo.path.write_bytes(b"no photo")
     assert "(0 readable photos" in align_words(model, photos, entries, passes=1, seed=0, workers=0)
+
+
+def test_unreadable_photos_are_left_out_with_tiles_too(backbones, coloured):
+    _, photos, entries = coloured
+    model = MMultiModal.from_config(tiny_config(backbones, visual={"tiles": 4}))
+    photos[5].path.write_bytes(b"no photo")
+    assert "over 29 photos" in align_words(model, photos, entries, passes=1, seed=0, workers=0)
+
+
+def test_a_store_that_does_not_answer_ends_the_alignment(coloured, monkeypatch):
+    model, photos, entries = coloured
+
+    def silent(picture):
+        raise WebError("no answer")
+
+    monkeypatch.setattr("training.feature_cache.load_image", silent)
+    for workers in (0, 1):
+        with pytest.raises(WebError, match="^no answer$"):
+            align_words(model, photos, entries, passes=1, seed=0, workers=workers)
 
 
 def test_a_photo_may_have_no_telling_word(coloured):
