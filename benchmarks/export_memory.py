@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="half-b-24")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--format", default="llava")
+    parser.add_argument("--format", choices=("llava", "vipllava"), default="llava")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
@@ -113,6 +113,7 @@ def main() -> None:
         worker = context.Process(target=export, args=(arguments, theirs))
         began = time.perf_counter()
         worker.start()
+        theirs.close()  # else nothing would tell `watch` that the export is gone
         peaks = watch(worker, ours)
         assert worker.exitcode == 0, "the export failed, see above"
         weights = sum(file.stat().st_size for file in (folder / "out").glob("*.safetensors"))

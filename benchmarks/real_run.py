@@ -5,7 +5,8 @@
 
 Calls process_image.py, train.py and eval_vqa.py as a person would. The run is in `train.output_dir`; the same command
 goes on where an interrupted one stopped, and counts the time before. The row has commands, seconds, memory and scores;
-a row with the same name is replaced; `weights` tells which checkpoint it was. docs/real_run.md shows the table.
+a row with the same name is replaced; `weights` tells which checkpoint it was. With another name, other annotations or
+other `generate.` keys, the command scores a finished run once more. docs/real_run.md shows the table.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import torch
 from config import load_config
 from dataset.json_files import read_json
 from errors import UserError
-from model.checkpoint_folder import weights_digest
+from model.checkpoint_folder import list_checkpoints, weights_digest
 from model.precision import pick_device, pick_precision
 from paths import REPO_ROOT
 
@@ -48,8 +49,8 @@ def train_for(config: list[str], folder: Path, minutes: float, clock: Path, proc
         processes: started by torchrun, if more than one.
     """
     ended = {0, 128 + signal.SIGTERM}
-    seconds = float(clock.read_text()) if clock.is_file() else 0.0
-    begun = any(folder.glob("checkpoint-*"))
+    begun = list_checkpoints(folder)
+    seconds = float(clock.read_text()) if begun and clock.is_file() else 0.0
     if not begun or seconds < 60 * minutes:
         start, told = time.monotonic(), []
         # an exception of the handler could come while the process begins, which would then be left running
@@ -66,7 +67,8 @@ def train_for(config: list[str], folder: Path, minutes: float, clock: Path, proc
                 status = process.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
-            seconds += time.monotonic() - start
+            if list_checkpoints(folder)[-1:] != begun[-1:]:  # a finished run is only started and ends
+                seconds += time.monotonic() - start
             clock.parent.mkdir(parents=True, exist_ok=True)
             clock.write_text(f"{seconds:.0f}")
         if told:
@@ -84,14 +86,16 @@ def train_for(config: list[str], folder: Path, minutes: float, clock: Path, proc
     }
 
 
-def score(checkpoint: Path, annotations: Path, images: Path, options: list[str], decoding: list[str]) -> dict[str, Any]:
+def score(
+    checkpoint: Path, output: Path, annotations: Path, images: Path, options: list[str], decoding: list[str]
+) -> dict[str, Any]:
     """Score a checkpoint on held-out questions, with its own photos and with others; return a few of the scores.
 
     Args:
+        output: folder of the report.
         annotations: a standard file, or AI Challenger's rows, which are prepared as a source first.
         options: the config and overrides of process_image.py.
     """
-    output = checkpoint / "real_run"
     command = [sys.executable, "eval_vqa.py", "--checkpoint", checkpoint, "--baselines", "blind", "majority"]
     if annotations.suffix == ".json" and isinstance(read_json(annotations), list):
         place = {"annotations": str(annotations), "images": str(images)}
@@ -148,9 +152,10 @@ def main() -> None:
     if not (REPO_ROOT / config.data.captions).is_file():
         subprocess.run([sys.executable, "process_image.py", *options], cwd=REPO_ROOT, check=True)
     trained = train_for(options, folder, args.minutes, folder.with_name(f"{folder.name}.seconds"), args.processes)
-    checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    checkpoint = list_checkpoints(folder)[-1]
     decoding = [override for override in args.overrides if override.startswith("generate.")]  # a finished run too
-    scored = score(checkpoint, args.annotations.absolute(), args.images.absolute(), options, decoding)
+    files = args.annotations.absolute(), args.images.absolute()
+    scored = score(checkpoint, checkpoint / f"eval_{args.name}", *files, options, decoding)
     row = {
         "name": args.name,
         "note": args.note,

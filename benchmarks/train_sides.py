@@ -88,7 +88,7 @@ def write_backbones(folder: Path, shape: str) -> Path:
     if shape == "tiny":
         return DEMO
     torch.manual_seed(0)
-    device = "cuda" if shape in NEEDS_CUDA else "cpu"
+    device = "cuda" if shape in NEEDS_CUDA and torch.cuda.is_available() else "cpu"  # for speed alone
     with torch.device(device):
         settings = SiglipVisionConfig(image_size=384, patch_size=14, **SHAPES[shape]["vision"])
         SiglipVisionModel(settings).to(torch.bfloat16).save_pretrained(folder / "siglip")
