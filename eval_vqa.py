@@ -46,7 +46,7 @@ def read_arguments(arguments: list[str] | None):
     parser = script_arguments(__doc__, default_config=None)
     add_model_options(parser)
     parser.add_argument(
-        "--split", choices=["val", "train", "all"], default="val", help="default val, the held-out part"
+        "--split", choices=["val", "train", "all"], help="of the run's own questions; default val, the held-out part"
     )
     parser.add_argument(
         "--limit", type=int, metavar="PHOTOS", help="ask about this many photos only, drawn from all sources"
@@ -83,6 +83,9 @@ def read_arguments(arguments: list[str] | None):
         raise UserError(f"--limit must be at least 1 photo, found {args.limit}")
     if args.format is None and (args.annotations or args.images or args.results):
         raise UserError("--annotations, --images and --results belong to --format: name it too")
+    if args.format is not None and args.split is not None:
+        raise UserError("--split is of the run's own questions, and --format asks those of other files: leave one out")
+    args.split = args.split or "val"
     for option, known in {"baselines": list(BASELINES), "hard": list(DISTORTIONS)}.items():
         given = getattr(args, option)
         names = [name for name in given or [] if "=" not in name]

@@ -137,8 +137,9 @@ class Answerer:
 
         A box counts as a photo. `image` and `messages` as in `stream`, the others and errors as in `heatmap.look`.
         """
-        with self._lock:
-            return look(self.model, self.request(image, messages), answer, span, method, layers, self._features)
+        request = self.request(image, messages)
+        with self._one_pass(), torch.enable_grad():
+            return look(self.model, request, answer, span, method, layers, self._features)
 
     def answer_many(
         self, requests: Iterable[Request], settings: Generate | None = None, most_tokens: int | None = None
@@ -262,7 +263,8 @@ class Answerer:
         except CancelledError:
             return OpenAnswer(self.model, prompt, settings).reply()
         [reply] = search.replies()
-        yield reply.text
+        with contextlib.suppress(CancelledError):  # closed after its text: it is the answer all the same
+            yield reply.text
         return reply
 
     def _prompt(self, pictures: list[Picture], request: Request, settings: Generate) -> OpenPrompt:
@@ -284,6 +286,7 @@ class Answerer:
                 yield
             except BaseException:
                 self._prefixes.clear()
+                self._feature_of.clear()
                 if self._graph is not None:
                     # too little memory to put back the answer of another thread: it stays where it is
                     with contextlib.suppress(RuntimeError, MemoryError):

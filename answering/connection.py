@@ -64,7 +64,7 @@ class ServerConnection:
     def events(self, kind: type[Answered], response: httpx2.Response) -> Iterator[Answered]:
         """Yield the events of a stream up to its end, or up to where it breaks off; errors as `fetch`."""
         try:
-            for line in response.iter_lines():
+            for line in _lines(response):
                 if not line.startswith("data:"):  # an empty line, a comment, or another field of the event
                     continue
                 content = line.removeprefix("data:").strip()
@@ -133,6 +133,15 @@ class ServerConnection:
         return kind(f"{self.url} refuses: {sentence}")
 
 
+def _lines(response: httpx2.Response) -> Iterator[str]:
+    """Yield lines that end in a line feed; the client's own also end at characters that JSON may hold, as U+2028."""
+    rest = b""
+    for piece in response.iter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from (line.decode(errors="replace") for line in lines)
+    yield rest.decode(errors="replace")
+
+
 def _error_in(content: str) -> str | None:
     """Return the sentence of OpenAI's error shape; None if `content` has another form."""
     try:
@@ -145,6 +154,8 @@ def _error_in(content: str) -> str | None:
 
 
 def _split(url: str) -> SplitResult:
+    if "@" in url.partition("://")[2].partition("/")[0]:  # not repeated here: others may see the sentence
+        raise UserError("--server: a URL with a name or password would be shown to others: give a key with --api-key")
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises for a wrong one

@@ -134,8 +134,9 @@ def evaluate(
     losses = {}
     if not isinstance(model, RemoteAnswerer):
         losses = answer_losses(model, found.questions, photos, progress("loss"))
+    shown = {(question.number, question.turn): question.images[0] for question in found.questions if question.images}
     found.results = {
-        name: score_pass(answers, losses if name == TRAINED else None, found.sentences)
+        name: score_pass(answers, losses if name == TRAINED else None, found.sentences, shown)
         for name, answers in found.answers.items()
     }
     if "blind" in found.answers:

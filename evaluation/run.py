@@ -15,7 +15,7 @@ from tqdm import tqdm
 from answering.remote import RemoteAnswerer, connect
 from config import parse_overrides
 from dataset.records import Photo, json_pieces, write_files
-from errors import file_error
+from errors import UserError, file_error
 from evaluation.baselines import NEEDS_WEIGHTS, TRAINED
 from evaluation.compare import Comparison, check_same_questions, compare, find_other
 from evaluation.passes import Evaluation, answer_questions, describe, evaluate
@@ -52,6 +52,10 @@ def run(args: argparse.Namespace, command: str) -> Iterator[str]:
         if args.format is None
         else read_files(args.format, args.annotations, args.images, args.results, args.limit, data.seed)
     )
+    if not asked.has_references:
+        for option, given in {"--gallery": args.gallery, "--compare": args.compare, "--hard": args.hard}.items():
+            if given:
+                raise UserError(f"{option} needs the right answers, which these questions lack: leave it out")
     if asked.note:
         yield asked.note
     check_folder(output := args.output or checkpoint / f"eval_{asked.name}", "--output")

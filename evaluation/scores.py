@@ -73,6 +73,7 @@ class Result:
 
 
 Losses = Mapping[tuple[str, str], Loss]  # by question type and source
+PhotoOf = Mapping[tuple[int, int], int]  # number of an entry and of its turn → ID of its first photo
 
 
 def are_sentences(references: Iterable[str]) -> bool:
@@ -82,12 +83,15 @@ def are_sentences(references: Iterable[str]) -> bool:
     return statistics.median(len(cut(text)) for text in texts) > ANSWER_WORDS
 
 
-def score_pass(answers: list[Answer], losses: Losses | None = None, sentences: bool = False) -> Result:
+def score_pass(
+    answers: list[Answer], losses: Losses | None = None, sentences: bool = False, photos: PhotoOf | None = None
+) -> Result:
     """Score a non-empty list of answers.
 
     Args:
         losses: of the same questions.
         sentences: whether CIDEr-D judges.
+        photos: of the questions, for answers that were given without them.
     """
 
     def by(place: int) -> dict[str, Score]:
@@ -97,12 +101,13 @@ def score_pass(answers: list[Answer], losses: Losses | None = None, sentences: b
             groups.setdefault((answer.type, answer.source)[place], []).append(answer)
         return {
             name: _with_loss(
-                score(groups[name], sentences), [loss for key, loss in (losses or {}).items() if key[place] == name]
+                score(groups[name], sentences, photos),
+                [loss for key, loss in (losses or {}).items() if key[place] == name],
             )
             for name in sorted(groups)
         }
 
-    return Result(_with_loss(score(answers, sentences), [*(losses or {}).values()]), by(0), by(1))
+    return Result(_with_loss(score(answers, sentences, photos), [*(losses or {}).values()]), by(0), by(1))
 
 
 def _with_loss(score: Score, losses: list[Loss]) -> Score:
@@ -112,11 +117,11 @@ def _with_loss(score: Score, losses: list[Loss]) -> Score:
     return replace(score, loss=loss.mean, perplexity=loss.perplexity)
 
 
-def score(answers: list[Answer], sentences: bool) -> Score:
+def score(answers: list[Answer], sentences: bool, photos: PhotoOf | None = None) -> Score:
     """Compute the scores of a non-empty list of answers; with `sentences`, CIDEr-D judges."""
     texts = [answer.answer for answer in answers]
     references = [answer.references for answer in answers]
-    accuracy, low, high = judged(answers, sentences=False)
+    accuracy, low, high = judged(answers, sentences=False, photos=photos)
     daquar = _daquar(answers)
     return Score(
         questions=len(answers),
@@ -133,7 +138,7 @@ def score(answers: list[Answer], sentences: bool) -> Score:
         daquar=None
         if daquar is None
         else {name: None if own is None else sum(own) / len(own) for name, own in daquar.items()},
-        cider_d_interval=judged(answers, sentences)[1:] if sentences else None,
+        cider_d_interval=judged(answers, sentences, photos)[1:] if sentences else None,
     )
 
 
@@ -173,9 +178,9 @@ def _daquar(answers: list[Answer]) -> dict[str, list[float] | None] | None:
     }
 
 
-def judged(answers: list[Answer], sentences: bool) -> Interval:
+def judged(answers: list[Answer], sentences: bool, photos: PhotoOf | None = None) -> Interval:
     """Mean of `judge_values`, and its 95 % interval."""
-    return interval(mean_tally(judge_values(answers, sentences)), _photos_of(answers))
+    return interval(mean_tally(judge_values(answers, sentences)), _photos_of(answers, photos))
 
 
 def judged_difference(pairs: Sequence[tuple[Answer, Answer]], sentences: bool) -> Interval:
@@ -205,6 +210,10 @@ def judge_values(answers: list[Answer], sentences: bool) -> list[float]:
     )
 
 
-def _photos_of(answers: list[Answer]) -> list[Hashable]:
-    """Key of each answer's (first) photo; a text-only question has a key of its own."""
-    return [answer.images[0] if answer.images else (number,) for number, answer in enumerate(answers)]
+def _photos_of(answers: list[Answer], photos: PhotoOf | None = None) -> list[Hashable]:
+    """Key of each answer's (first) photo, or of its question's in `photos`; a text-only question has one of its own."""
+    known = photos or {}
+    return [
+        answer.images[0] if answer.images else known.get((answer.entry, answer.turn), (number,))
+        for number, answer in enumerate(answers)
+    ]

@@ -9,6 +9,7 @@ import yaml
 from config import Config
 from model.model import MMultiModal
 from model.portable import portable_config
+from paths import resolve_path
 
 METRICS = "metrics.json"
 NOT_STATED = "not stated in its folder"
@@ -130,7 +131,8 @@ def write_card(folder: Path, facts: dict[str, Any], report: dict[str, Any]) -> N
     if "architectures" in config:
         head["library_name"] = "transformers"
         use = STOCK.format(**facts, stock_class=config["architectures"][0])
-    bases = [facts[key] for key in ("visual", "llm") if facts[key].count("/") == 1]  # ids of a hub
+    paths = [facts[key] for key in ("visual", "llm")]
+    bases = [path for path in paths if path.count("/") == 1 and not resolve_path(path).is_dir()]  # ids of a hub
     if bases:
         head["base_model"] = bases
     questions = report.get("questions", [])

@@ -135,7 +135,10 @@ def read_prompt(folder: Path) -> dict[str, Any]:
     """
     tokenizer, template = load_tokenizer(folder), _processor_template(folder)
     raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    tag = tokenizer.convert_ids_to_tokens(raw.get("image_token_index", raw.get("image_token_id")))
+    image_id = raw.get("image_token_index", raw.get("image_token_id"))
+    if image_id is None:
+        raise UserError(f"{folder / CONFIG} has no image_token_index, so the place of a photo is not known")
+    tag = tokenizer.convert_ids_to_tokens(image_id)
 
     def rendered(*contents: Any) -> str:
         roles = ("user", "assistant", "user")
@@ -190,5 +193,9 @@ def _decoding(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
     raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     keys = ["max_new_tokens", "repetition_penalty"]
-    keys += ["temperature", "top_p", "top_k", "min_p"] if raw.get("do_sample") else []
+    if raw.get("do_sample"):
+        keys += ["temperature", "top_p", "top_k", "min_p"]
+        raw = {"temperature": 1.0, "top_k": 50} | raw  # transformers' defaults
+    elif raw.get("num_beams", 1) != 1:
+        keys += ["num_beams", "length_penalty"]
     return {key: raw[key] for key in keys if raw.get(key) is not None}

@@ -212,11 +212,15 @@ def until_turn(shared: Shared, place: Place, work: Work, language: str, *names: 
 def decoding(generate: Generate, settings: dict[str, Any]) -> Generate:
     """Return decoding settings; those that are as before stay unset, which matters to a server.
 
+    Only the temperature is always set, because the page says whether the words are the likeliest.
+
     Raises:
         UserError: a wrong value.
     """
     known = {name: value for name, value in settings.items() if name in Generate.model_fields}
-    return changed(generate, {k: v for k, v in known.items() if v != getattr(generate, k)}, "settings")
+    return changed(
+        generate, {k: v for k, v in known.items() if k == "temperature" or v != getattr(generate, k)}, "settings"
+    )
 
 
 def system_text(system: Any) -> str:

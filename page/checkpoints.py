@@ -47,7 +47,8 @@ class Engines:
         if self._folder is None:
             return [(self.first, self.first)]
         folders = [folder for folder in self._folder.parent.glob("checkpoint-*") if _is_complete(folder)]
-        if self._folder not in folders:  # with a name of its own
+        usable = self.first in self._loaded or _is_complete(self._folder)  # training may have deleted it
+        if self._folder not in folders and usable:  # with a name of its own
             folders.append(self._folder)
         return [(" · ".join(_facts(folder)), folder.name) for folder in sorted(folders, key=_step, reverse=True)]
 

@@ -21,7 +21,8 @@ from page.asking import decoded
 from page.chat import History, UploadedPhoto, photos_of, with_part
 from page.texts import TEXTS
 from page.uploads import store
-from visual.region import checked_box, pixel_box
+from visual.photo import photo_size
+from visual.region import Box, checked_box, pixel_box
 from visual.transform import load_image
 
 COPY_PX = 512  # longest edge of a kept photo: some 40 KB, so 5 MB of storage hold a hundred
@@ -45,16 +46,26 @@ class _Chat(BaseModel):
 def to_keep(history: History, chat_id: str) -> dict[str, Any]:
     """Return a chat as the browser stores it; photos that are gone by now are left out."""
     messages = []
-    for message in history:
+    for number, message in enumerate(history):
         kept = {"role": message["role"], "content": message["content"]}
         if message.get("photos"):
             copies = [(_small_copy(photo.path), photo.name) for photo in message["photos"]]
             kept["photos"] = [[copy, name] for copy, name in copies if copy]
         if "box" in message:
-            kept["box"] = list(message["box"])
+            kept["box"] = _fractions(message["box"], photos_of([*history[:number], message])[-1].path)
         messages.append(kept)
     title = shortened(history[0]["content"].replace("\n", " "), TITLE_CHARACTERS) if history else ""
     return {"id": chat_id, "title": title, "messages": messages}
+
+
+def _fractions(box: Box, path: str) -> list[float]:
+    """Return a box as fractions, because the browser stores a smaller copy of its photo."""
+    try:
+        width, height = photo_size(path)
+        left, top, right, bottom = pixel_box(box, width, height)
+    except UserError:  # the photo is gone, and its copy too
+        return list(box)
+    return [left / width, top / height, right / width, bottom / height]
 
 
 def opened(stored: Any, folder: Path) -> tuple[History, str]:

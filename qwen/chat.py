@@ -111,11 +111,12 @@ class ChatFormat(MessageFormat):
         if len(text) > 1000:  # seldom repeats, and such texts of a server's clients would fill the memory
             return self._encoder.encode(text, add_special_tokens=False).ids
         # a tokenizer call takes 0.1 ms even for a short text, and most texts except answers repeat
-        if text not in self._encoded:
+        ids = self._encoded.get(text)  # looked up once, because another thread may clear the dict
+        if ids is None:
             if len(self._encoded) >= 4096:
                 self._encoded.clear()
-            self._encoded[text] = self._encoder.encode(text, add_special_tokens=False).ids
-        return list(self._encoded[text])
+            ids = self._encoded[text] = self._encoder.encode(text, add_special_tokens=False).ids
+        return list(ids)
 
     def render(self, messages: list[Message]) -> tuple[list[int], list[int]]:
         """Return token ids and labels of a dialogue; if the last message is the user's, the answer is left open.

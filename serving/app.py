@@ -238,7 +238,7 @@ async def _events(
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(content)}\n\n"  # in ASCII, as some clients end lines at other characters too
 
 
 def usage_of(reply: Reply) -> Usage:

