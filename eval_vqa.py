@@ -12,6 +12,7 @@ photo, prints tables, and writes into the folder of --output: `report.html` (a p
 it stopped. --server scores an OpenAI-compatible server, without what needs the weights: loss and baseline `untrained`.
 """
 
+import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -81,10 +82,7 @@ def read_arguments(arguments: list[str] | None):
     args.annotations = [Path(name) for name in args.annotations if "=" not in name]
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1 photo, found {args.limit}")
-    if args.format is None and (args.annotations or args.images or args.results):
-        raise UserError("--annotations, --images and --results belong to --format: name it too")
-    if args.format is not None and args.split is not None:
-        raise UserError("--split is of the run's own questions, and --format asks those of other files: leave one out")
+    _check_source(args)
     args.split = args.split or "val"
     for option, known in {"baselines": list(BASELINES), "hard": list(DISTORTIONS)}.items():
         given = getattr(args, option)
@@ -103,6 +101,13 @@ def read_arguments(arguments: list[str] | None):
     if args.server is not None:
         _check_server_options(args.baselines, args.output)
     return args
+
+
+def _check_source(args: argparse.Namespace) -> None:
+    if args.format is None and (args.annotations or args.images or args.results):
+        raise UserError("--annotations, --images and --results belong to --format: name it too")
+    if args.format is not None and args.split is not None:
+        raise UserError("--split is of the run's own questions, and --format asks those of other files: leave one out")
 
 
 def _check_server_options(baselines: list[str], output: Path | None) -> None:

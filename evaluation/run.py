@@ -52,15 +52,10 @@ def run(args: argparse.Namespace, command: str) -> Iterator[str]:
         if args.format is None
         else read_files(args.format, args.annotations, args.images, args.results, args.limit, data.seed)
     )
-    if not asked.has_references:
-        for option, given in {"--gallery": args.gallery, "--compare": args.compare, "--hard": args.hard}.items():
-            if given:
-                raise UserError(f"{option} needs the right answers, which these questions lack: leave it out")
+    _check_options(asked, args)
     if asked.note:
         yield asked.note
     check_folder(output := args.output or checkpoint / f"eval_{asked.name}", "--output")
-    if args.gallery is not None:
-        check_writable(args.gallery, "--gallery")
     other = None if args.compare is None else find_other(args.compare, asked.name)
 
     start = time.perf_counter()
@@ -95,6 +90,16 @@ def run(args: argparse.Namespace, command: str) -> Iterator[str]:
         yield from report(found, compared, asked, facts, output)
     if args.gallery is not None:
         yield write_gallery(args.gallery, answers, asked.photos)
+
+
+def _check_options(asked: Asked, args: argparse.Namespace) -> None:
+    """Raise UserError for an option that needs the right answers, if there are none, or a file it cannot write."""
+    options = {"--gallery": args.gallery, "--compare": args.compare, "--hard": args.hard}
+    given = [option for option, value in options.items() if value]
+    if given and not asked.has_references:
+        raise UserError(f"{given[0]} needs the right answers, which these questions lack: leave it out")
+    if args.gallery is not None:
+        check_writable(args.gallery, "--gallery")
 
 
 def write_gallery(file: Path, answers: list[Answer], photos: Mapping[int, Photo]) -> str:
