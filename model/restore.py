@@ -31,10 +31,10 @@ from model.parts import ADAPTER_FILE, PROJECTOR_FILE, Part
 
 
 def restore_weights(model: MMultiModal, folder: Path, other_prompt: bool = False, new_run: bool = False) -> list[str]:
-    """Load the trained parts of a checkpoint into `model`; check backbones, prompt and transform.
+    """Load the trained parts of a checkpoint into `model`; check what they belong to.
 
     Args:
-        other_prompt: allow another prompt, because training adapts to it; answering needs the same prompt.
+        other_prompt: allow another prompt or `visual.drop`, because training adapts to it; answering needs the same.
         new_run: a part that is missing in the checkpoint, or has an untrained LoRA there (`lr: 0`), keeps its weights
             in `model`; such a LoRA may have other settings.
 
@@ -42,8 +42,8 @@ def restore_weights(model: MMultiModal, folder: Path, other_prompt: bool = False
         One sentence for each of these permissions that was used.
 
     Raises:
-        UserError: another backbone, prompt or transform than in training, other LoRA settings, weights without a part
-            in this run, damaged files, or tensors that do not fit.
+        UserError: another backbone, prompt or transform than in training, other settings of the features or of LoRA,
+            weights without a part in this run, damaged files, or tensors that do not fit.
     """
     notes = []
     folder = check_complete(folder)
@@ -54,6 +54,7 @@ def restore_weights(model: MMultiModal, folder: Path, other_prompt: bool = False
         checksums = read_provenance(folder).get("checksums", {})
         _check_fingerprints(model, folder)
         _check_features(model, folder)
+        # another drop changes the number of tokens, which is a part of the prompt
         notes += _check_drop(model, folder, other_prompt) or _check_prompt(model, folder, other_prompt)
     saved = _read_weights(folder)
     taken = []
@@ -172,13 +173,13 @@ def _check_fingerprints(model: MMultiModal, folder: Path) -> None:
 
 def _check_features(model: MMultiModal, folder: Path) -> None:
     """Compare the settings that change what the same weights compute; most of them change no shape."""
-    trained, own = (_of_features(config) for config in (read_config(folder), model.config))
+    trained, own = (_feature_settings(config) for config in (read_config(folder), model.config))
     different = [f"{key}={value}" for key, value in trained.items() if own[key] != value]
     if different:
         raise UserError(f"{folder} was trained with {' '.join(different)}: set it so")
 
 
-def _of_features(config: Config) -> dict[str, Any]:
+def _feature_settings(config: Config) -> dict[str, Any]:
     values = config.projector.model_dump(exclude={"init_std", "dropout"})
     if values["mean_share"] is None:
         values["mean_share"] = 1 / config.projector.factor  # the default, as PixelShuffle's

@@ -218,9 +218,8 @@ def decoding(generate: Generate, settings: dict[str, Any]) -> Generate:
         UserError: a wrong value.
     """
     known = {name: value for name, value in settings.items() if name in Generate.model_fields}
-    return changed(
-        generate, {k: v for k, v in known.items() if k == "temperature" or v != getattr(generate, k)}, "settings"
-    )
+    given = {k: v for k, v in known.items() if k == "temperature" or v != getattr(generate, k)}
+    return changed(generate, given, "settings")
 
 
 def system_text(system: Any) -> str:
