@@ -4,13 +4,14 @@ All scripts call `load_config(path, overrides)`. For a wrong file, the error has
 the reason and the nearest valid name. Each script checks itself that the files it needs exist (`existing_path`).
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from config_file import parse_overrides, put_in, read_mapping
-from config_messages import explain
+from config_messages import explain, key_paths
 from errors import UserError, shortened
 
 IMAGE_TAG = "<|extra_0|>"  # placeholder of the photo in questions; a spare token of Qwen v1, as in the report
@@ -288,18 +289,6 @@ class DataConfig(Config):
     llm: Llm | None = None
 
 
-def key_paths(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """All keys of the schema in dotted form (`train.output_dir`); items of a list are written `data.sources.0.name`."""
-    paths = []
-    for name, field in section.model_fields.items():
-        paths.append(prefix + name)
-        if isinstance(inner := field.annotation, type) and issubclass(inner, BaseModel):
-            paths += key_paths(inner, f"{prefix}{name}.")
-        elif inner == list[Source]:
-            paths += key_paths(Source, f"{prefix}{name}.0.")
-    return paths
-
-
 def load_config(path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> Config:
     """Read a YAML file, apply overrides, check everything.
 
@@ -310,16 +299,17 @@ def load_config(path: str | Path, overrides: list[str] | dict[str, Any] | None =
     Raises:
         UserError: missing or malformed file, unknown key, wrong type or bad combination; the message names each key.
     """
-    return parse_config(_raw(path, overrides), where=shortened(path))
+    return _loaded(Config, path, overrides)
 
 
 def load_data(path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> Data:
     """Load the `data` section of a config in which `visual` and `llm` may be missing; else as `load_config`."""
-    return validated(DataConfig, _raw(path, overrides), where=shortened(path)).data
+    return _loaded(DataConfig, path, overrides).data
 
 
-def _raw(path: str | Path, overrides: list[str] | dict[str, Any] | None) -> dict[str, Any]:
-    return read_mapping(path, overrides if isinstance(overrides, dict) else parse_overrides(overrides or []))
+def _loaded(schema: type[S], path: str | Path, overrides: list[str] | dict[str, Any] | None) -> S:
+    values = overrides if isinstance(overrides, dict) else parse_overrides(overrides or [])
+    return validated(schema, read_mapping(path, values), shortened(path), values)
 
 
 def parse_config(raw: dict[str, Any], where: str) -> Config:
@@ -338,8 +328,8 @@ def overridden(config: Config, values: dict[str, Any], where: str) -> Config:
     return parse_config(raw, where)
 
 
-def validated(schema: type[S], raw: dict[str, Any], where: str) -> S:
-    """Check a mapping against `schema`; a UserError starts with `where`."""
+def validated(schema: type[S], raw: dict[str, Any], where: str, overrides: Iterable[str] = ()) -> S:
+    """Check a mapping against `schema`; a UserError starts with `where` and tells which mistakes are in `overrides`."""
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
@@ -347,4 +337,5 @@ def validated(schema: type[S], raw: dict[str, Any], where: str) -> S:
     except RecursionError:
         raise UserError(f"{where}: sections are nested too deeply") from None
     more = f"; and {len(items) - MISTAKES} more mistakes" if len(items) > MISTAKES else ""
-    raise UserError(f"{where}: " + "; ".join(explain(item, key_paths()) for item in items[:MISTAKES]) + more)
+    mistakes = [explain(item, key_paths(Config), overrides) for item in items[:MISTAKES]]
+    raise UserError(f"{where}: {'; '.join(mistakes)}{more}")

@@ -2,19 +2,41 @@
 
 import difflib
 import reprlib
+from collections.abc import Iterable
+from typing import get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from errors import shortened
 
 
-def explain(item: ErrorDetails, keys: list[str]) -> str:
+def key_paths(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """All keys of a schema in dotted form (`train.output_dir`); items of a list are written `data.sources.0.name`."""
+    paths = []
+    for name, field in section.model_fields.items():
+        paths.append(prefix + name)
+        inner, item = field.annotation, ""
+        if get_origin(inner) is list:
+            (inner,), item = get_args(inner), "0."
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            paths += key_paths(inner, f"{prefix}{name}.{item}")
+    return paths
+
+
+def explain(item: ErrorDetails, keys: list[str], overrides: Iterable[str] = ()) -> str:
     """Return the message for one mistake that pydantic found.
 
     Args:
         keys: all keys of the schema in dotted form, for the nearest valid key.
+        overrides: keys that were set outside the file; the message of one of them says so.
     """
-    key = shortened(".".join(str(part) for part in item["loc"]))
+    path = ".".join(str(part) for part in item["loc"])
+    said = "in an override: " if any(f"{path}.".startswith(f"{key}.") for key in overrides) else ""
+    return said + _explain(item, keys, shortened(path))
+
+
+def _explain(item: ErrorDetails, keys: list[str], key: str) -> str:
     if item["type"] == "extra_forbidden":
         parent = ".".join("0" if isinstance(part, int) else str(part) for part in item["loc"][:-1])
         siblings = [path for path in keys if path.rpartition(".")[0] == parent]

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from benchmarks.fuzz_files import CONTROL, DEEP, JUNK, NUMBERS, FoundError, mutate, mutate_bytes
-from config import IMAGE_TAG, Config, Prompt, key_paths, load_config
+from config import IMAGE_TAG, Config, Prompt, load_config
+from config_messages import key_paths
 from paths import REPO_ROOT
 
 # --- configs ----------------------------------------------------------------------------------------------------------
@@ -28,7 +29,7 @@ SCRIPTS = {"process_image.py": ["--check"], "train.py": ["--dry-run"], "predict.
 def configs(draw: random.Random, folder: Path) -> str:
     """Load a wrong config with overrides; an accepted config must be usable. One in 100 runs through a script."""
     text = (REPO_ROOT / draw.choice(["config.yaml", "configs/demo.yaml"])).read_text("utf-8")
-    keys = [key for key in key_paths() if ".0." not in key]
+    keys = [key for key in key_paths(Config) if ".0." not in key]
     if draw.random() < 0.4:  # a valid file and one extreme number, which only the bounds of the schema can reject
         numbers = [key for key in keys if isinstance(_default(key), int | float)]
         overrides = [f"{draw.choice(numbers)}={draw.choice([*EXTREMES, *NUMBERS])}"]

@@ -7,7 +7,8 @@ import pytest
 from pydantic import BaseModel
 
 from backbones.backbone import locate_backbone
-from config import Config, Generate, changed, key_paths, load_config, load_data, parse_config, parse_overrides
+from config import Config, Generate, changed, load_config, load_data, parse_config, parse_overrides
+from config_messages import key_paths
 from errors import UserError
 from model.checkpoint import check_complete
 from paths import REPO_ROOT, check_folder, check_writable, existing_path, nearest_name_hint
@@ -103,8 +104,18 @@ def test_missing_path_names_key_and_neighbour(tmp_path):
 def test_relative_paths_count_from_the_repository(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert existing_path("config.yaml", "x") == REPO_ROOT / "config.yaml"
-    assert "train.output_dir" in key_paths()
-    assert "data.sources.0.format" in key_paths()
+    assert "train.output_dir" in key_paths(Config)
+    assert "data.sources.0.format" in key_paths(Config)
+
+
+def test_a_message_tells_mistakes_of_overrides_from_those_of_the_file(tmp_path):
+    (tmp_path / "my.yaml").write_text("visual: {path: a}\nllm: {path: b}\ntrain: {epoch: 2}\n")
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "my.yaml", ["train.max_step=3", "llm.lora={rank: 4}"])
+    in_file = "unknown key 'train.epoch', did you mean 'train.epochs'?"
+    assert f"; {in_file}" in str(caught.value) or f"my.yaml: {in_file}" in str(caught.value)
+    assert "in an override: unknown key 'train.max_step', did you mean 'train.max_steps'?" in str(caught.value)
+    assert "in an override: unknown key 'llm.lora.rank', " in str(caught.value)
 
 
 def refusal(*overrides):

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from pydantic import BaseModel, create_model
 
-from config import Config, key_paths, load_config
+from config import Config, load_config
+from config_messages import key_paths
 from paths import REPO_ROOT
 from tests.config_reads import key_fields, read_fields, signatures
 
@@ -286,8 +287,8 @@ def leaves(node, prefix=""):
 def test_config_yaml_shows_and_explains_every_key():
     text = (REPO_ROOT / "config.yaml").read_text(encoding="utf-8")
     shown = set(leaves(yaml.safe_load(text)))
-    sections = {path.rpartition(".")[0] for path in key_paths()}
-    expected = {path for path in key_paths() if path not in sections and ".sources" not in path}
+    sections = {path.rpartition(".")[0] for path in key_paths(Config)}
+    expected = {path for path in key_paths(Config) if path not in sections and ".sources" not in path}
     assert shown == expected
     for above, line in itertools.pairwise(text.splitlines()):
         key = line.strip().partition(":")[0]
