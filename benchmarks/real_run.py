@@ -4,8 +4,8 @@
         --annotations data/flickr8k/val_en.json --images data/flickr8k/Flicker8k_Dataset [train.max_steps=1500 …]
 
 Calls process_image.py, train.py and eval_vqa.py as a person would. The run is in `train.output_dir`; the same command
-goes on where an interrupted one stopped, and counts the time before. The row has commands, seconds, memory and scores;
-a row with the same name is replaced; `weights` tells which checkpoint it was. With another name, other annotations or
+goes on where an interrupted one stopped, and counts the time before. The row has command, seconds, memory and scores; a
+row with the same name is replaced; `weights` tells which checkpoint it was. With another name, other annotations or
 other `generate.` keys, the command scores a finished run once more. docs/real_run.md shows the table.
 """
 
@@ -29,6 +29,7 @@ from errors import UserError
 from model.checkpoint_folder import list_checkpoints, weights_digest
 from model.precision import pick_device, pick_precision
 from paths import REPO_ROOT
+from training.provenance import code_commit
 
 RESULTS = REPO_ROOT / "benchmarks" / "results" / "real_run.json"
 STANDARD = {".json": "coco_captions", ".jsonl": "jsonl"}
@@ -89,14 +90,14 @@ def train_for(config: list[str], folder: Path, minutes: float, clock: Path, proc
 def score(
     checkpoint: Path, output: Path, annotations: Path, images: Path, options: list[str], decoding: list[str]
 ) -> dict[str, Any]:
-    """Score a checkpoint on held-out questions, with its own photos and with others; return a few of the scores.
+    """Score a checkpoint on held-out questions, beside all baselines; return a few of the scores.
 
     Args:
         output: folder of the report.
         annotations: a standard file, or AI Challenger's rows, which are prepared as a source first.
         options: the config and overrides of process_image.py.
     """
-    command = [sys.executable, "eval_vqa.py", "--checkpoint", checkpoint, "--baselines", "blind", "majority"]
+    command = [sys.executable, "eval_vqa.py", "--checkpoint", checkpoint]
     if annotations.suffix == ".json" and isinstance(read_json(annotations), list):
         place = {"annotations": str(annotations), "images": str(images)}
         sources = json.dumps([{"name": "held out", "format": "ai_challenger"} | place])
@@ -144,12 +145,19 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+def own_command(args: argparse.Namespace) -> str:
+    """Return the command line that makes this row."""
+    options = ["--config", args.config, "--minutes", f"{args.minutes:g}", "--processes", args.processes]
+    options += ["--annotations", args.annotations, "--images", args.images, *args.overrides]
+    return shlex.join(["python", "-m", "benchmarks.real_run", args.name, *map(str, options)])
+
+
 def main() -> None:
     args = read_arguments()
     config = load_config(args.config, args.overrides)
     folder = REPO_ROOT / config.train.output_dir
     options = ["--config", str(args.config.absolute()), *args.overrides]
-    if not (REPO_ROOT / config.data.captions).is_file():
+    if config.data.sources and not list_checkpoints(folder):  # not of a run that goes on: a resumed run keeps its data
         subprocess.run([sys.executable, "process_image.py", *options], cwd=REPO_ROOT, check=True)
     trained = train_for(options, folder, args.minutes, folder.with_name(f"{folder.name}.seconds"), args.processes)
     checkpoint = list_checkpoints(folder)[-1]
@@ -159,7 +167,8 @@ def main() -> None:
     row = {
         "name": args.name,
         "note": args.note,
-        "command": shlex.join(["python", "train.py", "--config", str(args.config), *args.overrides]),
+        "command": own_command(args),
+        "commit": code_commit(),
         "device": torch.cuda.get_device_name()
         if pick_device().type == "cuda"
         else torch.backends.cpu.get_cpu_capability(),
@@ -167,7 +176,6 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "precision": pick_precision(config.train.precision, pick_device()),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "minutes": args.minutes,  # of training, at most
         "training": trained,
         "checkpoint": {"folder": checkpoint.name, "weights": weights_digest(checkpoint)},
         "scores": scored,

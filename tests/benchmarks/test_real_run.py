@@ -42,10 +42,11 @@ def test_a_try_is_trained_scored_and_written_down(command, tmp_path):
     (row,) = command("first", "train.max_steps=2")
     assert row["training"]["steps"] == 2
     assert row["training"]["seconds"] > 0
-    assert set(row["scores"]["passes"]) == {"trained", "blind", "majority"}
+    assert set(row["scores"]["passes"]) == {"trained", "blind", "text", "untrained", "majority"}
     assert row["scores"]["questions"] == 2
     assert row["scores"]["computed"] == "float32 on cpu"
     assert len(row["checkpoint"]["weights"]) == 1
+    assert row["command"].startswith(f"python -m benchmarks.real_run first --config {tmp_path}/run.yaml --minutes 120 ")
     assert row["command"].endswith("train.max_steps=2")
     (again,) = command("first", "--minutes", "0", "train.max_steps=3")  # the time is over: no third step
     assert again["training"] == row["training"]
