@@ -3,10 +3,11 @@
     python -m benchmarks.real_run NAME --config configs/flickr8k_light.yaml --minutes 120 \\
         --annotations data/flickr8k/val_en.json --images data/flickr8k/Flicker8k_Dataset [train.max_steps=1500 …]
 
-Calls process_image.py, train.py and eval_vqa.py as a person would. The run is in `train.output_dir`; the same command
-goes on where an interrupted one stopped, and counts the time before. The row has command, seconds, memory and scores; a
-row with the same name is replaced; `weights` tells which checkpoint it was. With another name, other annotations or
-other `generate.` keys, the command scores a finished run once more. docs/real_run.md shows the table.
+Calls process_image.py, train.py and, with annotations, eval_vqa.py, as a person would. The run is in
+`train.output_dir`; the same command goes on where an interrupted one stopped, and counts the time before. The row has
+command, seconds, memory and scores; a row with the same name is replaced; `weights` tells which checkpoint it was. With
+another name, other annotations or other `generate.` keys, the command scores a finished run once more.
+docs/real_run.md shows the table.
 """
 
 import argparse
@@ -133,23 +134,26 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="that train together, as with torchrun (default 1)")
     parser.add_argument(
         "--annotations",
-        required=True,
         type=Path,
         metavar="FILE",
-        help="held out: COCO captions, AI Challenger's rows or jsonl",
+        help="held out: COCO captions, AI Challenger's rows or jsonl; without it, the row has validation losses only",
     )
-    parser.add_argument("--images", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="photos of the annotations")
     parser.add_argument("--note", default="", help="a sentence for the table")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE.json", help="the table")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    if (args.annotations is None) != (args.images is None):
+        parser.error("--annotations and --images belong together")
+    return args
 
 
 def own_command(args: argparse.Namespace) -> str:
     """Return the command line that makes this row."""
     options = ["--config", args.config, "--minutes", f"{args.minutes:g}", "--processes", args.processes]
-    options += ["--annotations", args.annotations, "--images", args.images, *args.overrides]
-    return shlex.join(["python", "-m", "benchmarks.real_run", args.name, *map(str, options)])
+    if args.annotations is not None:
+        options += ["--annotations", args.annotations, "--images", args.images]
+    return shlex.join(["python", "-m", "benchmarks.real_run", args.name, *map(str, [*options, *args.overrides])])
 
 
 def main() -> None:
@@ -162,8 +166,6 @@ def main() -> None:
     trained = train_for(options, folder, args.minutes, folder.with_name(f"{folder.name}.seconds"), args.processes)
     checkpoint = list_checkpoints(folder)[-1]
     decoding = [override for override in args.overrides if override.startswith("generate.")]  # a finished run too
-    files = args.annotations.absolute(), args.images.absolute()
-    scored = score(checkpoint, checkpoint / f"eval_{args.name}", *files, options, decoding)
     row = {
         "name": args.name,
         "note": args.note,
@@ -178,8 +180,10 @@ def main() -> None:
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "training": trained,
         "checkpoint": {"folder": checkpoint.name, "weights": weights_digest(checkpoint)},
-        "scores": scored,
     }
+    if args.annotations is not None:
+        files = args.annotations.absolute(), args.images.absolute()
+        row["scores"] = score(checkpoint, checkpoint / f"eval_{args.name}", *files, options, decoding)
     rows = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else []
     rows = [*(other for other in rows if other["name"] != args.name), row]
     args.output.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
