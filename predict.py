@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.heatmap is not None and isinstance(answerer, Answerer):
             answer = stream.rest().text
             span = None if args.heatmap_word is None else find_word(answer, args.heatmap_word)
-            maps = answerer.look(None, messages, answer, span, args.heatmap_method, args.heatmap_layers)
+            maps = answerer.look(None, messages, answer, span, args.heatmap_method or "gradient", args.heatmap_layers)
             photos = [load_image(photo) for photo in answerer.request(None, messages).photos]
             draw_heatmaps(maps, photos).save(args.heatmap, format="PNG")
     elif args.input is not None:
@@ -104,7 +104,7 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heatmap", type=Path, metavar="FILE.png", help="draw where the model looked")
     parser.add_argument("--heatmap-word", metavar="WORD", help="looked for this part of the answer, its first place")
     parser.add_argument(
-        "--heatmap-method", choices=["gradient", "attention"], default="gradient",
+        "--heatmap-method", choices=["gradient", "attention"],
         help="what the answer depends on (gradient, the default), or the mean attention; see docs/looking.md",
     )  # fmt: skip
     parser.add_argument(
@@ -126,8 +126,8 @@ def _checked_region(args: argparse.Namespace) -> Box | None:
     for option in ("box", "heatmap"):
         if getattr(args, option) is not None and not args.image:
             raise UserError(f"--{option} belongs to a photo: give --image FILE, and --question TEXT")
-    for option, value in (("word", args.heatmap_word), ("layers", args.heatmap_layers)):
-        if value is not None and args.heatmap is None:
+    for option in ("word", "method", "layers"):
+        if getattr(args, f"heatmap_{option}") is not None and args.heatmap is None:
             raise UserError(f"--heatmap-{option} belongs to --heatmap FILE.png, which says where to draw")
     if args.heatmap_layers is not None and args.heatmap_method != "attention":
         raise UserError("--heatmap-layers belongs to --heatmap-method attention: a gradient passes through all layers")

@@ -13,11 +13,13 @@ Ctrl-C, SIGTERM and a closed terminal end the run after its current step, with a
 number of the signal; a second signal ends it at once.
 """
 
+import os
 from pathlib import Path
 
 from cli import run_script, script_arguments
 
 from config import load_config
+from errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,10 +31,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--accept-changes",
         action="store_true",
-        help="with --resume: continue although data, split, seeds, packing, sample length, weights or prompt changed; "
-        "the checkpoints record it",
+        help="with --resume: continue although data, split, seeds, packing, sample length, answers, weights, tiles or "
+        "prompt changed; the checkpoints record it",
     )
     args = parser.parse_intermixed_args(arguments)
+    if args.accept_changes and args.resume is None:
+        raise UserError("--accept-changes belongs to --resume auto or --resume DIR: a new run continues nothing")
     config = load_config(args.config, args.overrides)
 
     from training.agreement import lost_processes
@@ -42,7 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     with lost_processes():
         if args.dry_run:
             for text in describe(config):
-                print(text)
+                if os.environ.get("RANK", "0") == "0":  # of several processes, one prints
+                    print(text)
         else:
             for trainer in stages(config, resume, args.accept_changes):
                 trainer.run()

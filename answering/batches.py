@@ -120,7 +120,7 @@ def answer_batch(
                 states, cache = read_prompts(model, batch)
             else:
                 states = read_tokens(model, cache, waiting, [answers[question].tokens[-1] for question in waiting])
-            logits = model.language_model.lm_head(states).float()  # (N, V)
+            logits = model.language_model.head(states).float()  # (N, V)
         suppress(model, logits)
         tokens = _choose(logits, [answers[question] for question in waiting])
         seconds, began = time.perf_counter() - began, time.perf_counter()

@@ -53,7 +53,7 @@ class BeamSearch:
         else:
             newest = [tokens[-1] for question in self.waiting for tokens in self._beams[question].tokens]
             states = read_tokens(self._model, self._cache, beams, newest)
-        scores = self._model.language_model.lm_head(states).float().log_softmax(-1)  # (N × W, V); first pass: (N, V)
+        scores = self._model.language_model.head(states).float().log_softmax(-1)  # (N × W, V); first pass: (N, V)
         parents = []
         for question, own in zip(self.waiting, scores.split(len(scores) // len(self.waiting)), strict=True):
             parents += [width * question + parent for parent in self._beams[question].grow(self._model, own)]

@@ -1,4 +1,4 @@
-"""Choice of the next token by the decoding settings. Used by `answer.py` and `batches.py`."""
+"""Choice of the next token by the decoding settings. Used by all modules that make answers."""
 
 from collections.abc import Sequence
 

@@ -154,14 +154,15 @@ def _error_in(content: str) -> str | None:
 
 
 def _split(url: str) -> SplitResult:
-    if "@" in url.partition("://")[2].partition("/")[0]:  # not repeated here: others may see the sentence
+    if "@" in url.rpartition("://")[2].partition("/")[0]:  # not repeated here: others may see the sentence
         raise UserError("--server: a URL with a name or password would be shown to others: give a key with --api-key")
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises for a wrong one
         if parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment):
+            httpx2.URL(url)  # refuses more than urlsplit does, such as an invisible character in the host
             return parts
-    except ValueError:
+    except (ValueError, httpx2.InvalidURL):
         pass
     raise UserError(f"--server: {shortened(repr(url))} is not a URL such as http://127.0.0.1:8000/v1")
 

@@ -201,7 +201,7 @@ def _gradient(
     """Sum over the width of |gradient × input| of each token (T,); the gradient of the tokens' log-probability."""
     with torch.enable_grad():
         inputs = embeddings.detach().requires_grad_()
-        logits = model.language_model.lm_head(_states(model, inputs, targets))  # (S, V)
+        logits = model.language_model.head(_states(model, inputs, targets))  # (S, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logarithms = logits.log_softmax(-1).gather(1, ids[0, targets].unsqueeze(1))
         (gradient,) = torch.autograd.grad(logarithms.sum() * FP16_SCALE, inputs)

@@ -1,4 +1,4 @@
-"""An answer while it is made. Used by `answer.py` and `batches.py`."""
+"""An answer while it is made. Used by `answer.py`, `batches.py` and `beams.py`."""
 
 from answering.choice import TokenChoice
 from answering.request import FinishReason, OpenPrompt, Reply

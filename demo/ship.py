@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from demo.pretrain import BACKBONES
+from errors import UserError
 
 SHIPPED = Path(__file__).parent / "checkpoint"
 NO_PHOTO = "unknown"  # type of the questions that are rightly answered without looking
@@ -29,7 +30,10 @@ def ship(checkpoint: Path, shipped: Path = SHIPPED, scores: Path = BACKBONES / "
 
     Raises:
         FileNotFoundError: one of the two evaluations is missing; nothing was changed.
+        UserError: `checkpoint` is `shipped` itself.
     """
+    if checkpoint.resolve() == shipped.resolve():
+        raise UserError(f"{checkpoint} is what is shipped already: name the checkpoint of a run")
     photos, wordings = (
         json.loads((checkpoint / folder / "metrics.json").read_text(encoding="utf-8"))["passes"]
         for folder in ("eval_val", "eval_paraphrases")
@@ -43,8 +47,11 @@ def ship(checkpoint: Path, shipped: Path = SHIPPED, scores: Path = BACKBONES / "
             "held-out wordings": _shares(wordings["trained"]),
         },
     }
+    new = shipped.with_name(f"{shipped.name}.tmp")  # a full disk then leaves the old one
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(checkpoint, new, ignore=shutil.ignore_patterns("trainer_state", "eval_*"))
     shutil.rmtree(shipped, ignore_errors=True)
-    shutil.copytree(checkpoint, shipped, ignore=shutil.ignore_patterns("trainer_state", "eval_*"))
+    new.rename(shipped)
     scores.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -252,7 +252,7 @@ class MMultiModal(nn.Module):
         """Logits (1, T, V) of every position of a packed micro-batch; errors as `loss`."""
         embeddings, _ = self._embed(batch)
         states = self.language_model.packed_states(embeddings, batch.position_ids, batch.lengths)
-        return self.language_model.lm_head(states)
+        return self.language_model.head(states)
 
     def token_losses(self, batch: Batch) -> torch.Tensor:
         """Next-token loss (S,) in float32 of each supervised position, in the order of the row; errors as `loss`."""
@@ -261,7 +261,7 @@ class MMultiModal(nn.Module):
         hidden = self.language_model.packed_states(embeddings, batch.position_ids, batch.lengths, predicts)  # (S, Dl)
         parts = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
         losses = [
-            functional.cross_entropy(self.language_model.lm_head(rows).float(), target, reduction="none")
+            functional.cross_entropy(self.language_model.head(rows).float(), target, reduction="none")
             for rows, target in parts
         ]
         return torch.cat(losses)

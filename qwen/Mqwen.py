@@ -230,6 +230,10 @@ class ReadsImages(torch.nn.Module):
                 hidden = run_layer(layer, hidden, chosen, attention_mask=mask, **arguments)  # (S, Dl) if chosen
         return self.model.norm(hidden)
 
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits (…, V) of hidden states, on the embeddings' device; `llm.device_map` may put the head on another."""
+        return self.lm_head(states).to(self.get_input_embeddings().weight.device)
+
 
 class MQwen2ForCausalLM(ReadsImages, Qwen2ForCausalLM):
     """Qwen2 and Qwen2.5."""

@@ -77,6 +77,7 @@ def answer_word(answerer, folder):
         (["--box", "10,5,10,30"], "the box 10,5,10,30 is empty"),
         (["--heatmap-word", "red"], "--heatmap-word belongs to --heatmap"),
         (["--heatmap-layers", "1"], "--heatmap-layers belongs to --heatmap FILE.png"),
+        (["--heatmap-method", "gradient"], "--heatmap-method belongs to --heatmap FILE.png"),
         (["--heatmap", "x.png", "--heatmap-layers", "1"], "--heatmap-layers belongs to --heatmap-method attention"),
         (["--heatmap", "no such folder/x.png"], "the folder of --heatmap does not exist"),
     ],

@@ -115,8 +115,11 @@ class Run:
         # on each disk, the first process writes the feature cache; the other processes read it
         with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
             self.train_set, self.val_set = build_datasets(config, self.model, photos, train, val, encode=not dry_run)
-        if config.train.word_alignment and resumed is None and config.train.init_from is None and not dry_run:
-            self._align_projector(photos, train)
+        if config.train.word_alignment and resumed is None and not dry_run:
+            if config.train.init_from is None:
+                self._align_projector(photos, train)
+            else:
+                self.say("train.word_alignment is left out: the projector of train.init_from is trained already")
         self.weights = {source.name: source.weight for source in config.data.sources}
         self.val_samples = validation_sample(self.val_set, config.train.eval_samples, config.train.seed)
 

@@ -96,7 +96,7 @@ def _check_weights(config: Config, prepared: set[str]) -> None:
             raise UserError(
                 f"'data.sources': source '{shortened(source.name)}' has weight {source.weight} but no entry in "
                 f"{config.data.captions} (there: {shortened(', '.join(sorted(prepared)))}): correct its name, or run "
-                "process_image.py again"
+                "process_image.py again, or name the sources of these files in data.sources"
             )
 
 

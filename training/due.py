@@ -63,7 +63,7 @@ def save_before_ending(run: Run, reason: str) -> None:
 
 def after_error(run: Run, error: Exception) -> UserError | None:
     """Save the last whole step if all processes can; return the error for the user, None for a defect."""
-    problem = user_problem(error, run.progress.step)
+    problem = user_problem(error, run.progress.step, run.config.train.tokens_per_batch)
     if problem is not None:
         run.optimizer.zero_grad()
         # saving is collective; if one process raised alone, the others do not join it
@@ -73,17 +73,19 @@ def after_error(run: Run, error: Exception) -> UserError | None:
     return problem
 
 
-def user_problem(error: Exception, step: int) -> UserError | None:
+def user_problem(error: Exception, step: int, tokens_per_batch: int | None = None) -> UserError | None:
     """Return an error with the remedy for the user; None for a defect of the program.
 
     Args:
         step: number of finished steps.
+        tokens_per_batch: budget of a micro-batch, where its size is not a number of samples.
     """
     if isinstance(error, UserError):
         return error
     if is_out_of_memory(error):
+        size = "micro_batch" if tokens_per_batch is None else "tokens_per_batch"
         return UserError(
-            f"out of memory at step {step + 1}: lower train.micro_batch and raise train.accumulation by as much, or "
+            f"out of memory at step {step + 1}: lower train.{size} and raise train.accumulation by as much, or "
             "set train.gradient_checkpointing=on or llm.quantization=nf4, or lower train.max_questions or "
             "data.max_length (train.py --dry-run tells what fits)"
         )

@@ -7,7 +7,7 @@ of processes. Weights change only after loss and gradient have been checked to b
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +35,23 @@ class Trainer(Run):
             UserError: a bad photo or question, a non-finite loss, too little memory, or a full disk.
         """
         state.make_ready(self)
-        self.saved_step, watch = self.progress.step, Watch(self)
-        try:
-            with self.stop:
-                for figures in self.steps():
-                    after_step(self, watch, figures)
-                    if figures["signal"]:
-                        save_before_ending(self, "stopped by a signal")
-                        raise SystemExit(128 + figures["signal"])
-        except (UserError, RuntimeError, MemoryError) as error:
-            problem = after_error(self, error)
-            if problem is None or problem is error:
-                raise
-            raise problem from error
-        finally:
-            watch.close()
-            self.in_use.release()
+        self.saved_step = self.progress.step
+        with ExitStack() as at_end:
+            at_end.callback(self.in_use.release)
+            watch = Watch(self)
+            at_end.callback(watch.close)
+            try:
+                with self.stop:
+                    for figures in self.steps():
+                        after_step(self, watch, figures)
+                        if figures["signal"]:
+                            save_before_ending(self, "stopped by a signal")
+                            raise SystemExit(128 + figures["signal"])
+            except (UserError, RuntimeError, MemoryError) as error:
+                problem = after_error(self, error)
+                if problem is None or problem is error:
+                    raise
+                raise problem from error
         return self.output_dir / f"checkpoint-{self.progress.step}"
 
     def forward(self, batch: Batch, num_items: int) -> torch.Tensor:

@@ -29,8 +29,6 @@ def movement(model: MMultiModal, start: WeightSample) -> dict[str, float]:
     """Return the relative change of each part since `start`; 1.0 for a part that started at zero and changed."""
     moved = {}
     for part in model.parts:
-        if part.name not in start:  # an untrained LoRA can be absent at the start and added by a resumed run
-            continue
         change = before = after = 0.0
         for name, weight in part.parameters.items():
             now, then = _numbers(weight).double(), start[part.name][name].double()

@@ -7,6 +7,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -84,28 +85,45 @@ def _marked(chat: ChatFormat, ids: list[int], labels: list[int]) -> str:
 def choose_entries(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
     """Draw up to `count` entries; sources alternate, question types of a source alternate.
 
-    Each photo is used once if possible. The same entries and seed give the same choice.
+    Each photo is used once if possible. The same entries and seed give the same choice. Entries of one question, one
+    for each answer (`data.answers: all`), are joined.
     """
     drawn = random.Random(f"samples {seed}").sample(range(len(entries)), min(len(entries), CONSIDERED))
-    shuffled = [entries[index] for index in drawn]
     of_kind: Counter[tuple[str, str]] = Counter()
-    by_source: dict[str, list[tuple[int, Entry]]] = {}
-    for entry in shuffled:
+    by_source: dict[str, list[tuple[int, int, Entry]]] = {}
+    for index in drawn:
+        entry = entries[index]
         kind = (entry.source, entry.turns[0].type or entry.type)
-        by_source.setdefault(entry.source, []).append((of_kind[kind], entry))
+        by_source.setdefault(entry.source, []).append((of_kind[kind], index, entry))
         of_kind[kind] += 1
     queues = [
-        [entry for _, entry in sorted(queue, key=lambda numbered: numbered[0])]
+        [(index, entry) for _, index, entry in sorted(queue, key=lambda numbered: numbered[0])]
         for _, queue in sorted(by_source.items())
     ]
-    dealt = [entry for entry in chain.from_iterable(zip_longest(*queues)) if entry is not None]
+    dealt = [item for item in chain.from_iterable(zip_longest(*queues)) if item is not None]
     chosen, again, seen = [], [], set()
-    for entry in dealt:
-        (again if seen.intersection(entry.images) else chosen).append(entry)
+    for index, entry in dealt:
+        (again if seen.intersection(entry.images) else chosen).append(index)
         seen.update(entry.images)
         if len(chosen) == count:
             break
-    return (chosen + again)[:count]
+    return list(dict.fromkeys(_with_all_answers(entries, index) for index in chosen + again))[:count]
+
+
+def _with_all_answers(entries: Sequence[Entry], index: int) -> Entry:
+    """Return an entry with the answers of its neighbours that ask the same of the same photo."""
+
+    def of(entry: Entry) -> Entry:
+        return replace(entry, turns=(replace(entry.turns[0], answers=()), *entry.turns[1:]))
+
+    first = last = index
+    while first > 0 and of(entries[first - 1]) == of(entries[index]):
+        first -= 1
+    while last + 1 < len(entries) and of(entries[last + 1]) == of(entries[index]):
+        last += 1
+    answers = tuple(answer for number in range(first, last + 1) for answer in entries[number].turns[0].answers)
+    entry = entries[index]
+    return replace(entry, turns=(replace(entry.turns[0], answers=answers), *entry.turns[1:]))
 
 
 class SampleSheet:

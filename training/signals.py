@@ -1,4 +1,4 @@
-"""Handlers of stop signals; the loop reads the received signal between steps. Used by `build.py` and `loop.py`."""
+"""Handlers of stop signals; the loop reads the received signal between steps, and loader processes outlast it."""
 
 import os
 import signal

@@ -26,6 +26,7 @@ from training import state
 from training.agreement import on_main
 from training.build import make_accelerator
 from training.dry_run import describe_run
+from training.due import save
 from training.folder_lock import recover_free
 from training.loop import Trainer
 from training.run_log import check_trackers
@@ -60,7 +61,7 @@ def stages(config: Config, resume: str | None = None, accept_changes: bool = Fal
         later = folders[number + 1 :]
         _introduce(trainer, stage_title(config, number), later)
         yield trainer
-        origin = trainer.output_dir / f"checkpoint-{trainer.progress.step}"
+        origin = _last_checkpoint(trainer)
         _conclude(trainer, origin, later)
         del trainer
         _forget_models()
@@ -109,7 +110,8 @@ def stage_configs(config: Config) -> list[Config]:
             existing_path(made.data.image_map, f"{where}.data.image_map")
         if made.data.captions != base.data.captions:
             existing_path(made.data.captions, f"{where}.data.captions")
-        trained |= {part for part, settings in made.train.parts if settings.lr > 0 or _mode(settings) == "full"}
+        _check_settings(made, where)
+        trained |= {part for part, settings in made.train.parts if settings.lr > 0 or _is_whole(settings)}
         configs.append(made)
     return configs
 
@@ -171,8 +173,34 @@ def _check_parts(trained: set[str], before: Parts, after: Parts, where: str) -> 
             )
 
 
+def _check_settings(config: Config, where: str) -> None:
+    """Check early what `Run` would refuse in the settings of a stage, as far as no model is needed for it."""
+    parts = config.train.parts
+    if config.data.cache_features and _trains(parts.vision):
+        raise UserError(
+            f"{where}: 'data.cache_features' keeps what the encoder gave before training, but 'train.parts.vision' "
+            "trains the encoder: set data.cache_features: false in this stage"
+        )
+    if config.llm.quantization != "none" and _is_whole(parts.llm):
+        raise UserError(
+            f"{where}: 'llm.quantization' is {config.llm.quantization}, and weights in so few bits cannot be trained: "
+            "set train.parts.llm.mode: lora and train.parts.llm.layers: null"
+        )
+    if not any(_trains(settings) for _, settings in parts):
+        raise UserError(f"{where} trains nothing: give one of train.parts a learning rate above 0")
+
+
 def _mode(settings: Any) -> str | None:
     return settings.model_dump().get("mode")  # the projector has none
+
+
+def _trains(settings: Any) -> bool:
+    return settings.lr > 0 and _mode(settings) != "frozen"
+
+
+def _is_whole(settings: Any) -> bool:
+    """Whether a part has weights of the backbone itself, which a checkpoint then holds."""
+    return _mode(settings) == "full" or settings.model_dump().get("layers") is not None
 
 
 def _first_stage(configs: list[Config], folders: list[Path], resume: str | None) -> tuple[int, Path | None]:
@@ -228,12 +256,23 @@ def _introduce(trainer: Trainer, title: str, later: list[Path]) -> None:
     if title:
         trainer.say(title)
     trainer.say(trainer.model.parameter_summary())
+    budget, setting = trainer.config.train.tokens_per_batch, trainer.setting
+    step = f"{setting.micro_batch} × {setting.accumulation} samples"
+    if budget is not None:
+        step = f"{setting.accumulation} × at most {budget:,} tokens"
     trainer.say(
         f"{len(trainer.train_set.entries):,} questions in {len(trainer.train_set):,} samples, "
-        f"{trainer.total_steps:,} steps in {trainer.precision}, {trainer.setting.micro_batch} × "
-        f"{trainer.setting.accumulation} samples a step on each process"
+        f"{trainer.total_steps:,} steps in {trainer.precision}, {step} a step on each process"
     )
     on_main(trainer.accelerator, lambda: _set_aside(trainer, later))
+
+
+def _last_checkpoint(trainer: Trainer) -> Path:
+    """Return the folder of the last step; of a finished run that was resumed from another folder, it is written now."""
+    folder = trainer.output_dir / f"checkpoint-{trainer.progress.step}"
+    ended = trainer.progress.step == trainer.total_steps
+    missing = on_main(trainer.accelerator, lambda: ended and not folder.exists())
+    return save(trainer) if missing else folder
 
 
 def _conclude(trainer: Trainer, folder: Path, later: list[Path]) -> None:

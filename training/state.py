@@ -291,7 +291,7 @@ def save(run: Resumable, progress: Progress, figures: dict[str, Any], pruning: b
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         position = {key: getattr(progress, key) for key in POSITION}
-        save_checkpoint(run.model, folder, position | figures, run.provenance, state)
+        save_checkpoint(run.model, folder, figures | position, run.provenance, state)
         if pruning:
             prune(run.output_dir, run.config.train.save_total_limit, newest=folder)
 

@@ -277,7 +277,7 @@ def test_no_server_and_no_url(monkeypatch):
         RemoteAnswerer(url)
     with scripted((200, {}, '{"data": [{"id": "one"}]}')) as (url, _):
         assert RemoteAnswerer(url).name == "one"  # a proxy is not asked for this machine
-    wrongs = "127.0.0.1:8000 ftp://x http:// http://x:y http://x/v1?y http://[::1 http://me:secret@x"
+    wrongs = "127.0.0.1:8000 ftp://x http:// http://x:y http://x/v1?y http://[::1 http://[::1]x http://u:key@x u:key@x"
     for wrong in ["", *wrongs.split()]:
         with pytest.raises(UserError, match="--server: .* is not a URL such as|^--server: a URL with a name [^@]*$"):
             RemoteAnswerer(wrong)

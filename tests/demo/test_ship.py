@@ -5,6 +5,7 @@ import json
 import pytest
 
 from demo.ship import ship
+from errors import UserError
 
 
 @pytest.fixture
@@ -37,6 +38,13 @@ def test_the_checkpoint_takes_the_place_of_the_old_one(folders):
     assert records["encoder"] == {"scores": 1}
     found = records["checkpoint"]["scores"]["held-out photos, with another photo"]
     assert found == {"colour": 0.5, "count_zh": 1.0, "unknown_zh": 1.0, "all but unknown": 0.625, "all": 0.85}
+
+
+def test_what_is_shipped_is_not_shipped_again(folders):
+    checkpoint, _, scores = folders
+    with pytest.raises(UserError, match="is what is shipped already"):
+        ship(checkpoint, checkpoint, scores)
+    assert (checkpoint / "config.yaml").read_text() == "new"
 
 
 def test_without_an_evaluation_nothing_changes(folders):

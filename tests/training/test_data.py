@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from model.model import MMultiModal
 from qwen.chat import ChatFormat
 from qwen.tokenizer import load_tokenizer
 from tests.tiny import write_tokenizer
-from training.data import build_datasets, epoch_order, micro_batches, read_split, validation_sample
+from training.data import build_datasets, each_answer, epoch_order, micro_batches, read_split, validation_sample
+from training.estimate import longest_sample
+from training.samples import choose_entries
 
 TAG = "<|extra_0|>"
 
@@ -205,6 +208,19 @@ def test_a_photo_that_turned_bad_is_replaced_in_training(configure, workshop, tm
     assert [sentence for sample in samples for sentence in sample.replaced] == [
         f"photo not found: {tmp_path / 'gone.png'}"
     ]
+
+
+def test_a_long_text_is_found_among_many_samples_with_photos(chat):
+    entries = [question(ID, "a", "s") for ID in range(40)] + [Entry("s", "s", (Turn("long " * 100, ("a",)),))]
+    dataset = make_dataset(chat, entries, {})
+    assert list(dataset.groups[longest_sample(dataset)]) == [40]
+
+
+def test_shown_questions_have_all_their_answers_again():
+    """`samples.html` judges by all answers, also where `data.answers: all` makes each an entry."""
+    entries = [replace(question(ID, "Which?", "s"), type=str(ID)) for ID in range(3)]
+    entries = [replace(entry, turns=(replace(entry.turns[0], answers=("a", "b", "b")),)) for entry in entries]
+    assert sorted(choose_entries(each_answer(entries), 10, seed=0), key=lambda entry: entry.type) == entries
 
 
 def test_each_answer_is_a_sample_of_its_own(configure, tmp_path):

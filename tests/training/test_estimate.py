@@ -81,7 +81,8 @@ def test_trial_passes_change_nothing_and_cost_is_linear(configure):
     assert (line(10), line(30)) == (5.0, 9.0)
 
 
-def test_trials_of_several_samples_may_fail(configure):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_trials_of_several_samples_may_fail(configure, error):
     """The memory of two samples was predicted to fit and does not: the single sample gives both lines."""
     run = Trainer(configure(max_steps=1))
     sample = run.train_set[longest_sample(run.train_set)]
@@ -89,7 +90,7 @@ def test_trials_of_several_samples_may_fail(configure):
     def trial(batch, checkpointing):
         samples = 0 if batch is None else len(batch.lengths)
         if samples > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
         return 10 + 4 * samples, 0.5 + samples
 
     estimate = Estimate(trial, sample, limit=1000, trained=0, budget=None)

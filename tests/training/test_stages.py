@@ -169,6 +169,8 @@ MISTAKES = {
     "name = 'a/b': it becomes part of a folder's name": {"name": "a/b"},
     "train.word_alignment is for a new projector: set it in the first stage": {"train.word_alignment": 5},
     "data.captions': file not found": {"data.captions": "nowhere.json"},
+    "'train.parts.vision' trains the encoder": {"data.cache_features": True, "train.parts.vision.mode": "lora"},
+    "trains nothing: give one of train.parts a learning rate": {"train.parts.llm.lr": 0, "train.parts.projector.lr": 0},
     "'train.parts.llm.mode' is 'frozen', but an earlier stage trains this part with 'lora'": {
         "train.parts.llm.mode": "frozen"
     },
