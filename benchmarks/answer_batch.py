@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["demo", "light"], default="demo", help="default demo")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="ask this checkpoint its validation questions")
-    parser.add_argument("--photos", type=int, help="default 54, as many as the demo's validation set has; light: 16")
+    parser.add_argument("--photos", type=int, help="default 54, as in results/answer_batch_demo.json; light: 16")
     parser.add_argument("--questions", type=int, default=4, help="per photo, with --shape light (default 4)")
     parser.add_argument("--tokens", type=int, help="of each answer, without a checkpoint (default 4; light: 16)")
     parser.add_argument("--runs", type=int, default=3, help="of each side (default 3)")

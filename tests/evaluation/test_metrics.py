@@ -35,7 +35,7 @@ def test_exact_match_takes_any_reference():
     assert metrics.exact_match("", ["A"]) == 0.0
 
 
-# Worked out by hand from the rules that `vqa_normalise` states; vqaEval.py itself gives the same.
+# Worked out by hand from the rules that `vqa_normalise` states; vqaEval.py itself is not run here.
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
