@@ -15,7 +15,7 @@ import numpy as np
 import sacrebleu
 
 from evaluation.intervals import Tally, mean_tally
-from evaluation.words import Cut, english_words, mostly_chinese
+from evaluation.words import mostly_chinese
 
 ORDERS = 4  # n-grams of 1 to 4 words, in BLEU and in CIDEr-D
 _BETA = 1.2  # ROUGE-L: weight of recall against precision
@@ -23,18 +23,15 @@ _SIGMA = 6.0  # CIDEr-D: words by which lengths may differ (Vedantam et al. 2015
 _NO_MATCH, _NO_NGRAM = 1e-15, 1e-9  # BLEU: added to matches and to n-grams, so that neither is 0
 
 Ngram = tuple[str, ...]
+Words = Sequence[str]
 
 
-def caption_scores(
-    answers: Sequence[str], references: Sequence[Sequence[str]], cut: Cut = english_words
-) -> dict[str, float]:
+def caption_scores(answers: Sequence[Words], references: Sequence[Sequence[Words]]) -> dict[str, float]:
     """BLEU-1 to BLEU-4 and ROUGE-L in 0..1, CIDEr-D in 0..10, of all answers together; see `caption_tallies`."""
-    return {name: tally.score for name, tally in caption_tallies(answers, references, cut).items()}
+    return {name: tally.score for name, tally in caption_tallies(answers, references).items()}
 
 
-def caption_tallies(
-    answers: Sequence[str], references: Sequence[Sequence[str]], cut: Cut = english_words
-) -> dict[str, Tally]:
+def caption_tallies(answers: Sequence[Words], references: Sequence[Sequence[Words]]) -> dict[str, Tally]:
     """Score name → statistics per answer, from which `evaluation/intervals.py` makes scores and intervals.
 
     CIDEr-D counts document frequencies in the given references, one document per answer, so it is a number about this
@@ -42,28 +39,25 @@ def caption_tallies(
     frequencies of the whole set.
 
     Args:
-        answers: one text per question.
-        references: one or more texts per question; their order does not matter.
-        cut: cuts a text into words (`evaluation.words.cuts`).
+        answers: one text per question, cut into words (`evaluation.words.cuts`).
+        references: one or more texts per question, cut likewise; their order does not matter.
     """
-    answer_words = [cut(answer) for answer in answers]
-    reference_words = [[cut(text) for text in texts] for texts in references]
-    bleu = np.array(list(map(_bleu_row, answer_words, reference_words)), dtype=np.float64)  # (answers, 9)
+    bleu = np.array(list(map(_bleu_row, answers, references)), dtype=np.float64)  # (answers, 9)
     return {
         **{f"bleu_{order}": Tally(bleu, functools.partial(_bleu, order=order)) for order in range(1, ORDERS + 1)},
-        "rouge_l": mean_tally(list(map(rouge_l, answer_words, reference_words))),
-        "cider_d": mean_tally(cider_d(answer_words, reference_words)),
+        "rouge_l": mean_tally(list(map(rouge_l, answers, references))),
+        "cider_d": mean_tally(cider_d(answers, references)),
     }
 
 
-def _ngrams(words: Sequence[str]) -> Counter[Ngram]:
+def _ngrams(words: Words) -> Counter[Ngram]:
     """Count the n-grams of all four orders."""
     return Counter(
         tuple(words[start : start + order]) for order in range(1, ORDERS + 1) for start in range(len(words) - order + 1)
     )
 
 
-def _bleu_row(words: Sequence[str], references: Sequence[Sequence[str]]) -> list[int]:
+def _bleu_row(words: Words, references: Sequence[Words]) -> list[int]:
     """Matching n-grams by order, n-grams by order, and the reference length closest to the answer's (or the shorter).
 
     An n-gram matches as often as it stands in the one reference that has it most often.
@@ -87,7 +81,7 @@ def _bleu(sums: np.ndarray, order: int) -> np.ndarray:
     return np.prod(precisions, axis=-1) ** (1 / order) * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
-def rouge_l(words: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def rouge_l(words: Words, references: Sequence[Words]) -> float:
     """ROUGE-L of one answer: F of the best precision and the best recall, which may come from two references."""
     common = [_longest_common_subsequence(words, reference) for reference in references]
     if not max(common):
@@ -97,7 +91,7 @@ def rouge_l(words: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
 
 
-def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+def _longest_common_subsequence(first: Words, second: Words) -> int:
     """Length of the longest sequence of words that both have in this order, with gaps allowed."""
     lengths = [0] * (len(second) + 1)  # of the words of `first` so far and the first 0, 1, … words of `second`
     for word in first:
@@ -108,7 +102,7 @@ def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> 
     return lengths[-1]
 
 
-def cider_d(answers: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
+def cider_d(answers: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
     """CIDEr-D of each answer, in 0..10: clipped similarity of tf-idf vectors with a penalty on length.
 
     Source: Vedantam et al. 2015 (arXiv 1411.5726).
@@ -149,12 +143,14 @@ def _similarity(
 
 
 def corpus_bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU-4 of sacrebleu in 0..100, with tokeniser `zh` if most reference text is Chinese, else `13a`.
+    """Corpus BLEU-4 of sacrebleu in 0..100, with tokeniser `zh` if any answer is to be Chinese, else `13a`.
+
+    `zh` sets Chinese characters apart and cuts the rest as `13a` does, so it suits English answers among Chinese ones.
 
     Unlike `bleu_4` of `caption_scores` it counts capitals and punctuation, and smooths. If all answers have fewer than
     four words, only the existing n-gram orders count (`effective_order`).
     """
-    chinese = mostly_chinese(text for texts in references for text in texts)
+    chinese = any(map(mostly_chinese, references))
     bleu = sacrebleu.BLEU(tokenize="zh" if chinese else "13a", effective_order=True)
     return bleu.corpus_score(answers, _streams(references)).score
 

@@ -9,7 +9,7 @@ from evaluation.baselines import TRAINED
 from evaluation.intervals import Interval, mcnemar
 from evaluation.predictions import FILE, Replies, read_predictions
 from evaluation.runner import Answer, Question, make_answer
-from evaluation.scores import are_sentences, judge_values, judged_difference
+from evaluation.scores import ACCURACY, judge_values, judged_difference, measure_of, sentence_sources
 
 
 @dataclass(frozen=True)
@@ -18,21 +18,28 @@ class Comparison:
 
     Attributes:
         name: the other checkpoint.
-        sentences: whether CIDEr-D judges, and not accuracy.
+        measure: the score that judges, here in all types.
+        sentences: the sources whose true answers are sentences.
         difference: score of this model less that of the other.
-        p: of McNemar's test; of sentences, how probable it is that so many are better here or there by chance alone.
+        p: of `test`.
         by_type: question type → difference.
-        gained, lost: pairs (answer here, answer there) that only this model, or only the other one, has right; of
-            sentences, that have a higher CIDEr-D here or there.
+        gained, lost: pairs (answer here, answer there) that only this model, or only the other one, has right; where
+            accuracy does not judge, that have a higher score here or there.
     """
 
     name: str
-    sentences: bool
+    measure: str
+    sentences: frozenset[str]
     difference: Interval
     p: float
     by_type: dict[str, Interval]
     gained: list[tuple[Answer, Answer]]
     lost: list[tuple[Answer, Answer]]
+
+    @property
+    def test(self) -> str:
+        """McNemar's: how probable so many gained and lost are by chance alone; of scores that is the sign test."""
+        return "McNemar's test" if self.measure == ACCURACY else "sign test"
 
 
 def find_other(folder: Path, split: str) -> tuple[dict[str, Any], Replies]:
@@ -91,22 +98,24 @@ def compare(name: str, questions: list[Question], own: list[Answer], replies: Re
     others = [
         make_answer(question, question.images, *replies[question.number, question.turn]) for question in questions
     ]
-    sentences = are_sentences(text for question in questions for text in question.references)
+    sentences = sentence_sources(own)
+    measure = measure_of(own, sentences)
     pairs = list(zip(own, others, strict=True))
     by_type = {}
     for type_ in sorted({answer.type for answer in own}):
         of_type = [pair for pair in pairs if pair[0].type == type_]
-        by_type[type_] = judged_difference(of_type, sentences)
-    if sentences:
-        values = list(zip(judge_values(own, sentences), judge_values(others, sentences), strict=True))
-        better, worse = [here > there for here, there in values], [here < there for here, there in values]
-    else:
+        by_type[type_] = judged_difference(of_type, measure)
+    if measure == ACCURACY:
         better = [here.right and not there.right for here, there in pairs]
         worse = [there.right and not here.right for here, there in pairs]
+    else:
+        values = list(zip(judge_values(own, measure), judge_values(others, measure), strict=True))
+        better, worse = [here > there for here, there in values], [here < there for here, there in values]
     return Comparison(
         name=name,
+        measure=measure,
         sentences=sentences,
-        difference=judged_difference(pairs, sentences),
+        difference=judged_difference(pairs, measure),
         p=mcnemar(better, worse),
         by_type=by_type,
         gained=[pair for pair, chosen in zip(pairs, better, strict=True) if chosen],

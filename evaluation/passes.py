@@ -25,7 +25,7 @@ from evaluation.losses import answer_losses
 from evaluation.metrics import normalise
 from evaluation.predictions import Predictions, Replies
 from evaluation.runner import Answer, Progress, Question, ask, list_questions, make_answer, questions_digest
-from evaluation.scores import Result, all_intervals, are_sentences, judged, score_pass, visual_gain
+from evaluation.scores import Result, all_intervals, judged, measure_of, score_pass, sentence_sources, visual_gain
 from model.checkpoint_folder import weights_digest
 from model.model import MMultiModal
 from model.portable import portable_config
@@ -80,9 +80,9 @@ class Evaluation:
     hard: dict[str, list[Interval]] = field(default_factory=dict)
 
     @cached_property
-    def sentences(self) -> bool:
-        """Whether CIDEr-D judges the answers, and not accuracy."""
-        return are_sentences(text for question in self.questions for text in question.references)
+    def sentences(self) -> frozenset[str]:
+        """The sources whose true answers are sentences."""
+        return sentence_sources(self.answers[TRAINED])
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
@@ -91,8 +91,8 @@ class Evaluation:
 
     @property
     def measure(self) -> str:
-        """Name of the score that judges."""
-        return "CIDEr-D" if self.sentences else "accuracy"
+        """Name of the score that judges all answers together."""
+        return measure_of(self.answers[TRAINED], self.sentences)
 
 
 def evaluate(
@@ -140,14 +140,14 @@ def evaluate(
         for name, answers in found.answers.items()
     }
     if "blind" in found.answers:
-        found.gain = visual_gain(own, found.answers["blind"], found.sentences)
+        found.gain = visual_gain(own, found.answers["blind"], found.measure)
     with_photo = [question for question in found.questions if question.images]
     if kinds and with_photo:
-        clear = judged([answer for answer in own if answer.images], found.sentences)
+        clear = judged([answer for answer in own if answer.images], found.measure)
         for kind in kinds:
             passes = (Pass(f"{kind} {strength}", picture=_distorted(kind, strength)) for strength in STRENGTHS)
             distorted = (_run(one, model, with_photo, photos, predictions, own, progress(one.name)) for one in passes)
-            found.hard[kind] = [clear, *(judged(answers, found.sentences) for answers in distorted)]
+            found.hard[kind] = [clear, *(judged(answers, found.measure) for answers in distorted)]
     return found
 
 

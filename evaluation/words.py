@@ -11,13 +11,14 @@ import importlib.util
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 
 Cut = Callable[[str], list[str]]  # text → words
 
 CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af"  # Han, kana, hangul
 _CJK_CHARACTER = re.compile(f"[{CJK}]")
+_WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+")
 
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))(?!\w)")
 _TWO_WORDS = re.compile(r"\b(can(?=not\b)|(?:gon|wan)(?=na\b)|got(?=ta\b)|(?:gim|lem)(?=me\b))")
@@ -65,19 +66,25 @@ def _jieba() -> ModuleType:
 
 
 def mostly_chinese(texts: Iterable[str]) -> bool:
-    """Tell whether more than half of the characters, without white space, are Chinese (or kana or hangul)."""
-    joined = "".join("".join(text.split()) for text in texts)
-    return 2 * len(_CJK_CHARACTER.findall(joined)) > len(joined)
+    """Tell whether at least half of the words are single Chinese characters (or kana or hangul): "T恤" is Chinese."""
+    words = _WORD.findall(" ".join(texts))
+    chinese = sum(_CJK_CHARACTER.match(word) is not None for word in words)
+    return 0 < len(words) <= 2 * chinese
 
 
-def cuts(references: Iterable[str]) -> dict[str, Cut]:
-    """Name → cut that suits the references: `words` for English, `characters` and `jieba` for Chinese.
+def cuts(references: Sequence[Sequence[str]]) -> dict[str, list[Cut]]:
+    """Name of a way to cut texts → the cut of each answer, which is that of the language of its own references.
 
-    jieba is an optional package (`pip install jieba`); without it only `characters` is there.
+    English is always cut into words. Chinese is cut into characters and, with the optional package jieba, also into
+    its words: if one answer is Chinese, the ways are called `characters` and `jieba`, else `words`.
+
+    Args:
+        references: one or more texts per answer.
     """
-    if not mostly_chinese(references):
-        return {"words": english_words}
+    chinese = list(map(mostly_chinese, references))
+    if not any(chinese):
+        return {"words": [english_words] * len(references)}
     found: dict[str, Cut] = {"characters": characters}
     if importlib.util.find_spec("jieba"):
         found["jieba"] = jieba_words
-    return found
+    return {name: [cut if own else english_words for own in chinese] for name, cut in found.items()}

@@ -51,12 +51,16 @@ BLEU_TOLERANCE = ROUGE_TOLERANCE = 1e-9
 CIDER_TOLERANCE = 1e-6
 
 
-def cut_all(references):
-    return [[english_words(text) for text in texts] for texts in references]
+def cut_all(references, cut=english_words):
+    return [[cut(text) for text in texts] for texts in references]
+
+
+def scores_of(answers, references, cut=english_words):
+    return caption_scores(list(map(cut, answers)), cut_all(references, cut))
 
 
 def test_scores_are_those_of_the_coco_scorer():
-    scores = caption_scores(ANSWERS, REFERENCES)
+    scores = scores_of(ANSWERS, REFERENCES)
     assert list(scores) == ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d"]
     assert [scores[f"bleu_{order}"] for order in (1, 2, 3, 4)] == pytest.approx(BLEU, abs=BLEU_TOLERANCE)
     assert scores["rouge_l"] == pytest.approx(sum(ROUGE_L) / len(ROUGE_L), abs=ROUGE_TOLERANCE)
@@ -97,7 +101,7 @@ def test_a_hundred_captions_score_as_in_the_coco_scorer(captions):
     rows = list(captions())
     answers = [rows[number - (number % 3 == 0)][0] for number in range(len(rows))]
     references = [texts[1:] for texts in rows]
-    scores = caption_scores(answers, references)
+    scores = scores_of(answers, references)
 
     truth = {number: list(map(" ".join, texts)) for number, texts in enumerate(cut_all(references))}
     found = {number: [" ".join(english_words(answer))] for number, answer in enumerate(answers)}
@@ -110,8 +114,8 @@ def test_a_hundred_captions_score_as_in_the_coco_scorer(captions):
 def test_bleu_takes_the_closest_reference_length_and_the_shorter_of_two():
     """Five words against three, seven and nine: three is as close as seven, so there is no penalty on brevity."""
     references = [["a b c", "a b c d e f g", "a b c d e f g h i"]]
-    assert caption_scores(["a b c d e"], references, str.split)["bleu_1"] == pytest.approx(1, abs=1e-8)
-    longer = caption_scores(["a b c d e"], [references[0][1:]], str.split)["bleu_1"]
+    assert scores_of(["a b c d e"], references, str.split)["bleu_1"] == pytest.approx(1, abs=1e-8)
+    longer = scores_of(["a b c d e"], [references[0][1:]], str.split)["bleu_1"]
     assert longer == pytest.approx(2.718281828 ** (1 - 7 / 5), abs=1e-8)
 
 
@@ -145,8 +149,8 @@ def test_scores_stay_in_range_and_ignore_the_order_of_references(rows):
     shuffled = [
         [given[place] for place in order if place < len(given)] for given, order in zip(references, orders, strict=True)
     ]
-    scores = caption_scores(answers, references, str.split)
-    for name, score in caption_scores(answers, shuffled, str.split).items():
+    scores = scores_of(answers, references, str.split)
+    for name, score in scores_of(answers, shuffled, str.split).items():
         assert score == pytest.approx(scores[name], abs=1e-12)
         assert 0 <= score <= (10 if name == "cider_d" else 1) + 1e-9
 
@@ -157,34 +161,34 @@ sentences = st.lists(st.sampled_from("abcd"), min_size=4, max_size=8).map(" ".jo
 @given(st.lists(st.tuples(texts, sentences), min_size=2, max_size=5))
 def test_nothing_scores_above_the_reference_itself(rows):
     answers, references = zip(*rows, strict=True)
-    best = caption_scores(references, [[text] for text in references], str.split)
-    for name, score in caption_scores(answers, [[text] for text in references], str.split).items():
+    best = scores_of(references, [[text] for text in references], str.split)
+    for name, score in scores_of(answers, [[text] for text in references], str.split).items():
         assert score <= best[name] + 1e-9, name
     assert best["rouge_l"] == pytest.approx(1)
 
 
 def test_the_reference_itself_scores_full_marks():
     rows = ["a dog runs on the beach", "two men climb a steep rock", "snow lies on every roof here"]
-    scores = caption_scores(rows, [[text] for text in rows])
+    scores = scores_of(rows, [[text] for text in rows])
     assert scores.pop("cider_d") == pytest.approx(10)
     assert scores == pytest.approx(dict.fromkeys(scores, 1), abs=1e-8)  # BLEU adds 1e-9 to the number of n-grams
 
 
 def test_tallies_of_parts_add_up_to_the_corpus_score():
     """BLEU of the whole, not the mean of BLEUs; so intervals resample the corpus score itself."""
-    tallies = caption_tallies(ANSWERS, REFERENCES)
+    tallies = caption_tallies(list(map(english_words, ANSWERS)), cut_all(REFERENCES))
     low, high = interval(tallies["bleu_4"], range(len(ANSWERS)))[1:]
     assert low < BLEU[3] < high
-    alone = [caption_scores([answer], [texts])["bleu_4"] for answer, texts in CAPTIONS]
+    alone = [scores_of([answer], [texts])["bleu_4"] for answer, texts in CAPTIONS]
     assert abs(sum(alone) / len(alone) - BLEU[3]) > 0.05
 
 
 def test_chinese_captions_by_characters():
     references = [["一个男孩在公园里跑步。", "男孩跑步"], ["两只狗在草地上玩球"], ["女人打着伞"]]
     answers = ["一个女孩在公园里跑步", "两只狗在草地上玩球", "红色的汽车"]
-    scores = caption_scores(answers, references, characters)
+    scores = scores_of(answers, references, characters)
     assert scores["bleu_1"] == pytest.approx((9 + 9) / (10 + 9 + 5), abs=1e-8)
-    assert caption_scores(answers, references)["bleu_1"] < 0.5  # as English, a sentence is one word
+    assert scores_of(answers, references)["bleu_1"] < 0.5  # as English, a sentence is one word
 
 
 def test_corpus_scores_reward_any_reference_and_know_chinese():
@@ -196,3 +200,14 @@ def test_corpus_scores_reward_any_reference_and_know_chinese():
     assert corpus_bleu(["red", "two"], [["red"], ["two"]]) == pytest.approx(100)
     # one wrong character of ten: by characters some 4-grams agree, by white space there would be one wrong word
     assert corpus_bleu(["一个女孩在公园里跑步"], [["一个男孩在公园里跑步"]]) > 60
+
+
+def test_corpus_bleu_cuts_english_and_chinese_together_as_each_alone():
+    """Characters with spaces between them are cut alike in both languages."""
+    answers = ["A dog's red ball, 3.5 m away, lies on the wet grass.", "一个女孩在公园里跑步", "Two men."]
+    references = [["A dog's toy ball, 3.5 m away, lies on the grass.", "A ball."], ["一个男孩在公园里跑步"], ["Two."]]
+    spaced = [" ".join(answers[1]) if place == 1 else text for place, text in enumerate(answers)]
+    spaced_references = [[" ".join(texts[0])] if place == 1 else texts for place, texts in enumerate(references)]
+    assert corpus_bleu(answers, references) == corpus_bleu(spaced, spaced_references)
+    alone = [corpus_bleu([text], [own]) for text, own in zip(answers[:2], references[:2], strict=True)]
+    assert min(alone) < corpus_bleu(answers, references) < max(alone)

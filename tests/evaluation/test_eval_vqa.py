@@ -90,7 +90,8 @@ def test_two_evaluations_side_by_side(score, tmp_path, capsys):
     score("--baselines")
     metrics = score("--baselines", "--compare", tmp_path / "out", output="again")
     assert metrics["compared"]["difference"] == {"score": 0.0, "low": 0.0, "high": 0.0}
-    assert metrics["compared"]["mcnemar_p"] == 1.0
+    assert metrics["compared"]["test"] == "McNemar's test"
+    assert metrics["compared"]["p"] == 1.0
     assert "compared with checkpoint-2: accuracy +0.000" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"asked other questions \(--split val there and all here\)"):
         score("--baselines", "--split", "all", "--compare", tmp_path / "out", output="other")

@@ -63,7 +63,7 @@ def test_every_score_has_its_interval_on_the_page_and_in_the_file(run, captions,
     scores |= {f"BLEU-{order}": words[f"bleu_{order}"] for order in (1, 2, 3, 4)} | {"CIDEr-D": words["cider_d"]}
     assert {name: own["score"] for name, own in intervals.items()} == pytest.approx(scores)
     assert all(own["low"] <= own["score"] <= own["high"] for own in intervals.values())
-    assert (intervals["CIDEr-D"]["low"], intervals["CIDEr-D"]["high"]) == overall.cider_d_interval
+    assert (intervals["CIDEr-D"]["low"], intervals["CIDEr-D"]["high"]) == overall.measure_interval
     assert (intervals["accuracy"]["low"], intervals["accuracy"]["high"]) == overall.accuracy_interval
     unfolded = render_report(found, None, photos, RUN).partition("Scores of all questions with their 95 % intervals")[2]
     for name, own in intervals.items():
@@ -107,7 +107,7 @@ def test_cider_d_stands_where_accuracy_does_for_answers(run, captions):
                       [[english_words(text) for text in answer.references] for answer in answers])
         for name, answers in found.answers.items()
     }  # fmt: skip
-    assert judge_values(found.answers["trained"], sentences=True) == values["trained"]
+    assert judge_values(found.answers["trained"], "CIDEr-D") == values["trained"]
     score, photos = found.results["trained"].overall, [0, 1, 2, 3]
     assert score.judged == pytest.approx(interval(mean_tally(values["trained"]), photos))
     assert score.judged.score == score.captions["words"]["cider_d"] > 0.1
@@ -144,6 +144,8 @@ def test_two_models_are_compared_by_cider_d(run, captions, photos, tmp_path):
     assert [here.answer.split()[4] for here, _ in found.gained] == ["green", "blue", "黑色"]
     assert found.lost == []
     assert found.p == mcnemar([True, True, True], [False, False, False]) == 0.25
+    compared = metrics_of(own, found)["compared"]
+    assert (compared["test"], compared["p"], compared["measure"]) == ("sign test", 0.25, "CIDEr-D")
     line = compared_line(found)
     assert line.startswith("compared with other: CIDEr-D +")
     assert line.endswith("the sign test's p = 0.25; 3 answers are better here, 0 there")
@@ -169,5 +171,5 @@ def test_chinese_is_judged_by_characters(run):
     texts = ("整张照片里只有一面红色的墙壁。", "照片上是一面很大的红墙。")
     found = run([Entry("zh", "caption", (Turn("<|extra_0|>是什么？", texts, images=(0,)),))], CaptionModel())
     [answer] = found.answers["trained"]
-    assert found.sentences
-    assert judge_values([answer], sentences=True) == cider_d([characters(answer.answer)], [[*map(characters, texts)]])
+    assert found.sentences == {"zh"}
+    assert judge_values([answer], "CIDEr-D") == cider_d([characters(answer.answer)], [[*map(characters, texts)]])

@@ -258,7 +258,8 @@ def test_the_coco_scorer_reads_the_result_and_gives_the_same_cider(images, tmp_p
     [file] = caption_file(tmp_path)
     _, entries, _ = read_standard("coco_captions", [file], images)
     answers = ["a dog on the beach", "一只狗", "two men on a rock"]
-    ours = caption_scores(answers, [entry.turns[0].answers for entry in entries])["cider_d"]
+    references = [[english_words(text) for text in entry.turns[0].answers] for entry in entries]
+    ours = caption_scores(list(map(english_words, answers)), references)["cider_d"]
     rows = [(entry.id, entry.turns[0].question, answer) for entry, answer in zip(entries, answers, strict=True)]
     write_results("coco_captions", tmp_path / "results.json", rows)
 

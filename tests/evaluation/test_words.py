@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation.words import characters, cuts, english_words, jieba_words
+from evaluation.words import characters, cuts, english_words, jieba_words, mostly_chinese
 
 
 # Expected: Stanford CoreNLP 3.4.1's PTBTokenizer with the options and the punctuation list of the COCO scorer.
@@ -51,11 +51,25 @@ def test_jieba_words_have_no_punctuation():
     assert jieba_words("一个女孩，在公园里跑步。") == ["一个", "女孩", "在", "公园", "里", "跑步"]
 
 
+def test_what_is_chinese():
+    assert all(map(mostly_chinese, (["一个女孩在公园里跑步。"], ["T恤"], ["iPhone手机"], ["3只狗", "三只狗"])))
+    assert not any(map(mostly_chinese, (["a girl in a T恤"], ["The sign says 出口."], ["3"], ["?!"], [""])))
+
+
 def test_cuts_suit_the_language(monkeypatch):
-    chinese = ["一个女孩在公园里跑步。", "T恤"]
-    assert set(cuts(["a girl in a T恤"])) == {"words"}
-    assert {"characters"} <= set(cuts(chinese)) <= {"characters", "jieba"}
+    chinese = [["一个女孩在公园里跑步。", "女孩跑步"], ["T恤"]]
+    assert cuts([["a girl in a T恤"], ["3"]]) == {"words": [english_words] * 2}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert set(cuts(chinese)) == {"characters"}
+    assert cuts(chinese) == {"characters": [characters] * 2}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert set(cuts(chinese)) == {"characters", "jieba"}
+    assert cuts(chinese) == {"characters": [characters] * 2, "jieba": [jieba_words] * 2}
+
+
+def test_each_answer_is_cut_by_the_language_of_its_own_references(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    mixed = [["A girl runs.", "One girl"], ["一个女孩在跑步。"], ["a red shirt"]]
+    for english_first in (mixed, mixed[:1] * 9 + mixed[1:]):  # whichever language has more text
+        found = cuts(english_first)
+        rest = len(english_first) - 2
+        assert found["characters"] == [*[english_words] * rest, characters, english_words]
+        assert found["jieba"] == [*[english_words] * rest, jieba_words, english_words]
