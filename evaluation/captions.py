@@ -1,8 +1,8 @@
 """Scores of sentences against several reference sentences: BLEU, ROUGE-L, CIDEr-D and chrF.
 
 BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D are those of the COCO caption scorer (github.com/tylin/coco-caption): the same
-numbers for the same words (`evaluation/words.py`). METEOR and SPICE are not computed: METEOR needs Java or WordNet's
-data, and SPICE needs Java.
+numbers for the same words (`evaluation/words.py`). METEOR and SPICE are not computed: METEOR is defined by a Java
+program, whose numbers other implementations do not give, and SPICE needs Java.
 """
 
 import functools
