@@ -32,7 +32,7 @@ from paths import check_folder, check_writable
 
 
 def run(args: argparse.Namespace, command: str) -> Iterator[str]:
-    """Evaluate; yield what the user reads of it, as soon as it is known.
+    """Evaluate; yield what the user reads of it: first the verdict, then notes on how it came about, then the rest.
 
     Args:
         args: of `eval_vqa.read_arguments`.
@@ -53,8 +53,7 @@ def run(args: argparse.Namespace, command: str) -> Iterator[str]:
         else read_files(args.format, args.annotations, args.images, args.results, args.limit, data.seed)
     )
     _check_options(asked, args)
-    if asked.note:
-        yield asked.note
+    notes = [asked.note]  # they wait for the verdict, which is to be the first line
     check_folder(output := args.output or checkpoint / f"eval_{asked.name}", "--output")
     other = None if args.compare is None else find_other(args.compare, asked.name)
 
@@ -62,20 +61,22 @@ def run(args: argparse.Namespace, command: str) -> Iterator[str]:
     if model is None:
         model = load_checkpoint(checkpoint, overrides=overrides)
     else:
-        yield f"no loss and no baseline '{NEEDS_WEIGHTS}': they need the weights, which the server has"
+        notes.append(f"no loss and no baseline '{NEEDS_WEIGHTS}': they need the weights, which the server has")
     settings = describe(model, checkpoint, asked.entries, asked.photos, asked.name, args.limit)
-    if other is not None and (note := check_same_questions(settings, other[0])):
-        yield note
+    if other is not None:
+        notes.append(check_same_questions(settings, other[0]))
     found = None
     with Predictions(output, settings) as predictions:
-        if predictions.note:
-            yield predictions.note
+        notes.append(predictions.note)
         if asked.has_references:
             chosen = (args.baselines, args.hard, progress_bar)
             found = evaluate(model, asked.photos, asked.entries, asked.train, predictions, *chosen)
             answers = found.answers[TRAINED]
         else:
             answers = answer_questions(model, asked.photos, asked.entries, predictions, progress_bar(TRAINED))
+    if found is not None:
+        yield looks_line(found)
+    yield from filter(None, notes)
     if args.results is not None:
         in_order = sorted(answers, key=lambda answer: (answer.entry, answer.turn))
         rows = [(asked.entries[answer.entry].id, answer.question, answer.answer) for answer in in_order]
@@ -118,7 +119,6 @@ def report(
     found: Evaluation, compared: Comparison | None, asked: Asked, facts: dict[str, Any], output: Path
 ) -> Iterator[str]:
     """Write `metrics.json` and `report.html`, both with `facts`; yield the tables."""
-    yield looks_line(found)
     yield tables(found)
     if compared is not None:
         yield compared_line(compared)

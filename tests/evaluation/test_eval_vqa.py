@@ -80,21 +80,45 @@ def test_val_takes_majority_answers_of_the_training_part(score):
 def test_other_settings_begin_anew(score, capsys):
     few = ["--split", "all", "--baselines", "--limit", "2"]
     score(*few)
+    capsys.readouterr()
     score(*few, "generate.max_new_tokens=2")
-    assert "made with other settings (generate) and is now predictions.old-1.jsonl" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert "looks at the photo" in lines[0]
+    assert "made with other settings (generate) and is now predictions.old-1.jsonl" in lines[1]
     score(*few, "--limit", "1", "generate.max_new_tokens=2")
     assert "made with other settings (limit, questions) and is now predictions.old-2.jsonl" in capsys.readouterr().out
 
 
 def test_two_evaluations_side_by_side(score, tmp_path, capsys):
     score("--baselines")
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    elsewhere = lines[0].replace("float32 on cpu", "float32 on cuda")  # then the user is told that rounding may differ
+    (tmp_path / "out" / "predictions.jsonl").write_text("".join([elsewhere, *lines[1:]]), encoding="utf-8")
+    capsys.readouterr()
     metrics = score("--baselines", "--compare", tmp_path / "out", output="again")
     assert metrics["compared"]["difference"] == {"score": 0.0, "low": 0.0, "high": 0.0}
     assert metrics["compared"]["test"] == "McNemar's test"
     assert metrics["compared"]["p"] == 1.0
-    assert "compared with checkpoint-2: accuracy +0.000" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "looks at the photo" in output.splitlines()[0]
+    assert "--compare: computed in float32 on cuda there" in output
+    assert "compared with checkpoint-2: accuracy +0.000" in output
     with pytest.raises(UserError, match=r"asked other questions \(--split val there and all here\)"):
         score("--baselines", "--split", "all", "--compare", tmp_path / "out", output="other")
+
+
+def test_a_server_is_judged_before_what_it_lacks_is_said(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """A model stands in for the server; `tests/serving` has a real one."""
+    folder = tiny_checkpoint.parent.parent
+    data = {f"data.{name}": str(folder / f"{name}.json") for name in ("image_map", "captions")}
+    model = load_checkpoint(tiny_checkpoint, overrides={"model_root": folder, **data, "generate.max_new_tokens": 3})
+    monkeypatch.setattr("evaluation.run.connect", lambda *_: (model, model.config))
+    settings = {"checkpoint": "remote", "split": "val", "generate": {}, "computed": "by a server"}
+    monkeypatch.setattr("evaluation.run.describe", lambda *_: settings)
+    eval_vqa.main(["--server", "http://x", "--output", str(tmp_path / "out"), "--baselines", "majority"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "looks at the photo" in lines[0]
+    assert lines[1].startswith("no loss and no baseline 'untrained'")
 
 
 def test_a_baseline_with_the_trained_weights_after_it_leaves_the_model_as_it_was(score, tiny_checkpoint, monkeypatch):
@@ -160,7 +184,10 @@ def test_standard_files_are_scored_and_their_result_file_written(score, standard
     results = folder / "results.json"
     metrics = score("--format", "vqav2", *files, "--results", results, "--baselines", "text")
     assert metrics["passes"]["trained"]["overall"]["questions"] == 3
-    assert "photo not found" in capsys.readouterr().out  # the row of the missing one
+    lines = capsys.readouterr().out.splitlines()
+    assert "looks at the photo" in lines[0]
+    assert "photo not found" in "".join(lines[1:])  # the row of the missing one
+    assert any(line.startswith("3 answers for a leaderboard or scorer") for line in lines[1:])
     rows = json.loads(results.read_text(encoding="utf-8"))
     assert [row["question_id"] for row in rows] == [31, 32, 80]
     lines = (folder / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[1:]
