@@ -2,8 +2,8 @@
 
 Answers of a few words are right or wrong, so accuracy judges them. No caption is word for word like a reference, so
 CIDEr-D judges sentences: in tables, in intervals, and when answers with and without the photo are compared. Which of
-the two a source has is decided for each source. Where both stand together, one score must mean the same for each answer
-and depend on no other: F1 judges, the share of words that an answer and its best reference have in common.
+the two a source has is decided for each source. Where many of both stand together, one score must mean the same for each
+answer and depend on no other: F1 judges, the share of words that an answer and its best reference have in common.
 """
 
 import statistics
@@ -22,6 +22,8 @@ from evaluation.wups import find_nouns, wups
 # one word and few have more than three (Antol et al. 2015, section 4), while half of Flickr8k's captions have ten words
 # or more, and half of the Chinese ones eight characters or more (median of the training split).
 ANSWER_WORDS = 5
+
+FEW = 0.1  # share of sentences among short answers that accuracy still judges: they lower it by no more than that
 
 # as reports call the scores that may judge, and those of `captions.caption_scores`
 ACCURACY, CIDER_D, F1 = "accuracy", "CIDEr-D", "F1"
@@ -95,14 +97,14 @@ def sentence_sources(answers: Iterable[Answer]) -> frozenset[str]:
     return frozenset(source for source, texts in references.items() if are_sentences(texts))
 
 
-def measure_of(answers: Iterable[Answer], sentences: Collection[str]) -> str:
+def measure_of(answers: Collection[Answer], sentences: Collection[str]) -> str:
     """Name of the score that judges these answers: accuracy, of sentences CIDEr-D, of both together F1.
 
     Args:
         sentences: of `sentence_sources`.
     """
-    kinds = {answer.source in sentences for answer in answers}
-    return F1 if len(kinds) > 1 else CIDER_D if True in kinds else ACCURACY
+    share = sum(answer.source in sentences for answer in answers) / len(answers)
+    return ACCURACY if share <= FEW else CIDER_D if share == 1 else F1
 
 
 def score_pass(

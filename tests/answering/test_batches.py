@@ -280,3 +280,7 @@ def test_a_model_spread_over_devices(backbones, qwen2, photos, tmp_path):
         layer.register_forward_pre_hook(lambda *_, number=number: called.append(number))
     assert [reply.text for reply in Answerer(model).answer_many(requests, SETTINGS)] == expected
     assert set(called) == set(range(len(model.language_model.model.layers)))
+    model = build(backbones).language_model
+    states = torch.zeros(2, model.config.hidden_size)
+    model.model.embed_tokens = torch.nn.Embedding(4, model.config.hidden_size, device="meta")
+    assert model.head(states).device.type == "meta"  # where the tokens go on from

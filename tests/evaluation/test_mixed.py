@@ -175,3 +175,13 @@ def test_a_source_with_both_is_judged_by_what_most_of_its_answers_are(photos):
     answers = [make_answer(question, (0,), "red") for question in list_questions(entries)]
     assert measure_of(answers, sentence_sources(answers)) == "accuracy"
     assert Evaluation([], {"trained": answers}).measure == "accuracy"
+
+
+def test_a_few_sentences_among_short_answers_change_nothing():
+    """As in the demo, where 26 of 1,110 questions ask for captions."""
+    short = Entry("s", "s", (Turn("Colour?", ("red",)),))
+    long = Entry("l", "l", (Turn("Describe it.", ("A wall that is plain red from left to right.",)),))
+    for sentences, measure in ((1, "accuracy"), (2, "F1")):
+        entries = [short] * 9 + [long] * sentences
+        answers = [make_answer(question, (), "red") for question in list_questions(entries)]
+        assert measure_of(answers, sentence_sources(answers)) == measure
