@@ -2,8 +2,8 @@
 
 Answers of a few words are right or wrong, so accuracy judges them. No caption is word for word like a reference, so
 CIDEr-D judges sentences: in tables, in intervals, and when answers with and without the photo are compared. Which of
-the two a source has is decided for each source. Where many of both stand together, one score must mean the same for each
-answer and depend on no other: F1 judges, the share of words that an answer and its best reference have in common.
+the two a source has is decided for each source. Where many of both stand together, one score must mean the same for
+each answer and depend on no other: F1 judges, the share of words that an answer and its best reference have in common.
 """
 
 import statistics
