@@ -189,10 +189,10 @@ class ImageCaptionDataset(Dataset):
         yield from sorted(drawn, key=excess.__getitem__)
 
     def _length(self, index: int) -> int:
-        """Return the tokens of a sample; 0 if the size of a photo cannot be read."""
+        """Return the tokens of a sample; 0 without an answer: a photo cannot be read, or the question is too long."""
         try:
             return len(self.tokens(index).input_ids)
-        except BrokenPhotoError:
+        except UserError:  # of a candidate, `__getitem__` finds it again
             return 0
 
     def _of_photo(self, ID: int, read: Callable[[Photo, int], Any]) -> Any:
@@ -209,7 +209,8 @@ class ImageCaptionDataset(Dataset):
         Raises:
             UserError: photo and first question exceed `max_length`; or, with tiles, the size of a photo cannot be read.
         """
-        rendered = [self.render_entry(number) for number in self.groups[index]]
+        plans: dict[int, VisualPlan] = {}  # the entries of a sample show the same photo
+        rendered = [self.render_entry(number, plans) for number in self.groups[index]]
         first = rendered[0]
         if len(rendered) == 1:
             input_ids, labels, lengths, photo_ids = (
@@ -231,12 +232,17 @@ class ImageCaptionDataset(Dataset):
         plan_photo = self.plan_photo
         return self._of_photo(ID, lambda photo, _: plan_photo(photo))
 
-    def render_entry(self, number: int) -> Rendered:
-        """Return the tokens of entry `number`, cut to `max_length`; errors as `tokens`."""
+    def render_entry(self, number: int, plans: dict[int, VisualPlan] | None = None) -> Rendered:
+        """Return the tokens of entry `number`, cut to `max_length`; errors as `tokens`.
+
+        Args:
+            plans: plans of photos that are known already, by ID; those of the entry are added.
+        """
         entry = self.entries[number]
         choose = random.Random(f"{self.seed} {int(self.epoch)} {number}")  # equal in all workers
         answers = [choose.choice(turn.answers) for turn in entry.turns]
-        plans = {ID: self.plan(ID) for ID in set(entry.images)}
+        plans = {} if plans is None else plans
+        plans |= {ID: self.plan(ID) for ID in set(entry.images) - plans.keys()}
         turns, input_ids, labels = 0, [], []
         for turns in range(len(answers), 0, -1):
             messages = entry_messages(entry, self.chat, answers[:turns], plans)[: 2 * turns]

@@ -18,8 +18,7 @@ from errors import UserError
 from evaluation.runner import Progress, Question
 from model.model import MMultiModal
 from qwen.chat import IGNORE_INDEX
-from visual.photo import load_image, photo_size
-from visual_plan import VisualPlan
+from visual.photo import load_image
 
 MOST_REFERENCES = 16  # in one sequence, behind the same photo
 RECENT_PHOTOS = 4  # whose features are kept: a photo with more references has several sequences
@@ -62,15 +61,12 @@ def answer_losses(
         pixels = model.processor.pixels(image, model.processor.plan(*image.size))
         return model.encode_image(pixels.to(model.device))  # (C, R, Dv)
 
-    def plan(photo: Photo) -> VisualPlan:
-        return model.processor.plan(*(photo_size(photo.picture) if model.processor.tiles else (0, 0)))
-
     dataset = ImageCaptionDataset(
         photos,
         entries,
         model.processor.chat,
         features,
-        plan,
+        lambda photo: model.processor.plan_of_file(photo.picture),
         max_length=model.LLM.config.max_position_embeddings,
         max_questions=MOST_REFERENCES,
     )

@@ -31,7 +31,7 @@ from model.model import MMultiModal
 from model.processor import Processor
 from paths import address, resolve_path, shown_path
 from visual.augment import Augment
-from visual.photo import load_image, photo_size
+from visual.photo import load_image
 from visual.shard import file_of
 from visual.web import WebError, web_state
 from visual_plan import VisualPlan
@@ -52,8 +52,8 @@ class PixelLoader:
         self.processor, self.augment, self.seed = processor, augment, seed
 
     def plan(self, photo: Photo) -> VisualPlan:
-        """Return the plan of the photo. Reads the size from the file header only if there are tiles."""
-        return self.processor.plan(*(photo_size(photo.picture) if self.processor.tiles else (0, 0)))
+        """Return the plan of the photo, see `Processor.plan_of_file`."""
+        return self.processor.plan_of_file(photo.picture)
 
     def __call__(self, photo: Photo, epoch: int = 0) -> torch.Tensor:
         image = load_image(photo.picture)

@@ -7,12 +7,13 @@ small. `visual/transform.py` re-exports `load_image`.
 import io
 import os
 import stat
+import struct
 import warnings
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from errors import UserError, file_error, shortened
 from paths import address, shown_path
@@ -43,6 +44,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # of these, width and height of the upright photo are those of the stored one exchanged
+PNG_ORIENTATION = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # texts in which Pillow finds one; else chunk eXIf
 TILE_SIZE_TAGS = (322, 323)  # TileWidth and TileLength (TIFF 6.0): a tile is decoded fully, also beyond the photo
 
 # Pillow warns from 89 million pixels on, but `load_image` already rejects photos above MAX_PIXELS
@@ -72,7 +75,10 @@ def load_image(file: str | Path | BinaryIO | Image.Image | Region, max_pixels: i
 
 
 def photo_size(file: str | Path | Region) -> tuple[int, int]:
-    """Width and height of an upright photo or of a region, from the header only; errors as `load_image`."""
+    """Width and height of an upright photo or of a region; errors as `load_image`.
+
+    The pixels are not decoded, except those of a PNG with an orientation in a text (`PNG_ORIENTATION`) or behind them.
+    """
     if isinstance(file, Region):
         assert isinstance(file.photo, str | Path), "only files have a header"
         left, top, right, bottom = pixel_box(file.box, *photo_size(file.photo))
@@ -83,8 +89,25 @@ def photo_size(file: str | Path | Region) -> tuple[int, int]:
     with _opened(content, name, MAX_PIXELS) as image:
         _check_size(image, name, MAX_PIXELS)
         width, height = image.size
-        # orientations 5 to 8 rotate the photo by 90 degrees
-        return (height, width) if (_orientation(image) or 1) >= 5 else (width, height)
+        return (height, width) if _may_be_turned(image) and _orientation(image) in SIDEWAYS else (width, height)
+
+
+def _may_be_turned(image: ImageFile.ImageFile) -> bool:
+    """Whether the photo of a header may have to be turned upright."""
+    if image.format != "PNG":
+        return image.format != "TIFF"  # Pillow turns it when it opens it
+    # Pillow looks for an orientation behind the pixels too, and decodes them to get there
+    stream = image.fp
+    assert stream is not None, "an opened file"
+    place, found = stream.tell(), False
+    stream.seek(8)  # behind the signature
+    while not found and len(head := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        start = stream.tell()
+        found = kind == b"eXIf" or stream.read(max(map(len, PNG_ORIENTATION))).startswith(PNG_ORIENTATION)
+        stream.seek(start + length + 4)  # behind the checksum
+    stream.seek(place)
+    return found
 
 
 def _content(file: str | Path) -> tuple[str | Path | BinaryIO, str]:
@@ -112,7 +135,7 @@ def _checked_name(file: str | Path) -> str:
     return str(file)
 
 
-def _opened(file: str | Path | BinaryIO, name: str, max_pixels: int) -> Image.Image:
+def _opened(file: str | Path | BinaryIO, name: str, max_pixels: int) -> ImageFile.ImageFile:
     """Open the photo and read its header."""
     try:
         return Image.open(file, formats=PHOTO_FORMATS)
@@ -166,9 +189,10 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
 def _orientation(image: Image.Image) -> int | None:
     # not ImageOps.exif_transpose: it also rewrites the EXIF block, which fails for any damaged tag
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # struct.error, SyntaxError …: a damaged block does not make the pixels unusable
         return None
+    return orientation if isinstance(orientation, int) else None  # a wrong type of the tag gives text, bytes …
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -56,7 +56,7 @@ def checked_box(value: Any) -> Box:
 
 
 def pixel_box(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
-    """Return the box in whole pixels of a photo of `width` × `height` pixels, enlarged to whole pixels.
+    """Return the box in whole pixels of a photo of `width` × `height` pixels, enlarged to whole pixels, at least one.
 
     The numbers are fractions of width and height if none is above 1 and one was written with a point (a float).
 
@@ -71,7 +71,9 @@ def pixel_box(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     left, top, right, bottom = edges
     if right > width or bottom > height:
         raise UserError(f"the box {_shown(box)} ends outside the photo of {width}×{height} pixels: make it smaller")
-    return math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+    # a very narrow part may be rounded to an edge between two pixels
+    left, top = min(math.floor(left), width - 1), min(math.floor(top), height - 1)
+    return left, top, max(math.ceil(right), left + 1), max(math.ceil(bottom), top + 1)
 
 
 def _shown(numbers: Any) -> str:

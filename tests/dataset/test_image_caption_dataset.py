@@ -156,6 +156,12 @@ def test_a_replacement_is_no_longer_than_what_it_replaces_where_one_is_drawn(cha
         assert dataset[0].photo_ids[0] in (1, 2, 3)
 
 
+def test_a_replacement_whose_question_is_too_long_becomes_a_sentence(chat):
+    entries = [one(0, f"{TAG}\nQ", "a"), one(1, f"{TAG}\n{'Q' * 90}", "a")]
+    dataset = ImageCaptionDataset(PHOTOS, entries, chat, broken_except(1), max_length=80, replace_broken=True)
+    assert "fills 'data.max_length'" in dataset[0]
+
+
 def test_photos_of_later_turns_follow_their_branch(chat):
     def dialogue(answer, *later):
         return Entry(
@@ -179,11 +185,12 @@ def test_photos_of_later_turns_follow_their_branch(chat):
 
 
 def test_a_photo_with_tiles_has_placeholders_for_each_crop(chat):
-    plan = VisualPlan(N, 1, 2)
+    plan, planned = VisualPlan(N, 1, 2), []
     load = lambda photo, epoch: torch.full((plan.crops, 3, 4, 4), float(photo.ID))  # noqa: E731
     dataset = ImageCaptionDataset(PHOTOS, [one(1, f"{TAG}\nA", "a"), one(1, f"{TAG}\nB", "b")], chat, load,
-                                  lambda photo: plan, max_questions=2)  # fmt: skip
+                                  lambda photo: planned.append(photo.ID) or plan, max_questions=2)  # fmt: skip
     sample = dataset[0]
+    assert planned == [1]  # once, for both questions
     assert (sample.input_ids == chat.image_token_id).sum() == plan.tokens == 3 * N
     text = chat.tokenizer.decode(sample.input_ids[: sample.lengths[0]])
     assert text.endswith(f"{TAG * N}\n[1,1]{TAG * N}\n[1,2]{TAG * N}\n")  # then the questions differ

@@ -23,6 +23,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import visual.photo
 from errors import UserError
 from paths import REPO_ROOT
+from visual.photo import photo_size
 from visual.transform import PHOTO_FORMATS, ImageTransform, load_image
 
 SIGLIP = {
@@ -169,15 +170,17 @@ class TestLoadImage:
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
-    def test_exif_orientation(self, kind, orientation):
+    def test_exif_orientation(self, tmp_path, kind, orientation):
         upright = Image.new("RGB", (32, 16), "white")
         upright.paste("red", (0, 0, 8, 8))  # top left
         undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Transpose that makes what the camera stored
         stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
         exif = Image.Exif()
         exif[0x0112] = orientation
-        image = load_image(saved(stored, kind, exif=exif))
-        assert image.size == (32, 16)
+        file = saved(stored, kind, exif=exif)
+        image = load_image(file)
+        (tmp_path / "photo").write_bytes(file.getvalue())
+        assert image.size == photo_size(tmp_path / "photo") == (32, 16)
         assert image.getpixel((3, 3))[1] < 100
         assert all(image.getpixel(corner)[1] > 150 for corner in [(28, 3), (3, 12), (28, 12)])
 
