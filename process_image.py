@@ -9,7 +9,7 @@ every rejected row whole to `rejected.jsonl`, one JSON object a line: source, fi
 `dataset/formats.py` says what a row of each format is.
 
 If `data.image_map` and `data.captions` end in `.sqlite`, the records stay on the disk while they are made
-(`dataset/disk_records.py`): for millions of rows, in the format jsonl, which is read line by line.
+(`dataset/disk_records.py`): for millions of rows, in the formats jsonl and webdataset, which are read row by row.
 
 If a source loses a larger share of its rows than `data.max_rejected`, only these two files are written and the exit
 status is 1, so that nothing is trained on incomplete data unnoticed.

@@ -31,10 +31,6 @@ class Content(NamedTuple):
     encoding: str  # UTF-8 | UTF-16 | UTF-32 | GB18030
 
 
-class WrongJsonError(UserError):
-    """Text that is not JSON; `line` and `column` count from 1."""
-
-
 def read_json(path: str | Path) -> Any:
     """Read a JSON file in UTF-8, UTF-16 or UTF-32 with a byte order mark, or GB18030.
 

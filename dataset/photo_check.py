@@ -69,8 +69,11 @@ def _missing(path: str) -> Problem | None:
     file = photo_path(path)
     if member := member_of(file):
         # the loader has just read its header; on the web it has also seen how large the shard is
-        if not address(member.shard) and member.start + member.size > os.path.getsize(member.shard):
-            return "photo is cut off in its shard", shortened(path)
+        if not address(member.shard):
+            if not os.path.isfile(member.shard):  # a row of another format may name it
+                return "photo not found", shortened(path)
+            if member.start + member.size > os.path.getsize(member.shard):
+                return "photo is cut off in its shard", shortened(path)
         return None if member.size else ("photo file is empty", shortened(path))
     if not os.path.isfile(file):  # Path.is_file raises an error for names that are too long
         return "photo not found", shortened(path)

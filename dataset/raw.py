@@ -87,13 +87,16 @@ def _caption_parser(seed: int, questions: tuple[str, str] | None) -> Parser:
         names = image_names(row)
         if not names:
             raise DropRowError("no photo named", f"keys {', '.join(map(str, row))}")
-        texts = row.get("caption", row.get("conversations"))
+        box, texts = box_of(row), row.get("caption", row.get("conversations"))
         if isinstance(texts, list) and texts and isinstance(texts[0], dict):
-            return place_photos(dialogue(texts, notes), names, notes)
+            turns = dialogue(texts, notes)
+            turns[0] |= box
+            return place_photos(turns, names, notes)
         answers = answers_of(texts, notes)
         language = questions or (CHINESE_QUESTIONS if CHINESE_CHARACTER.search(answers[0]) else ENGLISH_QUESTIONS)
         question = language[choice.random() < 0.5]
-        return [{"q": question.replace(IMAGE_TAG, IMAGE_TAG * len(names)), "a": answers, "images": names}]
+        tags = IMAGE_TAG * (len(names) + len(box))  # the part that the captions are about is one more photo
+        return [{"q": question.replace(IMAGE_TAG, tags), "a": answers, "images": names} | box]
 
     return parse
 

@@ -18,7 +18,7 @@ from dataset.json_files import parse_json
 from dataset.rows import DropRowError, Row, RowPart
 from errors import UserError, file_error, shortened
 from paths import address
-from visual.shard import Member
+from visual.shard import Member, member_name, member_of
 from visual.web import list_shards, open_web
 
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm")
@@ -83,19 +83,23 @@ def _rows(tar: tarfile.TarFile, shard: str) -> Iterator[Row]:
 
 def _row(tar: tarfile.TarFile, shard: str, sample: str, files: list[tarfile.TarInfo]) -> Row:
     """Make the row of one sample; a sample without photo or text, or with a broken one, has a problem."""
-    place = f"sample {sample}"
+    place = f"sample {_in_utf8(sample)}"
     photos = [
-        Member(Path(shard).name, info.name.removeprefix("./"), info.offset_data, info.size)
+        Member(Path(shard).name, member_name(info.name), info.offset_data, info.size)
         for info in files
         if _ends(info, PHOTOS)
     ]
-    names = [photo.path for photo in photos]
+    names = [_in_utf8(photo.path) for photo in photos]
     texts = [info for ending in TEXTS for info in files if _ends(info, (ending,))]
     try:
+        if wrong := [name for info in files if (name := _in_utf8(info.name)) != info.name]:
+            raise DropRowError("file name of the sample is not UTF-8", ", ".join(wrong))
         if not photos:
             raise DropRowError("sample without a photo", ", ".join(info.name for info in files))
         if any(".." in photo.name.split("/") for photo in photos):
             raise DropRowError("photo path leaves the shard", names[0])
+        if any(member_of(photo.path) != photo for photo in photos):
+            raise DropRowError("photo in a folder whose name ends in .tar", names[0])
         if not texts:
             raise DropRowError("sample without a text", ", ".join(info.name for info in files))
         value = _text(tar, shard, texts[0])
@@ -122,6 +126,11 @@ def _text(tar: tarfile.TarFile, shard: str, info: tarfile.TarInfo) -> dict[str, 
     if not isinstance(value, dict):
         raise DropRowError("text of the sample is not a JSON object", info.name)
     return value
+
+
+def _in_utf8(name: str) -> str:
+    r"""Return a name of a tar header with `\xd5` for a byte of another encoding, which no JSON file can have."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _ends(info: tarfile.TarInfo, endings: tuple[str, ...]) -> bool:

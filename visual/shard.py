@@ -24,7 +24,7 @@ _REMEDY = "run process_image.py again"
 
 
 class Member(NamedTuple):
-    """A file in a shard: `size` bytes from byte `start` on."""
+    """A file in a shard: `size` bytes from byte `start` on; its name is one of `member_name`."""
 
     shard: str
     name: str
@@ -40,6 +40,11 @@ def member_of(path: str | Path) -> Member | None:
     """Return the member that a path means; None: it is the path of an ordinary file."""
     found = _PATH.fullmatch(Path(path).as_posix())
     return found and Member(address(found[1]) or found[1], found[2], int(found[3]), int(found[4]))
+
+
+def member_name(name: str) -> str:
+    """Return the name of a tar header as it is in a path: `/` between its parts, none before them, and no part `.`."""
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
 
 
 def file_of(path: str | Path) -> Path:
@@ -71,7 +76,7 @@ def read_member(member: Member) -> bytes:
         raise UserError(f"{member.path}: the shard has no file there any more: {_REMEDY}") from error
     # a header has the first 100 bytes of a longer name, in UTF-8 (GNU tar) or with "?" for other letters (POSIX)
     names = member.name.encode("utf-8", "surrogateescape"), member.name.encode("ascii", "replace")
-    found = header.name.removeprefix("./").encode("utf-8", "surrogateescape")
+    found = member_name(header.name).encode("utf-8", "surrogateescape")
     if header.size != member.size or not any(name.startswith(found) for name in names):
         raise UserError(f"{member.path}: the shard has {shortened(header.name)} there: {_REMEDY}")
     if len(content) < member.size:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.raw import process_coco
+from dataset.raw import process_ali, process_captions, process_coco
 from dataset.records import photos_of, read_records, split_entries, write_records
 from dataset.rows import Report
 from errors import UserError
@@ -60,12 +60,27 @@ def shown(photos, turn):
             [f"{TAG}{TAG}\nIt?", "2?"],
             [[("a.jpg", None), ("a.jpg", tuple(BOX))], []],
         ),
+        (
+            {"image": "a.jpg", "box": BOX, "caption": [
+                {"from": "human", "value": "It?"}, {"from": "gpt", "value": "x"}]},
+            [f"{TAG}{TAG}\nIt?"],
+            [[("a.jpg", None), ("a.jpg", tuple(BOX))]],
+        ),
     ],
 )  # fmt: skip
 def test_the_part_follows_the_photos_of_its_turn(tmp_path, row, questions, pictures):
     photos, [entry] = records(tmp_path, [row])
     assert [turn.question for turn in entry.turns] == questions
     assert [shown(photos, turn) for turn in entry.turns] == pictures
+
+
+@pytest.mark.parametrize("process", [process_ali, process_captions, process_coco])
+def test_a_caption_is_of_the_part(process):
+    """In every format whose rows may be captions, those of a webdataset among them."""
+    image_map, captions = process([{"image": "a.jpg", "box": BOX, "caption": "A red dot."}], "p", 0)
+    assert [photo.get("box") for photo in image_map.values()] == [None, BOX]
+    [entry] = captions["0"]
+    assert (entry["images"], entry["a"], entry["q"].count(f"{TAG}{TAG}")) == ([0, 1], ["A red dot."], 1)
 
 
 def test_a_part_has_one_key_in_all_rows_and_sources(tmp_path):
@@ -120,6 +135,7 @@ def test_a_part_is_on_the_side_of_its_photo(tmp_path):
     [
         ({"image": "a.jpg", "box": [1, 2, 3]}, "wrong box"),
         ({"image": "a.jpg", "box": [5, 5, 5, 9]}, "wrong box"),
+        ({"image": "a.jpg", "box": "rubbish", "caption": "x"}, "wrong box"),
         ({"box": BOX}, "box before the first photo"),
         ({"image": "a.jpg", "box": BOX, "conversations": [
             {"from": "human", "value": "1?"}, {"from": "gpt", "value": "x"},
@@ -128,7 +144,8 @@ def test_a_part_is_on_the_side_of_its_photo(tmp_path):
 )  # fmt: skip
 def test_an_unusable_box_drops_its_row(row, reason):
     report = Report("s")
-    process_coco([{"question": "?", "answer": "x"} | row], "p", 0, report=report)
+    asked = {} if "caption" in row else {"question": "?", "answer": "x"}
+    process_coco([asked | row], "p", 0, report=report)
     assert list(report.dropped) == [reason]
 
 

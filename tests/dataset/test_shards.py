@@ -10,6 +10,7 @@ import textwrap
 from types import SimpleNamespace
 
 import numpy as np
+import orjson
 import pytest
 from PIL import Image
 
@@ -143,6 +144,7 @@ def test_tar_s_own_packing_is_read(tmp_path):
         ({"0.png": b"", "0.txt": b"cat"}, "photo file is empty"),
         ({"0.png": b"no photo", "0.txt": b"cat"}, "photo cannot be decoded"),
         ({"../0.png": picture(0), "../0.txt": b"cat"}, "photo path leaves the shard"),
+        ({"x.tar/0.png": picture(0), "x.tar/0.txt": b"cat"}, "photo in a folder whose name ends in .tar"),
     ],
 )
 def test_unusable_samples_are_rejected(shards, files, reason):
@@ -152,6 +154,30 @@ def test_unusable_samples_are_rejected(shards, files, reason):
     assert [*report.dropped] == [reason]
     [(part, _, _)] = report.rejected
     assert (part.file, part.place) == (str(shards / "part-2.tar"), f"sample {next(iter(files)).rpartition('.')[0]}")
+
+
+def test_names_in_another_encoding_are_rejected(shards):
+    """GBK, as `tar` on a Chinese Windows writes it; the report and the rejected rows say the bytes."""
+    names = [name.encode("gbk").decode("utf-8", "surrogateescape") for name in ("照片.png", "照片.txt")]
+    pack(shards / "part-2.tar", dict(zip(names, (picture(0), b"cat"), strict=True)))
+    image_map, captions, [report] = prepare(shards, check_images="open")
+    assert report.dropped["file name of the sample is not UTF-8"]["count"] == 1
+    assert (report.rows, report.kept) == (6, 5)
+    [line] = report.rejected_lines()
+    assert json.loads(line)["place"] == "sample \\xd5\\xd5\u01ac"  # the last two bytes are UTF-8 by chance
+    for value in (image_map, captions, report.figures()):
+        orjson.dumps(value)  # refuses a name that is not Unicode
+
+
+def test_names_in_unusual_forms_are_read(tmp_path):
+    for number, name in enumerate(["/data/a.png", "d//b.png", "d\\c.png", "././d.png", f"./{LONG}/e.png"]):
+        pack(tmp_path / f"part-{number}.tar", {name: picture(number), name.replace(".png", ".txt"): b"cat"})
+    image_map, _, [report] = prepare(tmp_path, check_images="open")
+    assert report.dropped == {}
+    names = [photo["image_file"].partition("/")[2] for photo in image_map.values()]
+    assert names == ["data/a.png", "d/b.png", "d/c.png", "d.png", f"{LONG}e.png"]
+    for number, photo in enumerate(image_map.values()):
+        assert load_image(photo["path"]).tobytes() == Image.open(io.BytesIO(picture(number))).tobytes()
 
 
 def test_shards_that_cannot_be_read(shards, tmp_path):
@@ -185,6 +211,8 @@ def test_a_photo_that_its_shard_no_longer_holds_is_rejected(shards):
     cut = member_of(paths[-1])
     os.truncate(cut.shard, cut.start + cut.size - 1)
     assert photo_check("exists", "s")(paths) == {paths[-1]: ("photo is cut off in its shard", shortened(paths[-1]))}
+    os.remove(cut.shard)
+    assert photo_check("exists", "s")(paths[-1:]) == {paths[-1]: ("photo not found", shortened(paths[-1]))}
 
 
 def test_a_shard_that_changed_is_said(shards):
