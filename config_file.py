@@ -1,5 +1,6 @@
 """Read the YAML of a run as plain Python values and apply overrides. Called by `config.py`."""
 
+import copy
 import logging
 import os
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_mapping(path: str | Path, values: dict[str, Any]) -> dict[str, Any]:
         for name in list(content) if isinstance(content, dict) else ():
             key = f"{section}.{name}"
             if key in RENAMED or key in REMOVED:
-                _set_values(raw, _translated({key: content.pop(name)}, where), replace=False)
+                _set_values(raw, _translated({key: raw[section].pop(name)}, where), replace=False)
     put_in(raw, values, "override")
     return raw
 
@@ -121,14 +122,13 @@ def _set_value(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
     node: Any = raw
     *parents, leaf = key.split(".")
     for parent in parents:
-        if isinstance(node, list):
-            node = node[_item(node, parent, where)]
-        else:
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-        if not isinstance(node, dict | list):
+        position: Any = _item(node, parent, where) if isinstance(node, list) else parent
+        if isinstance(node, dict) and node.get(position) is None:
+            node[position] = {}
+        if not isinstance(node[position], dict | list):
             raise UserError(f"{where}: '{shortened(parent)}' is a value, not a section")
+        node[position] = copy.copy(node[position])  # by a YAML anchor, it may be another section too
+        node = node[position]
     place: Any = _item(node, leaf, where) if isinstance(node, list) else leaf
     node[place] = value
 

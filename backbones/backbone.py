@@ -17,7 +17,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import huggingface_hub
 import torch
@@ -172,7 +172,7 @@ def _check_kind(folder: Path, path: str, key: str) -> None:
                 f"'{key}': {folder} is a checkpoint of a trained model; give it with --checkpoint (or "
                 f"train.init_from) and name the pretrained model it was trained from with {key}=FOLDER"
             )
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = _read_object(folder / "adapter_config.json", key).get("base_model_name_or_path")
         raise UserError(f"'{key}': {folder} is a LoRA adapter of {base}; name that model itself, its folder or hub id")
     if not (folder / "config.json").is_file():
         if any(folder.glob("*.gguf")):
@@ -180,11 +180,7 @@ def _check_kind(folder: Path, path: str, key: str) -> None:
         raise UserError(
             f"'{key}': {folder} has no config.json, so it is not a model folder (GGUF repositories lack it too)"
         )
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"'{key}': {folder / 'config.json'} is not valid JSON ({error}): copy it again") from error
-    quantisation = config.get("quantization_config")
+    quantisation = _read_object(folder / "config.json", key).get("quantization_config")
     if quantisation is not None:
         original = QUANTISED_SUFFIX.sub("", path.rstrip("/"))
         named = f", for example {original}" if original != path.rstrip("/") else ""
@@ -193,6 +189,19 @@ def _check_kind(folder: Path, path: str, key: str) -> None:
             f"'{key}': {path} holds weights quantised with {method}, which are not read; "
             f"use the original model in fp16 or bf16{named}"
         )
+
+
+def _read_object(file: Path, key: str) -> dict[str, Any]:
+    """Read a JSON file with one object; UserError for other content."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"'{key}': {file} is not valid JSON ({error}): copy it again") from error
+    except OSError as error:
+        raise file_error(error, f"'{key}': {file}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"'{key}': {file} has a {type(content).__name__} and not an object: copy it again")
+    return content
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -208,7 +217,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [present[0]]
     try:
         names = set(json.loads(present[0].read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{present[0]} is not a table of shards ({error!r}): copy it again") from error
     return [folder / name for name in sorted(names)]
 

@@ -164,8 +164,8 @@ def check_complete(folder: Path) -> Path:
     required = report_layout.REQUIRED_FILES if in_report else required_files(folder)
     missing = [name for name in required if not (folder / name).is_file()]
     if missing:
-        inside = sorted(child.name for child in folder.glob("checkpoint-*"))
-        hint = f"; did you mean {folder / inside[-1]}?" if inside else ""
+        inside = list_checkpoints(folder)
+        hint = f"; did you mean {inside[-1]}?" if inside else ""
         raise UserError(f"{folder} is not a complete checkpoint, it lacks {', '.join(missing)}{hint}")
     return folder
 

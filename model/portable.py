@@ -1,5 +1,6 @@
 """Portable form of a run's config for its checkpoints. Called by `model/checkpoint.py`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ def portable_config(config: Config) -> dict[str, Any]:
     raw = config.model_dump(mode="json")
 
     def portable(path: str) -> str:
-        if not Path(path).expanduser().is_absolute():
+        absolute = Path(os.path.expanduser(path))  # as `resolve_path`
+        if not absolute.is_absolute():
             return path
-        absolute = Path(path).expanduser()
         return absolute.relative_to(REPO_ROOT).as_posix() if absolute.is_relative_to(REPO_ROOT) else absolute.name
 
     raw["model_root"] = portable(raw["model_root"])

@@ -68,6 +68,15 @@ def test_an_override_by_its_earlier_name_beats_the_file(tmp_path, old, value, ne
     assert value_of(load_config(file, [f"{new}={other}"]), new) == other
 
 
+def test_an_override_changes_one_of_two_sections_with_an_anchor(tmp_path):
+    text = "visual: {path: v, lora: &lora {r: 32}}\nllm: {path: l, lora: *lora}\n"
+    text += "data: {sources: [&first {name: a, format: llava, annotations: f, images: g}, {<<: *first, name: b}]}\n"
+    (tmp_path / "my.yaml").write_text(text)
+    config = load_config(tmp_path / "my.yaml", ["llm.lora.r=8", "data.sources.1.images=h"])
+    assert (config.visual.lora.r, config.llm.lora.r) == (32, 8)
+    assert [source.images for source in config.data.sources] == ["g", "h"]
+
+
 def test_a_wrong_value_of_a_renamed_key_names_the_key_of_today(tmp_path):
     for override in ("visual.drop_first_token=3", "visual.drop_first_token=[1]"):
         with pytest.raises(UserError, match=r"'visual\.drop' = "):

@@ -113,9 +113,13 @@ def test_folder_without_config(folder):
         locate(folder)
 
 
-def test_broken_config(folder):
-    (folder / "config.json").write_text('{"model_type": ', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON .*: copy it again"):
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+@pytest.mark.parametrize(
+    ("text", "problem"), [('{"model_type": ', r"is not valid JSON .*"), ("[]", "has a list and not an object")]
+)
+def test_broken_config(folder, name, text, problem):
+    (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"'llm\.path': .*/{name} {problem}: copy it again"):
         locate(folder)
 
 
@@ -147,7 +151,7 @@ def test_shards(folder):
         locate(folder)
 
 
-@pytest.mark.parametrize("text", ["{", '{"metadata": {}}'])
+@pytest.mark.parametrize("text", ["{", '{"metadata": {}}', "[]", '{"weight_map": []}'])
 def test_index_that_is_no_index(folder, text):
     shard(folder)
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")

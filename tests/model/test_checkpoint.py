@@ -57,6 +57,9 @@ def test_paths_in_a_checkpoint_are_portable(backbones):
     raw = json.dumps(portable_config(config))
     assert str(backbones) not in raw
     assert portable_config(config)["visual"]["path"] == "siglip"
+    for home in ("~nobody-has-this-name/siglip", "~/siglip"):  # the first is no absolute path
+        config.visual.path = home
+        assert portable_config(config)["visual"]["path"] == (home if "nobody" in home else "siglip")
 
 
 @pytest.mark.parametrize("name", ["feature_proj.safetensors", "config.yaml", "adapter_model.safetensors"])
@@ -68,6 +71,10 @@ def test_incomplete_folder(folder, backbones, name):
 
 def test_wrong_folder_names_the_right_one(folder, backbones):
     with pytest.raises(ValueError, match=r"did you mean .*checkpoint-1\?"):
+        load(folder.parent, backbones)
+    for name in ("checkpoint-900", "checkpoint-1000", "checkpoint-2000.tmp", "checkpoint-950.old"):
+        (folder.parent / name).mkdir()
+    with pytest.raises(ValueError, match=r"did you mean .*checkpoint-1000\?"):
         load(folder.parent, backbones)
     with pytest.raises(ValueError, match=r"checkpoint folder not found: .*Did you mean .*checkpoint-1\?"):
         load(folder.with_name("checkpoint-2"), backbones)
