@@ -24,7 +24,7 @@ def contrastive_loss(batch: Batch, embeddings: torch.Tensor, image_token_id: int
     Returns:
         float32 scalar; 0 with a graph if fewer than two samples have a photo.
     """
-    own: list[int] = []  # first crop of each sample with a photo; equal crops mean equal photos
+    own: list[list[int]] = []  # crops of each sample with a photo; equal crops mean equal photos
     photos, texts = [], []
     start = crops = 0
     placeholders = int((batch.input_ids == image_token_id).sum())
@@ -34,19 +34,19 @@ def contrastive_loss(batch: Batch, embeddings: torch.Tensor, image_token_id: int
         is_photo = batch.input_ids[0, start:end] == image_token_id
         if is_photo.any():
             assert batch.crop_index is not None, "a batch with placeholders has photos"
-            own.append(int(batch.crop_index[crops]))
+            count = int(is_photo.sum()) * len(batch.crop_index) // placeholders
+            own.append(batch.crop_index[crops : crops + count].tolist())
             photos.append(rows[is_photo].mean(dim=0))
             texts.append(rows[batch.labels[0, start:end] != IGNORE_INDEX].mean(dim=0))
-            crops += int(is_photo.sum()) * len(batch.crop_index) // placeholders
+            crops += count
         start = end
     if len(own) < 2:
         return embeddings.float().sum() * 0.0
     left = functional.normalize(torch.stack(photos), dim=1)  # (P, Dl)
     right = functional.normalize(torch.stack(texts), dim=1)
     scores = left @ right.T / TEMPERATURE  # (P, P)
-    same = torch.tensor(own, device=scores.device)
-    # another sample with the same photo is not a negative example
-    other_copy = (same[:, None] == same[None, :]) & ~torch.eye(len(own), dtype=torch.bool, device=scores.device)
-    scores = scores.masked_fill(other_copy, -torch.inf)
+    # another sample with the same photos is not a negative example
+    other_copy = [[i != j and one == other for j, other in enumerate(own)] for i, one in enumerate(own)]
+    scores = scores.masked_fill(torch.tensor(other_copy, device=scores.device), -torch.inf)
     targets = torch.arange(len(own), device=scores.device)
     return (functional.cross_entropy(scores, targets) + functional.cross_entropy(scores.T, targets)) / 2

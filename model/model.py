@@ -185,7 +185,9 @@ class MMultiModal(nn.Module):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """`(C, R, Dv)` encoder features → `(C, M, Dl)` image tokens; dropout in training."""
-        kept = nn.functional.dropout(features, self.config.projector.dropout, self.training)
+        # dropout is for what is trained: before a frozen projector it would only be noise
+        trained = any(parameter.requires_grad for parameter in self.feature_proj.parameters())
+        kept = nn.functional.dropout(features, self.config.projector.dropout, self.training and trained)
         return self.feature_proj(kept, self.encoder.grid)
 
     def forward(

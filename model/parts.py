@@ -114,7 +114,11 @@ def llm_parts(model: Network, settings: LlmSettings) -> list[Part]:
 
 
 def vision_parts(model: Network, settings: VisionSettings) -> list[Part]:
-    """Return the part of the encoder: LoRA on its linear layers (`lora`), or all its weights (`full`)."""
+    """Return the part of the encoder: LoRA on its linear layers (`lora`), or all its weights (`full`).
+
+    To peft, a name means every layer whose name ends so: timm's `proj` is in the attention and the convolution that
+    makes patches. Checkpoints have LoRA on both, so this stays as it is.
+    """
     if settings.mode == "frozen":
         return []
     if settings.mode == "full":

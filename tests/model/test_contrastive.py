@@ -15,10 +15,11 @@ TAG = "<|extra_0|>"
 
 
 def make_batch(model, images, answers):
-    """One question on each of `images` (IDs; None: text alone)."""
+    """One question on each of `images` (an ID or several; None: text alone)."""
     entries = []
     for ID, answer in zip(images, answers, strict=True):
-        question, shown = ("What?", ()) if ID is None else (f"{TAG}\nWhat?", (ID,))
+        shown = () if ID is None else ID if isinstance(ID, tuple) else (ID,)
+        question = f"{TAG * len(shown)}\nWhat?" if shown else "What?"
         entries.append(Entry("s", "s", (Turn(question, (answer,), images=shown),)))
     photos = {ID: Photo(ID, f"{ID}", f"{ID}", None) for ID in range(4)}
     pixels = torch.randn(4, 1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
@@ -68,6 +69,14 @@ def test_equals_the_definition(model):
     term.backward()
     assert all(parameter.grad.norm() > 0 for parameter in model.feature_proj.parameters())
     model.zero_grad()
+
+
+def test_only_samples_with_all_photos_in_common_are_copies(model):
+    batch = make_batch(model, [(0, 1), (0, 2), (0, 1), 0], ["red", "blue and green", "yes", "no"])
+    embeddings, _ = model._embed(batch)
+    term = contrastive_loss(batch, embeddings, model.processor.chat.image_token_id)
+    expected = by_definition(model, batch, list(enumerate([(0, 1), (0, 2), (0, 1), 0])))
+    assert term.item() == pytest.approx(expected.item(), rel=1e-5)  # float32 against float64
 
 
 @pytest.mark.parametrize("images", [[0], [None, 0], [1, 1]])

@@ -355,9 +355,11 @@ def test_the_table_of_the_docs_holds_what_is_counted(language, unit, kinds):
         assert float(operations.removesuffix(kinds[1])) == pytest.approx(needed / scale, rel=0.01)
 
 
-def test_dropout_zeroes_features_in_training_only(backbones):
-    """`projector.dropout` of 0.25: a quarter of the features is 0, the others are larger by 4 / 3."""
-    model = MMultiModal.from_config(tiny_config(backbones, projector={"dropout": 0.25}), device="cpu")
+@pytest.mark.parametrize("lr", [0.1, 0.0])
+def test_dropout_zeroes_features_in_training_only(backbones, lr):
+    """`projector.dropout` of 0.25: a quarter of the features is 0, the others are larger by 4 / 3; none if frozen."""
+    config = tiny_config(backbones, projector={"dropout": 0.25}, train={"projector_lr": lr})
+    model = MMultiModal.from_config(config, device="cpu")
     seen = []
     model.feature_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     features = torch.ones(4, model.encoder.grid.rows, model.encoder.width)
@@ -366,5 +368,8 @@ def test_dropout_zeroes_features_in_training_only(backbones):
     model.eval().project(features)
     trained, asked = seen
     assert torch.equal(asked, features)
+    if lr == 0:
+        assert torch.equal(trained, features)
+        return
     assert trained.unique().tolist() == [0.0, pytest.approx(4 / 3)]
     assert (trained == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
