@@ -73,7 +73,7 @@ def build_datasets(
             model.processor.chat,
             load_photo if features is None else features,
             pixels.plan,
-            config.data.max_length,
+            min(config.data.max_length, model.language_model.longest_packed),
             max_questions,
             config.data.seed,
             keep_apart,

@@ -216,6 +216,20 @@ def test_a_long_text_is_found_among_many_samples_with_photos(chat):
     assert list(dataset.groups[longest_sample(dataset)]) == [40]
 
 
+def test_no_sample_is_longer_than_the_context(configure, tmp_path):
+    captions = {"0": [{"source": "s", "turns": [{"q": f"{TAG}{'a' * 300}", "a": ["b" * 300]}] + [
+        {"q": "c" * 300, "a": ["d" * 300]} for _ in range(3)
+    ]}]}  # fmt: skip
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    photos = {"photos/0.jpg": {"ID": 0, "image_file": "0.jpg", "path": str(tmp_path / "0.jpg")}}
+    (tmp_path / "image_map.json").write_text(json.dumps(photos))
+    files = {"image_map": str(tmp_path / "image_map.json"), "captions": str(tmp_path / "captions.json")}
+    config = configure(data=files | {"max_length": 2048, "val_fraction": 0.0})
+    model = MMultiModal.from_config(config)
+    train, _ = build_datasets(config, model, *read_split(config))
+    assert 600 < len(train.tokens(0).input_ids) <= model.language_model.longest_packed == 1024
+
+
 def test_shown_questions_have_all_their_answers_again():
     """`samples.html` judges by all answers, also where `data.answers: all` makes each an entry."""
     entries = [replace(question(ID, "Which?", "s"), type=str(ID)) for ID in range(3)]
