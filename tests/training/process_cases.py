@@ -1,4 +1,4 @@
-"""Run under torchrun by `test_processes.py`: several runs in one group of processes, each perhaps with a fault.
+"""Run under torchrun by `launches.py`: several runs in one group of processes, each perhaps with a fault.
 
     torchrun --nproc-per-node 2 process_cases.py cases.json OUTPUT
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from torch.distributed.tensor import DTensor
 
 from config import Config
 from errors import UserError
@@ -72,6 +73,37 @@ def train_stages(config, case):
     return train(config, case.get("resume"))
 
 
+def held(trainer):
+    """Of each group of tensors: how many there are, how many are shards, elements that this process has, and all."""
+    groups = {}
+
+    def count(group, tensor):
+        found = groups.setdefault(group, {"tensors": 0, "sharded": 0, "own": 0, "whole": 0})
+        sharded = isinstance(tensor, DTensor)
+        own = tensor.to_local() if sharded else tensor
+        for name, more in (("tensors", 1), ("sharded", sharded), ("own", own.numel()), ("whole", tensor.numel())):
+            found[name] += more
+
+    for name, parameter in trainer.wrapped.named_parameters():
+        language = "LoRA" if "lora_" in name else "frozen language model"
+        count("projector" if "feature_proj" in name else "encoder" if "encoder" in name else language, parameter)
+    for moments in trainer.optimizer.state.values():
+        for tensor in (moments["exp_avg"], moments["exp_avg_sq"]):
+            count("optimizer state", tensor)
+    return groups
+
+
+def watch_gathered(trainer):
+    """The numbers of decoder layers that are whole while the first one computes."""
+    layers, seen = trainer.model.language_model.model.layers, set()
+
+    def note(*_):
+        seen.add(sum(not isinstance(next(layer.parameters()), DTensor) for layer in layers))
+
+    layers[0].mlp.register_forward_hook(note)
+    return seen
+
+
 def run(case):
     """How the run ended: its last folder, a sentence, or an exit status."""
     AcceleratorState._reset_state()
@@ -86,13 +118,15 @@ def run(case):
             trainer = Trainer(config, case.get("resume"))
             if "fault" in case and int(os.environ["WORLD_SIZE"]) - 1 == RANK:
                 FAULTS[case["fault"]](trainer)
+            gathered = watch_gathered(trainer)
             folder = trainer.run()
     except UserError as error:
         return {"error": str(error)}
     except SystemExit as error:
         return {"exit": error.code}
     setting = trainer.setting
-    return {"folder": str(folder), "setting": [setting.micro_batch, setting.accumulation, setting.checkpointing]}
+    result = {"folder": str(folder), "setting": [setting.micro_batch, setting.accumulation, setting.checkpointing]}
+    return result | ({"held": held(trainer), "gathered": list(gathered)} if config.train.shard else {})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """Several processes: equal to one, and never waiting for one that has ended. Communication by gloo, on the CPU."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,77 +8,11 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from errors import UserError
-from model.checkpoint import load_checkpoint
 from model.checkpoint_folder import damage, list_checkpoints
 from paths import REPO_ROOT
+from tests.training.launches import ACCELERATE, launch, same_weights
 from tests.training.runs import lines, weights
 from training.loop import Trainer
-
-LIMIT_SECONDS = 240  # for all runs of a launch; a deadlock would last for half an hour
-SCRIPT = Path(__file__).with_name("process_cases.py")
-
-
-TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node={}"
-# what it starts for several GPUs; for several processes on the CPU it needs MPI
-ACCELERATE = (
-    "-m accelerate.commands.accelerate_cli launch --config_file configs/accelerate/one_machine.yaml "
-    "--main_process_port 0 --num_processes {}"
-)
-
-
-def launch(cases, processes, folder, launcher=TORCHRUN):
-    """Run the cases; the results by case, one of each process, and what was printed on stderr."""
-    folder.mkdir()
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [
-        sys.executable,
-        *launcher.format(processes).split(),
-        str(SCRIPT),
-        str(folder / "cases.json"),
-        str(folder),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=REPO_ROOT, env=environment, stderr=subprocess.PIPE, text=True) as launched:
-        try:
-            _, told = launched.communicate(timeout=LIMIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            launched.terminate()  # the launcher hands it on; if it were killed, it would leave its processes behind
-            raise
-    results = {}
-    for case in cases:
-        files = [folder / f"{case['name']}-{rank}.json" for rank in range(processes)]
-        results[case["name"]] = [json.loads(file.read_text()) if file.exists() else None for file in files]
-    return results, told
-
-
-@pytest.fixture(scope="module")
-def make_case(workshop, tmp_path_factory):
-    """`make_case(name, data={…}, **train)`: a run of three steps in a folder of its own."""
-    from tests.tiny import tiny_config, write_clip
-
-    root = tmp_path_factory.mktemp("processes")
-    captions = json.loads((workshop / "captions.json").read_text())
-    captions["0"].pop()  # leaves 12 samples, one with text only: as many micro-batches for one to four
-    (root / "captions.json").write_text(json.dumps(captions))
-
-    write_clip(root / "clip")
-
-    def make(name, data=None, more=None, folder=None, visual=None, **train):
-        settings = {"micro_batch": 1, "max_steps": 3, "log_steps": 1, "max_questions": 2, "trackers": []} | train
-        config = tiny_config(
-            workshop,
-            data={"captions": str(root / "captions.json")} | (data or {}),
-            visual={
-                "path": str(workshop / "siglip" if visual is None else root / visual),
-                "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
-            },
-            train=settings | {"output_dir": str(root / (folder or name))},
-        )
-        return {"name": name, "config": config.model_dump(mode="json")} | (more or {})
-
-    make.root = root
-    return make
-
 
 RATES = {"projector": {"lr": 1e-2}, "llm": {"lr": 1e-2}}
 EQUAL = {  # to one process that makes as many micro-batches itself
@@ -157,67 +88,6 @@ def test_several_processes_equal_one(together, name):
         assert second.get("val_loss", 0.0) == pytest.approx(first.get("val_loss", 0.0), rel=1e-4)
 
 
-SHARDED = {  # equal to one process that has all weights
-    "plain": {"max_questions": 2},
-    "words": {"word_alignment": 3},
-    "align": {"parts": {"projector": {"lr": 1e-2}, "llm": {"lr": 0.0}}},  # text only: nothing of a batch is trained
-    "checkpointing": {"gradient_checkpointing": "on", "data": {"val_fraction": 0.25}, "eval_steps": 1, "max_steps": 2},
-    "all weights": {"parts": RATES | {"llm": {"mode": "full", "lr": 1e-3}, "vision": {"mode": "full", "lr": 1e-3}}},
-    "lora on the encoder": {"visual": "clip", "parts": RATES | {"vision": {"mode": "lora", "lr": 1e-3}}},
-}
-
-
-@pytest.mark.nightly  # a minute of two cores
-@pytest.mark.parametrize("processes", [2, 4])
-def test_sharded_weights_train_as_whole_ones(make_case, tmp_path, workshop, processes):
-    prefix, shard = f"shard {processes} ", {"shard": True, "micro_batch": 1}
-    one = [make_case(prefix + "one " + name, **kind | {"accumulation": processes}) for name, kind in SHARDED.items()]
-    resumed = {"save_steps": 100, "folder": prefix + "signal"} | shard
-    several = [
-        *[make_case(prefix + name, **kind | shard) for name, kind in SHARDED.items()],
-        make_case(prefix + "signal", more={"fault": "signal"}, **resumed),
-        make_case(prefix + "after signal", more={"resume": "auto"}, **resumed),
-        make_case(prefix + "bad batch", more={"fault": "bad batch"}, save_steps=100, **shard),
-    ]
-    results, stderr = launch(several, processes, tmp_path / "several")
-    assert all(result is not None for found in results.values() for result in found), (results, stderr[-3000:])
-    single, _ = launch(one, 1, tmp_path / "one")
-    for name in SHARDED:
-        (expected,), actual = single[prefix + "one " + name], results[prefix + name]
-        assert len({result["folder"] for result in actual}) == 1, actual
-        whole, sharded = Path(expected["folder"]), Path(actual[0]["folder"])
-        assert sorted(file.name for file in whole.rglob("*")) == sorted(file.name for file in sharded.rglob("*"))
-        for first, second in zip(lines(whole.parent), lines(sharded.parent), strict=True):
-            # AdamW's first steps are as large for a gradient of rounding errors as for any other
-            bounds = {"loss": 1e-5, "grad_norm": 1e-4} if first["step"] == 1 else {"loss": 1e-4}
-            bounds["val_loss"] = 1e-4
-            for figure, bound in bounds.items():
-                assert second.get(figure, 0) == pytest.approx(first.get(figure, 0), rel=bound), (name, figure)
-        wanted, found = weights(whole), weights(sharded)
-        assert wanted.keys() == found.keys()
-        for tensor, expected_weight in wanted.items():
-            # a weight whose gradient is rounding errors moves by a whole step in either direction; wrong sums of
-            # gradients would move most of them so
-            apart = (found[tensor] - expected_weight).abs() > 1e-2 * expected_weight.square().mean().sqrt()
-            assert apart.sum() <= max(1, apart.numel() // 100), (name, tensor)
-        load_checkpoint(sharded, overrides={"model_root": str(workshop)})
-    assert results[prefix + "signal"] == [{"exit": 128 + 15}] * processes
-    same_weights({"a": results[prefix + "plain"], "b": results[prefix + "after signal"]}, "a", "b", processes)
-    assert {result["error"] for result in results[prefix + "bad batch"]} == {
-        f"process {processes - 1}: the question fills 'data.max_length'"
-    }
-
-
-@pytest.mark.parametrize(
-    ("settings", "remedy"),
-    [({}, "start it with torchrun"), ({"compile": True}, "torchrun"), ({"dry_run": True}, "--dry-run measures")],
-)
-def test_sharding_needs_several_processes(configure, settings, remedy):
-    arguments = {"dry_run": settings.pop("dry_run")} if "dry_run" in settings else {}
-    with pytest.raises(UserError, match=remedy):
-        Trainer(configure(shard=True, **settings), **arguments)
-
-
 def test_a_signal_to_one_process_ends_all_after_the_same_step_and_resumes(together, make_case):
     processes, results = together
     assert results["signal"] == [{"exit": 128 + 15}] * processes
@@ -225,15 +95,6 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step_and_resumes(togeth
     folder = make_case.root / f"{processes} signal"
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
     assert not any(damage(path) for path in list_checkpoints(folder))
-
-
-def same_weights(results, whole, resumed, processes):
-    expected, actual = (weights(Path(results[name][0]["folder"])) for name in (whole, resumed))
-    for name in expected:
-        if processes == 2:
-            assert torch.equal(actual[name], expected[name])
-        else:  # DDP forms other buckets in the first step after a start, and three terms have more than one order
-            assert (actual[name] - expected[name]).norm() <= 1e-5 * expected[name].norm()
 
 
 def test_a_signal_in_the_second_stage_ends_all_which_resume_there(together, make_case):
