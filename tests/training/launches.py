@@ -16,29 +16,39 @@ SCRIPT = Path(__file__).with_name("process_cases.py")
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node={}"
 # what it starts for several GPUs; for several processes on the CPU it needs MPI
 ACCELERATE = (
-    "-m accelerate.commands.accelerate_cli launch --config_file configs/accelerate/one_machine.yaml "
-    "--main_process_port 0 --num_processes {}"
+    "-m accelerate.commands.accelerate_cli launch --config_file configs/accelerate/{} "
+    "--main_process_port {} --num_processes {{}}"
 )
 
 
-def launch(cases, processes, folder, launcher=TORCHRUN):
-    """Run the cases; the results by case, one of each process, and what was printed on stderr."""
+def launch(cases, processes, folder, *launchers):
+    """Run the cases; the results by case, one of each process, and what was printed on stderr.
+
+    Several launchers are several machines; without any, torchrun starts all processes.
+    """
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [
-        sys.executable,
-        *launcher.format(processes).split(),
-        str(SCRIPT),
-        str(folder / "cases.json"),
-        str(folder),
-    ]
+    script = [str(SCRIPT), str(folder / "cases.json"), str(folder)]
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=REPO_ROOT, env=environment, stderr=subprocess.PIPE, text=True) as launched:
+    with (folder / "stderr.txt").open("w+") as stderr:
+        machines = [
+            subprocess.Popen(
+                [sys.executable, *launcher.format(processes).split(), *script],
+                cwd=REPO_ROOT,
+                env=environment,
+                stderr=stderr,
+            )
+            for launcher in launchers or (TORCHRUN,)
+        ]
         try:
-            _, told = launched.communicate(timeout=LIMIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            launched.terminate()  # the launcher hands it on; if it were killed, it would leave its processes behind
-            raise
+            for launched in machines:
+                launched.wait(LIMIT_SECONDS)
+        finally:
+            for launched in machines:
+                launched.terminate()  # it hands it on; if it were killed, it would leave its processes behind
+                launched.wait()
+        stderr.seek(0)
+        told = stderr.read()
     results = {}
     for case in cases:
         files = [folder / f"{case['name']}-{rank}.json" for rank in range(processes)]

@@ -7,11 +7,13 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
+from config import Config
 from errors import UserError
 from model.checkpoint_folder import damage, list_checkpoints
 from paths import REPO_ROOT
+from tests.telling import free_port
 from tests.training.launches import ACCELERATE, launch, same_weights
-from tests.training.runs import lines, weights
+from tests.training.runs import lines, losses, weights
 from training.loop import Trainer
 
 RATES = {"projector": {"lr": 1e-2}, "llm": {"lr": 1e-2}}
@@ -150,13 +152,41 @@ def test_a_process_that_ends_alone_ends_the_others(make_case, tmp_path, fault):
 
 
 @pytest.mark.nightly  # torchrun, above, starts the same processes
-def test_accelerate_launches_it_too(make_case, tmp_path):
-    case = make_case("by accelerate", max_steps=1)
-    results, stderr = launch([case], 2, tmp_path / "out", ACCELERATE)
-    first, last = results["by accelerate"]
+@pytest.mark.parametrize(("file", "shard"), [("one_machine.yaml", False), ("fsdp2.yaml", True)])
+def test_accelerate_launches_it_too(make_case, tmp_path, file, shard):
+    case = make_case(f"by accelerate, {file}", max_steps=1, shard=shard)
+    results, stderr = launch([case], 2, tmp_path / "out", ACCELERATE.format(file, 0))
+    first, last = results[case["name"]]
+    assert first["folder"] == last["folder"], stderr[-2000:]
+    assert processes_of(first) == 2
+    assert ("held" in first) == shard
+
+
+def processes_of(result):
+    return torch.load(Path(result["folder"]) / "trainer_state" / "state.pt", weights_only=True)["processes"]
+
+
+def two_machines(launcher):
+    port = free_port()
+    if launcher == "torchrun":
+        there = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port}"
+        return [f"-m torch.distributed.run {there}"] * 2
+    machine = ACCELERATE.format("two_machines.yaml", port) + " --main_process_ip 127.0.0.1 --machine_rank "
+    return [machine + "0", machine + "1"]
+
+
+@pytest.mark.nightly  # half a minute each
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_launchers_are_one_run(make_case, tmp_path, launcher):
+    """As on two machines, which are here one, with a process each."""
+    one = Trainer(Config.model_validate(make_case(f"one for {launcher}", accumulation=2)["config"])).run()
+    case = make_case(f"two by {launcher}")
+    results, stderr = launch([case], 2, tmp_path / "out", *two_machines(launcher))
+    first, last = results[case["name"]]
     assert first == last, stderr[-2000:]
-    state = torch.load(Path(first["folder"]) / "trainer_state" / "state.pt", weights_only=True)
-    assert state["processes"] == 2
+    assert processes_of(first) == 2
+    expected, actual = (losses(folder.parent) for folder in (one, Path(first["folder"])))
+    assert actual == pytest.approx(expected, rel=1e-4)
 
 
 def test_accelerate_that_starts_one_process_in_place_of_several_is_refused(configure, monkeypatch):
