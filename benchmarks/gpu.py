@@ -4,7 +4,8 @@
 
 Each check of `gpu_checks.py` runs in a process of its own, so that one that fails leaves the others alone, and compares
 its figures with bars. Checks without figures in `benchmarks/results/gpu.json` come first; those for which no time is
-left are not run. Without a GPU, bars of speed and memory do not count. Status 1 if a check fails or is not run.
+left are not run. Without a GPU, bars of speed and memory do not count, and what cannot be measured is null.
+Status 1 if a check fails or is not run.
 """
 
 import argparse
@@ -36,6 +37,8 @@ def run(name: str) -> dict[str, Any]:
     """Run a check in this process; return its status, bars and figures."""
     if name == "processes" and GPU and torch.cuda.device_count() < 2:
         return {"status": "skipped: one GPU only"}
+    if name == "pinned" and not GPU:
+        return {"status": "skipped: without a GPU there is nothing to copy to"}
     began = time.monotonic()
     figures, bars = CHECKS[name]()
     counting = [bar for bar in bars if GPU or bar.correctness]

@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 
+from batch import Batch
 from benchmarks import gpu
 from benchmarks.gpu_checks import Bar
 from paths import REPO_ROOT
@@ -28,8 +29,26 @@ def test_the_whole_command_runs_to_its_end_without_a_gpu(tmp_path):
     report = tmp_path / "gpu.json"
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--output", report], cwd=REPO_ROOT, check=False)
     checks = json.loads(report.read_text(encoding="utf-8"))["checks"]
-    assert {name: check["status"] for name, check in checks.items()} == dict.fromkeys(gpu.CHECKS, "passed")
+    left_out = {"pinned": "skipped: without a GPU there is nothing to copy to"}
+    expected = dict.fromkeys(gpu.CHECKS, "passed") | left_out
+    assert {name: check["status"] for name, check in checks.items()} == expected
     assert done.returncode == 0
+
+
+def test_what_cannot_be_measured_is_neither_met_nor_missed(monkeypatch):
+    monkeypatch.setitem(gpu.CHECKS, "attention", lambda: ({}, [Bar("peak", None, at_most=20.0)]))
+    checked = gpu.run("attention")
+    assert checked["status"] == "passed"
+    assert (checked["bars"][0]["value"], checked["bars"][0]["met"]) == (None, None)
+
+
+def test_the_copies_of_photos_are_timed(monkeypatch):
+    """Without a GPU there is no page-locked memory; the rest of the check runs."""
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)
+    figures, (bar,) = gpu.CHECKS["pinned"]()
+    assert figures["milliseconds"].keys() == {"pageable", "pinned"}
+    assert bar.value > 0
+    assert gpu.run("pinned")["status"].startswith("skipped")
 
 
 @pytest.mark.parametrize(("value", "correctness", "status"), [(2.0, True, "failed"), (2.0, False, "passed")])
