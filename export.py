@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from backbones.backbone import locate_backbone
 from config import Config, parse_overrides
 from errors import UserError, file_error, shortened
-from exporting.card import card_facts
+from exporting.card import BEAMS, card_facts, has_beams
 from exporting.targets import TARGETS
 from exporting.write import check_export, write_export
 from model.checkpoint import load_checkpoint
@@ -90,6 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"{output}: {same} of {len(questions)} greedy answers are the same, logits differ by at most "
         f"{max(question['logits'] for question in questions):.1e} ({report['weights']})"
     )
+    if args.format == "llava" and has_beams(output):
+        print(f"{output}: {BEAMS}")
 
 
 def _own_dtype(config: Config, checkpoint: Path) -> torch.dtype:

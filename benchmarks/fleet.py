@@ -41,7 +41,8 @@ from paths import REPO_ROOT
 
 NAME = "demo"
 LONGEST = 64  # tokens of an answer
-DECODING = ("generate.temperature=0", f"generate.max_new_tokens={LONGEST}")
+# Nothing about sampling: the export's own settings must make vLLM greedy, as for a client that sets nothing.
+DECODING = (f"generate.max_new_tokens={LONGEST}",)
 LOADING_SECONDS = 1200
 # As docs/serving.md gives it. A question changes nothing at a replica, so it may be sent to the other one.
 PROXY = """\

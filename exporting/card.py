@@ -23,6 +23,11 @@ STOCK = """This folder is a stock `{stock_class}` in {dtype}:
     ask = pipeline("image-text-to-text", model="FOLDER")
     question = [{{"type": "image", "image": "photo.jpg"}}, {{"type": "text", "text": "What is in the picture?"}}]
     print(ask(text=[{{"role": "user", "content": question}}], return_full_text=False)[0]["generated_text"])"""
+# vLLM reads `temperature` and `top_k` of generation_config.json, but not `do_sample` and `num_beams`
+BEAMS = (
+    "vLLM has no beams and would sample: add --override-generation-config '{\"temperature\": 0}' to `vllm serve`, "
+    "which then answers greedily"
+)
 GRAPHS = """This folder holds three graphs, in {dtype}:
 
 | graph | from | to |
@@ -104,6 +109,11 @@ def card_facts(model: MMultiModal, checkpoint: Path, trained: Config) -> dict[st
     }
 
 
+def has_beams(folder: Path) -> bool:
+    """Whether an exported folder's decoding settings are beams."""
+    return _read(folder / "generation_config.json").get("num_beams", 1) > 1
+
+
 def licence(folder: Path) -> str:
     """Return the licence that a backbone's folder states: `license` in its model card, or the name of a file."""
     card = folder / "README.md"
@@ -131,6 +141,8 @@ def write_card(folder: Path, facts: dict[str, Any], report: dict[str, Any]) -> N
     if "architectures" in config:
         head["library_name"] = "transformers"
         use = STOCK.format(**facts, stock_class=config["architectures"][0])
+        if report["format"] == "llava" and has_beams(folder):
+            use += f"\n\nThe answers are searched with beams. {BEAMS}."
     paths = [facts[key] for key in ("visual", "llm")]
     bases = [path for path in paths if path.count("/") == 1 and not resolve_path(path).is_dir()]  # ids of a hub
     if bases:

@@ -77,14 +77,18 @@ def text_config(language_model: PreTrainedModel) -> dict[str, Any]:
 
 
 def generation_settings(model: MMultiModal) -> dict[str, Any]:
-    """Return generation_config.json: the checkpoint's own decoding settings, stop tokens and excluded tokens."""
+    """Return generation_config.json: the checkpoint's own decoding settings, stop tokens and excluded tokens.
+
+    Greedy is sampling among one token, as Qwen2-VL's folders have it: vLLM reads `top_k` but not `do_sample`, and would
+    sample at temperature 1. A temperature of 0 beside `do_sample: false` is refused by transformers 4 on saving.
+    """
     settings, stop_ids = model.config.generate, sorted(model.processor.chat.stop_ids)
     content: dict[str, Any] = {
         "eos_token_id": stop_ids,
         "pad_token_id": stop_ids[0],
         "max_new_tokens": settings.max_new_tokens,
         "suppress_tokens": model.suppressed_ids,
-        "do_sample": settings.temperature > 0,
+        "do_sample": settings.temperature > 0 or settings.num_beams == 1,
     }
     if settings.repetition_penalty != 1:
         content["repetition_penalty"] = settings.repetition_penalty
@@ -93,6 +97,8 @@ def generation_settings(model: MMultiModal) -> dict[str, Any]:
         content |= {"min_p": settings.min_p} if settings.min_p else {}
     elif settings.num_beams > 1:
         content |= {"num_beams": settings.num_beams, "length_penalty": settings.length_penalty}
+    else:
+        content["top_k"] = 1
     return content
 
 

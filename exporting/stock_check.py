@@ -75,6 +75,7 @@ class TransformersReader:
             attention_mask=self.torch.ones_like(prompt),
             max_new_tokens=longest,
             do_sample=False,
+            top_k=None,  # the folder's own, which transformers 4 warns of beside do_sample=False
             num_beams=1,
             **self._pixels(pixels),
         )

@@ -193,7 +193,8 @@ def _decoding(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
     raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     keys = ["max_new_tokens", "repetition_penalty"]
-    if raw.get("do_sample"):
+    # sampling among one token is the form in which `export.py` and others write greedy decoding
+    if raw.get("do_sample") and raw.get("top_k") != 1:
         keys += ["temperature", "top_p", "top_k", "min_p"]
         raw = {"temperature": 1.0, "top_k": 50} | raw  # transformers' defaults
     elif raw.get("num_beams", 1) != 1:

@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import export as script
 from answering.answer import Answerer
 from errors import UserError
 from exporting.write import check_export, write_export
@@ -123,6 +124,24 @@ def test_the_folder_is_that_of_older_programs_too(make, export, backbones):
         assert str(backbones).encode() not in file.read_bytes(), file.name
 
 
+def test_greedy_decoding_travels_to_programs_that_do_not_read_do_sample(make, export):
+    """vLLM samples at temperature 1 unless `top_k` tells it otherwise; transformers must give the greedy answer too."""
+    model = make(generate={"max_new_tokens": 7})
+    expected, pixels, ids = shown(model)
+    folder, _ = export(model)
+    assert "vLLM" not in (folder / "README.md").read_text(encoding="utf-8")
+    raw = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    assert (raw["do_sample"], raw["top_k"]) == (True, 1)
+    assert "temperature" not in raw
+    exported = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        tokens = exported.generate(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True) == expected
+    exported.save_pretrained(folder / "again")  # refused for settings that contradict each other
+
+
 def test_decoding_settings_travel(make, export):
     model = make(generate={"max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.2})
     folder, report = export(model)
@@ -135,6 +154,16 @@ def test_decoding_settings_travel(make, export):
     assert report["passed"]
     settings = transformers.GenerationConfig.from_pretrained(folder)
     assert (settings.num_beams, settings.length_penalty) == (3, 0.5)
+    # vLLM has no beams and would sample: the card says how to serve it
+    assert "--override-generation-config '{\"temperature\": 0}'" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_command_says_what_vllm_does_with_beams(tiny_checkpoint, tmp_path, same_process, capsys):
+    options = ["--checkpoint", str(tiny_checkpoint), f"model_root={tiny_checkpoint.parent.parent.parent}"]
+    for name, beams in (("greedy", 1), ("beams", 2)):
+        output = tmp_path / name
+        script.main([*options, "--output", str(output), f"generate.num_beams={beams}", "generate.max_new_tokens=2"])
+        assert ("--override-generation-config" in capsys.readouterr().out) == (beams > 1)
 
 
 BROKEN = {

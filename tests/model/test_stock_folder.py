@@ -251,6 +251,10 @@ def test_decoding_settings_are_those_of_transformers(stock):
     folder = stock(generate={"num_beams": 3, "length_penalty": 0.5})
     read = load_checkpoint(folder).config.generate
     assert (read.num_beams, read.length_penalty, read.temperature) == (3, 0.5, 0)
+    settings = '{"do_sample": true, "top_k": 1, "temperature": 0.7, "top_p": 0.8}'  # sampling among one token is greedy
+    (folder / "generation_config.json").write_text(settings, encoding="utf-8")
+    read = load_checkpoint(folder).config.generate
+    assert (read.temperature, read.top_k, read.num_beams) == (0, 0, 1)
     (folder / "generation_config.json").write_text('{"do_sample": true, "top_p": 0.8}', encoding="utf-8")
     read = load_checkpoint(folder).config.generate
     assert (read.temperature, read.top_k, read.top_p, read.num_beams) == (1.0, 50, 0.8, 1)
