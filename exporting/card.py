@@ -28,7 +28,12 @@ BEAMS = (
     "vLLM has no beams and would sample: add --override-generation-config '{\"temperature\": 0}' to `vllm serve`, "
     "which then answers greedily"
 )
-GRAPHS = """This folder holds three graphs, in {dtype}:
+# value of --weights → what the graphs of a quantised folder have
+QUANTISED = {
+    "int8": "weights in 8 bits",
+    "int4": "weights of the language model's layers in 4 bits and all others in 8",
+}
+GRAPHS = """This folder holds three graphs, {precision}:
 
 | graph | from | to |
 |---|---|---|
@@ -133,8 +138,9 @@ def write_card(folder: Path, facts: dict[str, Any], report: dict[str, Any]) -> N
     """Write README.md; `report` is that of the comparison."""
     config = _read(folder / "config.json")
     head: dict[str, Any] = {"library_name": report["format"], "pipeline_tag": "image-text-to-text"}
-    use = GRAPHS.format(**facts)
-    model_file = next(folder.glob("model-*.gguf"), None)
+    model_file, weights = next(folder.glob("model-*.gguf"), None), QUANTISED.get(report["weights"])
+    precision = f"with {weights}, computed in {facts['dtype']}" if weights else f"in {facts['dtype']}"
+    use = GRAPHS.format(**facts, precision=precision)
     if model_file is not None:
         size = _read(folder / "preprocessor_config.json")["crop_size"]
         use = LLAMA_CPP.format(**facts, model_file=model_file.name, **size)

@@ -11,8 +11,10 @@ import torch
 import export as script
 from errors import UserError
 from exporting import onnx_graphs
+from exporting.card import QUANTISED, write_card
 from exporting.targets import TARGETS
 from paths import REPO_ROOT
+from tests.exporting.conftest import FACTS
 from tests.tiny import write_clip, write_qwen
 from tests.visual.test_vit import write as write_tower
 
@@ -103,6 +105,24 @@ def test_fewer_bits_make_smaller_files(make, export, tmp_path):
     assert [report["weights"] for report in reports] == ["int8", "int4"]
     assert reports[1]["allowed"]["logits"] > reports[0]["allowed"]["logits"] > EXACT
     assert worst(reports[1], "logits") > worst(reports[0], "logits") > EXACT * 10
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("float16", "three graphs, in float16:"),
+        ("int8", "three graphs, with weights in 8 bits, computed in float16:"),
+        ("int4", "layers in 4 bits and all others in 8, computed in float16:"),
+    ],
+)
+def test_the_card_names_the_weights(tmp_path, weights, words):
+    report = {"format": "openvino", "weights": weights, "passed": False, "problems": ["none"]}
+    write_card(tmp_path, FACTS | {"dtype": "float16"}, report)
+    assert words in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_kind_of_graph_weights_has_words_for_the_card():
+    assert QUANTISED.keys() == TARGETS["openvino"].quantised.keys()
 
 
 def test_widths_that_no_group_fits(make, export, tmp_path):
