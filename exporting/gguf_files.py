@@ -119,7 +119,10 @@ def _quantise(gguf: Any, source: Path, output: Path) -> None:
     library.disable_logging()  # a line for each matrix
     settings = library.LlamaModelQuantizeParams()
     settings.ftype = int(gguf.LlamaFileType.MOSTLY_Q4_K_M)
-    library.model_quantize(str(source), str(output), settings)
+    try:
+        library.model_quantize(str(source), str(output), settings)
+    except RuntimeError as error:  # it gives no reason, but `source` is whole
+        raise OSError(None, f"llama.cpp could not write {output.name}, probably because the disk is full") from error
     source.unlink()
 
 

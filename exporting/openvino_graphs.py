@@ -37,7 +37,14 @@ def write(model: MMultiModal, pixels: torch.Tensor, folder: Path, compression: s
         graph = openvino.Core().read_model(folder / "onnx" / f"{name}.onnx")
         if compression:
             graph = _compressed(graph, COMPRESSIONS[compression][name])
-        openvino.save_model(graph, folder / "openvino" / f"{name}.xml", compress_to_fp16=False)
+        try:
+            openvino.save_model(graph, folder / "openvino" / f"{name}.xml", compress_to_fp16=False)
+        except RuntimeError as error:
+            if "iostream error" not in str(error):
+                raise
+            raise OSError(
+                None, f"OpenVINO could not write {name} ({error}), probably because the disk is full"
+            ) from error
     shutil.rmtree(folder / "onnx")
     return error
 

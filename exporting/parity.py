@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from config import IMAGE_TAG
 from dataset.records import Photo, read_records, split_entries
 from errors import UserError
+from exporting.stock_check import CANNOT_WRITE
 from exporting.template import PLACEHOLDER
 from model.model import MMultiModal
 from paths import resolve_path
@@ -137,6 +138,9 @@ def compare(
         feature_error: that the conversion itself makes, 0 for an exact format.
         python: interpreter whose libraries are used.
         weights: type of quantised ones, or empty.
+
+    Raises:
+        OSError: the disk is full; the folder may be good.
     """
     script = Path(__file__).with_name("stock_check.py")
     done = subprocess.run(
@@ -146,6 +150,8 @@ def compare(
         text=True,
         check=False,
     )
+    if done.returncode == CANNOT_WRITE:
+        raise OSError(None, f"the comparison could not write its figures ({done.stderr.strip().splitlines()[-1]})")
     limits = TOLERANCES[weights or reference.dtype]
     if feature_error:
         limits = (max(limits[0], FOLDED[0]), max(limits[1], FOLDED[1]))

@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 IMAGE_TAG, PLACEHOLDER = "<|extra_0|>", "<image>"  # of a prompt, and of a message that is a string
+CANNOT_WRITE = 3  # exit status where the disk is full, which says nothing about the folder
 CONTEXT = 8192  # tokens of a question with its photos in llama.cpp, which would keep room for all that the model takes
 
 
@@ -320,11 +322,16 @@ def main() -> None:
         tokens = reader.answer(case["ids"], pixels, case["max_new_tokens"])
         rows.append({"ids": ids, "tokens": tokens})
         rows[-1]["text"] = reader.tokenizer.decode(tokens, skip_special_tokens=True)
-    save_file({name: np.ascontiguousarray(array) for name, array in theirs.items()}, reference / "theirs.safetensors")
+    theirs = {name: np.ascontiguousarray(array) for name, array in theirs.items()}
     versions = {name: importlib.metadata.version(name) for name in reader.packages}
     result = {"versions": versions, "tensors": reader.wrong_tensors, "cases": rows}
     result["log_probabilities"] = getattr(reader, "log_probabilities", False)
-    (reference / "theirs.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+    try:
+        save_file(theirs, reference / "theirs.safetensors")
+        (reference / "theirs.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(CANNOT_WRITE)
 
 
 if __name__ == "__main__":

@@ -79,15 +79,21 @@ def check_export(written: Written) -> dict[str, Any]:
 
     Raises:
         UserError: it differs by more than allowed. It is kept under the name `<output>.failed-<number>`.
+        OSError: the disk is full. Nothing is kept.
     """
     start = time.monotonic()
     report: dict[str, Any] = {"format": written.target, "passed": False}
     program = TARGETS[written.target].program
-    report |= compare(written.reference, written.folder, program, written.feature_error, weights=written.weights)
-    report |= {"passed": not report["problems"], "seconds": round(time.monotonic() - start, 1)}
-    (written.folder / REPORT_FILE).write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
-    write_card(written.folder, written.card, report)
-    shutil.rmtree(written.reference.folder, ignore_errors=True)
+    try:
+        report |= compare(written.reference, written.folder, program, written.feature_error, weights=written.weights)
+        report |= {"passed": not report["problems"], "seconds": round(time.monotonic() - start, 1)}
+        (written.folder / REPORT_FILE).write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
+        write_card(written.folder, written.card, report)
+    except BaseException:  # a folder that was not compared is no export, and may have filled the disk
+        shutil.rmtree(written.folder, ignore_errors=True)
+        raise
+    finally:
+        shutil.rmtree(written.reference.folder, ignore_errors=True)
     if report["passed"]:
         os.replace(written.folder, written.output)
         return report

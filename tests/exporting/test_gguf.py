@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -124,6 +125,17 @@ def test_a_mixture_of_4_and_6_bits(make, tmp_path, width, kind, step):
     assert ((tensor - weight).abs() <= step * weight.abs().amax(1, keepdim=True)).all()
     assert not torch.equal(tensor, weight)
     assert text["blk.0.attn_norm.weight"][1] == "F32"
+
+
+def test_a_full_disk_keeps_the_file_that_is_quantised(tmp_path, monkeypatch):
+    source = tmp_path / "model-f16.gguf"
+    source.write_bytes(b"weights")
+    library = MagicMock()
+    library.model_quantize.side_effect = RuntimeError("llama_model_quantize failed with code 1")
+    monkeypatch.setattr(gguf_files.importlib, "import_module", lambda _: library)
+    with pytest.raises(OSError, match=r"could not write model-q4_k_m.gguf, probably because the disk is full"):
+        gguf_files._quantise(library, source, tmp_path / "model-q4_k_m.gguf")
+    assert source.is_file()
 
 
 def test_the_metadata_are_the_models(make, tmp_path):

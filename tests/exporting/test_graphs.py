@@ -4,13 +4,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 import export as script
 from errors import UserError
-from exporting import onnx_graphs
+from exporting import onnx_graphs, openvino_graphs
 from exporting.card import QUANTISED, write_card
 from exporting.targets import TARGETS
 from paths import REPO_ROOT
@@ -123,6 +124,23 @@ def test_the_card_names_the_weights(tmp_path, weights, words):
 
 def test_every_kind_of_graph_weights_has_words_for_the_card():
     assert QUANTISED.keys() == TARGETS["openvino"].quantised.keys()
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"), [("basic_ios::clear: iostream error", OSError), ("unknown operation", RuntimeError)]
+)
+def test_a_full_disk_under_openvino_is_no_defect(tmp_path, monkeypatch, message, kind):
+    class Library:
+        Core = MagicMock
+
+        @staticmethod
+        def save_model(*_, **__):
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(openvino_graphs, "import_openvino", Library)
+    monkeypatch.setattr(openvino_graphs, "write_onnx", lambda *_: 0.0)
+    with pytest.raises(kind, match=message):
+        openvino_graphs.write(None, None, tmp_path)
 
 
 def test_widths_that_no_group_fits(make, export, tmp_path):
