@@ -83,7 +83,8 @@ def _fold(tensors: dict[str, torch.Tensor], vision: dict, exponent: int) -> None
 
     Its attention gives 0, its MLP has fc1 = [I; −I] and fc2 = c · [I, −I], and gelu(z) − gelu(−z) = z in every variant
     of GELU. All that is added to x is scaled by 1 / c, and the layer norms' eps by 1 / c², so that they give the same.
-    The projector divides by c and gets LN(x) + x / c², with the original x. Powers of two are exact in every dtype.
+    The projector divides by c and gets LN(x) + x / c², with the original x. Scaling by a power of two is exact in
+    float32 and bfloat16; in float16, numbers that become smaller than 6e-5 lose bits, and the comparison measures that.
     """
     scale, prefix = 2.0**exponent, "vision_tower.vision_model."
     count, width, inner = vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"]
