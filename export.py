@@ -82,9 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
         gc.collect()
         report = check_export(written)
     except (OSError, SafetensorError) as error:  # no permission, or the disk is full
-        reason = error if isinstance(error, OSError) else None
-        if reason is None or not reason.strerror:  # of a full disk, numpy says the bytes that it wrote
-            reason = OSError(None, f"not everything could be written ({error}), is the disk full?")
+        # numpy tells of a full disk by the number of bytes that it has written
+        other = OSError(None, f"not everything could be written ({error}), is the disk full?")
+        reason = error if isinstance(error, OSError) and error.strerror else other
         raise file_error(reason, output) from error
     questions = report["questions"]
     same = sum(question["same"] for question in questions)

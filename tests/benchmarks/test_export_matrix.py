@@ -84,10 +84,12 @@ def test_a_program_with_a_problem_ends_the_command_with_status_1_after_all_rows(
 
 def test_a_server_that_does_not_start_is_a_problem(monkeypatch, written):
     def replica(*_):
-        raise SystemExit("it did not start:\nsome log\nthe reason\n")
+        raise SystemExit("it did not start:\nsome log\nanError:\n  the reason\n  see https://…\n")
 
     monkeypatch.setattr(export_matrix, "replica", replica)
-    assert export_matrix.row("vllm_server", "python", written) == {"versions": {}, "problems": ["the reason"]}
+    assert export_matrix.row("vllm_server", "python", written) == export_matrix.failed(
+        "anError: the reason see https://…"
+    )
 
 
 def test_the_server_is_asked_without_settings_of_sampling(tmp_path):

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from benchmarks.export_matrix import PROGRAMS
 from errors import UserError
 from exporting import llava, vipllava
 from exporting.targets import TARGETS
@@ -17,6 +18,7 @@ CONVERT = {"llava": llava.convert, "vipllava": vipllava.convert}
 # formats that are written as they are, up to llama.cpp's GELU
 NOT_CONVERTED = {"onnx": "exact", "openvino": "exact", "gguf": "near"}
 WORDS = {"no": "否", "exact": "精确", "near": "接近", "folded": "折叠"}
+CONSUMERS = REPO_ROOT / "benchmarks" / "consumers"
 MATRIX = REPO_ROOT / "benchmarks" / "results" / "export_matrix.json"
 PAGES = ["docs/carrying.md", "docs/carrying_zh.md"]
 ROW = re.compile(
@@ -96,6 +98,18 @@ def measured_lines():
             same = f"{row['same answers']}/{row['questions']}"
         head = f"| `{row['program']}` | {package} {version} | {row['date']} | `{row['format']}`"
         yield f"{head} | {same} | {' | '.join(numbers)} |"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_environment_of_every_program_is_told(page):
+    text = (REPO_ROOT / page).read_text(encoding="utf-8")
+    told = re.findall(r"^\| ([^|]+) \| `([^|`]+\.txt)` \|$", text, re.MULTILINE)
+    assert PROGRAMS.keys() <= {name for cell, _ in told for name in re.findall(r"`([^`]+)`", cell)}
+    files = {name for _, cell in told for name in cell.split(" -r ")}
+    assert {str(file.relative_to(REPO_ROOT)) for file in CONSUMERS.glob("*.txt")} <= files
+    for name in files:
+        lines = (REPO_ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert all(line.startswith("#") or "==" in line for line in lines), name
 
 
 @pytest.mark.parametrize("page", PAGES)
