@@ -7,6 +7,7 @@ is made whole, with clipping and AdamW. With and without gradient checkpointing.
 (`python -m demo.make_data`, `python process_image.py --config configs/demo.yaml`).
 """
 
+import os
 import platform
 import tempfile
 import time
@@ -18,6 +19,7 @@ import torch
 
 from benchmarks.report import write_report
 from config import load_config
+from paths import REPO_ROOT
 from training.costs import PeakMemory
 from training.loop import Trainer, optimizer_step
 from training.signals import StopSignals
@@ -55,7 +57,7 @@ def main() -> None:
         trainer = Trainer(load_config(options.config, [*options.overrides, f"train.output_dir={folder}"]))
         device = trainer.accelerator.device
         result = {
-            "config": str(options.config),
+            "config": os.path.relpath(options.config, REPO_ROOT),
             "micro_batch": options.micro_batch,
             "precision": trainer.precision,
             "threads": torch.get_num_threads(),
