@@ -4,7 +4,7 @@ All scripts call `load_config(path, overrides)`. For a wrong file, the error has
 the reason and the nearest valid name. Each script checks itself that the files it needs exist (`existing_path`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -328,7 +328,7 @@ def overridden(config: Config, values: dict[str, Any], where: str) -> Config:
     return parse_config(raw, where)
 
 
-def validated(schema: type[S], raw: dict[str, Any], where: str, overrides: Iterable[str] = ()) -> S:
+def validated(schema: type[S], raw: dict[str, Any], where: str, overrides: Collection[str] = ()) -> S:
     """Check a mapping against `schema`; a UserError starts with `where` and tells which mistakes are in `overrides`."""
     try:
         return schema.model_validate(raw)

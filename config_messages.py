@@ -2,7 +2,7 @@
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import get_args, get_origin
 
 from pydantic import BaseModel
@@ -24,7 +24,7 @@ def key_paths(section: type[BaseModel], prefix: str = "") -> list[str]:
     return paths
 
 
-def explain(item: ErrorDetails, keys: list[str], overrides: Iterable[str] = ()) -> str:
+def explain(item: ErrorDetails, keys: list[str], overrides: Collection[str] = ()) -> str:
     """Return the message for one mistake that pydantic found.
 
     Args:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import real_run
+from config import load_config
 from errors import UserError
 from tests.tiny import tiny_config
 
@@ -67,6 +69,17 @@ def test_a_try_trains_in_two_processes(command, tmp_path):
     assert row["training"]["steps"] == 3
     state = torch.load(tmp_path / "run" / "checkpoint-3" / "trainer_state" / "state.pt", weights_only=True)
     assert state["processes"] == 2
+
+
+def test_the_config_of_the_best_run_is_what_its_row_trained():
+    rows = json.loads(real_run.RESULTS.read_text(encoding="utf-8"))
+    words = shlex.split(next(row["command"] for row in rows if row["name"] == "light-both-languages"))
+    overrides = [word for word in words[words.index("--images") + 2 :] if "=" in word]
+    trained = load_config(words[words.index("--config") + 1], overrides)
+    shipped = load_config(
+        "configs/flickr8k_daquar_light.yaml", {"train.epochs": trained.train.epochs}
+    )  # max_steps rules
+    assert shipped == trained
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no shell and no SIGTERM")

@@ -3,11 +3,21 @@
 from types import SimpleNamespace
 
 from answering.request import Reply
+from dataset.records import Entry, Turn
 from errors import UserError
 from visual.transform import load_image
 from visual_plan import VisualPlan
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "黑色": (0, 0, 0)}
+
+
+def captions_of(source):
+    """An entry for each photo, with two captions."""
+    return [
+        Entry(source, "caption", (Turn("<|extra_0|>\nWhat is it?", texts, images=(ID,)),))
+        for ID, name in enumerate(COLOURS)
+        for texts in [(f"A wall that is plain {name} from left to right.", f"This plain {name} wall fills the photo.")]
+    ]
 
 
 class ColourModel:

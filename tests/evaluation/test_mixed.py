@@ -13,7 +13,7 @@ from evaluation.report_html import render_report
 from evaluation.runner import list_questions, make_answer
 from evaluation.scores import measure_of, sentence_sources, visual_gain
 from evaluation.words import characters, english_words
-from tests.evaluation.colours import COLOURS, ColourModel
+from tests.evaluation.colours import COLOURS, ColourModel, captions_of
 
 RUN = {"checkpoint": "checkpoint-7"}
 CHINESE = dict(zip(COLOURS, ("红", "绿", "蓝", "黑"), strict=True))
@@ -50,11 +50,7 @@ class SameModel(ColourModel):
 
 @pytest.fixture
 def english():
-    return [
-        Entry("english", "caption", (Turn("<|extra_0|>\nWhat is it?", texts, images=(ID,)),))
-        for ID, name in enumerate(COLOURS)
-        for texts in [(f"A wall that is plain {name} from left to right.", f"This plain {name} wall fills the photo.")]
-    ]
+    return captions_of("english")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from evaluation.report import compared_line, draw_gallery, looks_line, metrics_o
 from evaluation.report_html import render_report
 from evaluation.scores import all_intervals, are_sentences, judge_values
 from evaluation.words import characters, english_words
-from tests.evaluation.colours import COLOURS, ColourModel
+from tests.evaluation.colours import ColourModel, captions_of
 
 RUN = {"checkpoint": "checkpoint-7"}
 
@@ -36,11 +36,7 @@ class BlindModel(ColourModel):
 
 @pytest.fixture
 def captions():
-    return [
-        Entry("flickr", "caption", (Turn("<|extra_0|>\nWhat is it?", texts, images=(ID,)),))
-        for ID, name in enumerate(COLOURS)
-        for texts in [(f"A wall that is plain {name} from left to right.", f"This plain {name} wall fills the photo.")]
-    ]
+    return captions_of("flickr")
 
 
 def test_what_is_a_sentence():

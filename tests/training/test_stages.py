@@ -277,6 +277,12 @@ def test_auto_begins_at_the_first_stage_and_ends_at_the_last(two, finished, tmp_
     assert same_runs(tmp_path / "run", finished)
 
 
+def test_a_finished_run_that_is_resumed_into_another_folder_is_stored_there(config, whole, capsys, tmp_path):
+    train(config("other"), str(whole / "checkpoint-4"))
+    assert f"trained: {tmp_path / 'other' / 'checkpoint-4'}\n" in capsys.readouterr().out
+    assert same(tmp_path / "other" / "checkpoint-4", whole / "checkpoint-4")
+
+
 def test_a_checkpoint_of_the_present_stage_is_resumed(two, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     for name in ("checkpoint-2", "checkpoint-3"):
