@@ -58,6 +58,7 @@ def launch(cases, processes, folder, *launchers):
 
 def same_weights(results, whole, resumed, processes):
     expected, actual = (weights(Path(results[name][0]["folder"])) for name in (whole, resumed))
+    assert expected.keys() == actual.keys() != set()
     for name in expected:
         if processes == 2:
             assert torch.equal(actual[name], expected[name])

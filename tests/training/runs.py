@@ -16,7 +16,8 @@ def weights(folder):
 def same(first, second):
     """Whether two checkpoints hold the same weights, bit for bit."""
     first, second = weights(first), weights(second)
-    return all(torch.equal(first[name], second[name]) for name in first)
+    assert first, "a folder without weights is no checkpoint"
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def lines(folder):
