@@ -18,8 +18,10 @@ from answering.answer import Answerer
 from errors import UserError
 from exporting import stock_check, write
 from exporting.write import check_export, write_export
+from model.checkpoint import save_checkpoint
+from model.model import MMultiModal
 from tests.exporting.conftest import FACTS
-from tests.tiny import write_clip, write_siglip
+from tests.tiny import tiny_config, write_clip, write_qwen, write_siglip
 
 STOCK = ["llava", "vipllava"]
 LANGUAGE_MODELS = ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "llama-untied", "qwen1"]
@@ -159,6 +161,27 @@ def test_decoding_settings_travel(make, export):
     assert (settings.num_beams, settings.length_penalty) == (3, 0.5)
     # vLLM has no beams and would sample: the card says how to serve it
     assert "--override-generation-config '{\"temperature\": 0}'" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_auto_is_the_dtype_of_the_language_model_s_folder(tmp_path, same_process, monkeypatch):
+    write_siglip(tmp_path / "siglip")
+    stock = transformers.Qwen2ForCausalLM.from_pretrained(write_qwen(tmp_path / "qwen"), dtype=torch.bfloat16)
+    stock.save_pretrained(tmp_path / "qwen")
+    model = MMultiModal.from_config(tiny_config(tmp_path))
+    save_checkpoint(model, tmp_path / "checkpoint-1", {"step": 1}, {}, {})
+    options = ["--checkpoint", str(tmp_path / "checkpoint-1"), f"model_root={tmp_path}", "generate.max_new_tokens=2"]
+    for dtype, name in ((torch.bfloat16, "auto"), (torch.float32, "float32")):
+        script.main([*options, "--output", str(tmp_path / name), "--dtype", name])
+        assert {value.dtype for value in load_file(tmp_path / name / "model.safetensors").values()} == {dtype}
+
+    def stop(model, *_):
+        assert next(model.parameters()).dtype == torch.float32  # graphs are not written in bfloat16
+        raise UserError("seen")
+
+    monkeypatch.setattr(script, "write_export", stop)
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda _: True)  # what would write the graph may be absent
+    with pytest.raises(UserError, match="seen"):
+        script.main([*options, "--output", str(tmp_path / "graph"), "--format", "onnx"])
 
 
 def test_the_command_says_what_vllm_does_with_beams(tiny_checkpoint, tmp_path, same_process, capsys):

@@ -9,6 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
+import eval_vqa
+import serve
+import test_gui
 from answering.answer import Answerer
 from config import Prompt
 from errors import UserError
@@ -18,6 +21,7 @@ from model.model import MMultiModal
 from model.restore import restore_weights
 from predict import main as predict_main
 from tests.exporting.conftest import FACTS
+from tests.telling import free_port
 from tests.tiny import fill_trained, tiny_config, write_clip
 from training.loop import Trainer
 
@@ -73,6 +77,38 @@ def test_it_answers_as_the_trained_model(backbones, stock, photo, name, capsys):
     folder = stock(name)
     predict_main(["--checkpoint", str(folder), "--image", str(photo), "--question", QUESTION])
     assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_evaluation_server_and_page_take_it(stock, photo, tmp_path, monkeypatch):
+    folder = stock()
+    expected = Answerer(load_checkpoint(folder)).answer(photo, QUESTION)
+    engines = []
+
+    def begin(engine, *_):
+        engines.append(engine)
+        raise UserError("begun")
+
+    options = ["--checkpoint", str(folder)]
+    monkeypatch.setattr("serving.app.Service", begin)
+    with pytest.raises(UserError, match="begun"):
+        serve.main([*options, "--port", str(free_port())])
+    monkeypatch.setattr(test_gui, "end_on_signals", lambda: None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # the page sets it; put back behind this test
+    monkeypatch.setattr("page.build.build_page", begin)
+    with pytest.raises(UserError, match="begun"):
+        test_gui.main([*options, f"gui.port={free_port()}"])
+    server, page = engines
+    assert server.answer(photo, QUESTION) == expected
+    assert page.names() == [(folder.name, folder.name)]
+    assert page.get(folder.name)[0].answer(photo, QUESTION) == expected
+    row = {"image": photo.name, "question": QUESTION, "answer": "grey"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    files = ["--format", "jsonl", "--annotations", str(tmp_path / "rows.jsonl"), "--images", str(tmp_path)]
+    eval_vqa.main([*options, *files, "--output", str(tmp_path / "scores"), "--baselines", "text", "untrained"])
+    lines = (tmp_path / "scores" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    answers = {row["pass"]: row["answer"] for row in map(json.loads, lines)}
+    assert answers["trained"] == expected
+    assert set(answers) == {"trained", "text", "untrained"}
 
 
 @pytest.mark.parametrize(
