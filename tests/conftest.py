@@ -1,5 +1,8 @@
 """Fixtures that more than one test file uses."""
 
+import functools
+import gc
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -15,7 +18,7 @@ from accelerate.state import AcceleratorState, PartialState
 from exporting import stock_check
 from paths import REPO_ROOT
 from tests.raw_world import World
-from tests.tiny import tiny_config, write_qwen, write_qwen1, write_records, write_siglip
+from tests.tiny import run_config, tiny_config, write_qwen, write_qwen1, write_records, write_siglip
 from training.loop import Trainer
 
 # a background job of a shell, or nohup, starts with these ignored, and so would every program that a test starts
@@ -29,12 +32,49 @@ hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy mac
 hypothesis.settings.load_profile("no deadline")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections; each would look through it for 0.25 s."""
+    gc.collect()
+    gc.freeze()
+
+
+def forget_accelerator() -> None:
     """accelerate allows one precision per process; its own tests forget it the same way."""
-    yield
     AcceleratorState._reset_state()
     PartialState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    forget_accelerator()
+
+
+# what a finished run makes for its readers takes longer than the training of a tiny model, in each of hundreds of runs
+REPORTS = {
+    "training.samples.MAX_NEW_TOKENS": 1,
+    "training.run_log.draw_curves": lambda *_: b"",
+    "training.provenance.code_commit": lambda: "0" * 40,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_reports():
+    """Let the answers in `samples.html` end after a token, draw no `loss.png` and do not ask git for the commit."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole = {name: pkgutil.resolve_name(name) for name in REPORTS}
+        for name, short in REPORTS.items():
+            patch.setattr(name, short)
+        yield whole
+
+
+@pytest.fixture(scope="module")
+def whole_reports(short_reports):
+    """Whole reports in a file of tests that read them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, whole in short_reports.items():
+            patch.setattr(name, whole)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -95,28 +135,23 @@ def folder(backbones, tmp_path) -> Path:
 @pytest.fixture
 def configure(workshop, tmp_path):
     """`configure(max_steps=…, data={…})`: a config whose `train` section takes the plain keywords."""
-
-    def build(data=None, llm=None, **train):
-        base = tiny_config(workshop).model_dump()
-        sections = {"train": base["train"] | {"output_dir": str(tmp_path / "run")} | train}
-        sections |= {"data": base["data"] | (data or {}), "llm": base["llm"] | (llm or {}), "model_root": str(workshop)}
-        return tiny_config(workshop, **{k: v for k, v in sections.items() if k != "model_root"}).model_copy(
-            update={"model_root": str(workshop)}
-        )
-
-    return build
+    return functools.partial(run_config, workshop, output_dir=str(tmp_path / "run"))
 
 
 @pytest.fixture
 def same_process(monkeypatch):
+    compare_here(monkeypatch)
+
+
+def compare_here(patch: pytest.MonkeyPatch) -> None:
     """Compare an export in this process, because starting another takes seconds."""
 
     def run(command, **_):
-        monkeypatch.setattr(sys, "argv", command[2:])
+        patch.setattr(sys, "argv", command[2:])
         try:
             stock_check.main()
         except Exception:
             return subprocess.CompletedProcess(command, 1, "", traceback.format_exc())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(subprocess, "run", run)
+    patch.setattr(subprocess, "run", run)

@@ -315,3 +315,10 @@ def tiny_config(folder: Path, **sections) -> Config:
     parts = raw["train"].get("parts", {})
     raw["train"]["parts"] = parts | {part: parts.get(part, {}) | {"lr": rate} for part, rate in rates.items()}
     return parse_config(raw, "tiny")
+
+
+def run_config(folder: Path, data: dict | None = None, llm: dict | None = None, **train) -> Config:
+    """A config on the backbones and records of `folder`; the plain keywords go into its `train` section."""
+    base = tiny_config(folder).model_dump()
+    sections = {"train": base["train"] | train, "data": base["data"] | (data or {}), "llm": base["llm"] | (llm or {})}
+    return tiny_config(folder, **sections).model_copy(update={"model_root": str(folder)})

@@ -234,7 +234,7 @@ MIXED = ["full", "hybrid", "full of one layer", "vision lora", "vision full", "a
 
 
 @pytest.mark.parametrize("kind", MIXED)
-def test_trained_weights_are_float32_among_bf16(backbones, tmp_path, kind):
+def test_trained_weights_are_float32_among_bf16(backbones, tmp_path, whole_reports, kind):
     config = configured(backbones, tmp_path / "run", MODES[kind][-1], precision="bf16", max_steps=2)
     config.data.val_fraction = 0.4
     trainer = Trainer(config)

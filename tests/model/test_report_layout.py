@@ -127,7 +127,7 @@ def test_training_goes_on_from_it(folder):
     assert all(torch.equal(tensor, after[name]) for name, tensor in again.named_parameters() if name in after)
 
 
-def test_scripts_take_it(folder, capsys):
+def test_scripts_take_it(folder, capsys, same_process):
     write_report_checkpoint(folder / "report")
     Image.new("RGB", (70, 60), (200, 30, 30)).save(folder / "photo.png")
     bases = [f"visual.path={folder / 'siglip'}", f"llm.path={folder / 'qwen'}", "visual.image_tokens=15"]

@@ -20,6 +20,7 @@ from model.checkpoint import load_checkpoint
 from model.model import MMultiModal
 from model.restore import restore_weights
 from predict import main as predict_main
+from tests.conftest import compare_here
 from tests.exporting.conftest import FACTS
 from tests.telling import free_port
 from tests.tiny import fill_trained, tiny_config, write_clip
@@ -58,9 +59,23 @@ def exported(backbones, tmp_path, name="qwen2-untied", visual=None, target="llav
     return tmp_path / "stock"
 
 
+@pytest.fixture(scope="module")
+def plain(backbones, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        compare_here(patch)
+        return exported(backbones, tmp_path_factory.mktemp("plain"))
+
+
 @pytest.fixture
-def stock(backbones, tmp_path, same_process):
-    return lambda *arguments, **sections: exported(backbones, tmp_path, *arguments, **sections)
+def stock(backbones, plain, tmp_path, same_process):
+    """`stock(…)`: what `exported` returns, in a folder that the test may change."""
+
+    def make(*arguments, **sections):
+        if arguments or sections:
+            return exported(backbones, tmp_path, *arguments, **sections)
+        return shutil.copytree(plain, tmp_path / "stock")
+
+    return make
 
 
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "qwen3-tied", "llama-untied", "qwen1"])

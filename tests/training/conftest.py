@@ -1,31 +1,42 @@
 """Each test trains in a run folder of its own."""
 
+import functools
 import json
+import shutil
 
 import pytest
 
-from tests.tiny import tiny_config, write_clip
+from tests.conftest import forget_accelerator
+from tests.tiny import run_config, tiny_config, write_clip
 from training.loop import Trainer
 
 DROPOUT = {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}  # so that the random generators' state matters
 
 
-@pytest.fixture
-def config(configure, tmp_path):
-    """`config(folder, **train)`: a run of four steps with dropout that saves and logs each."""
-
-    def build_config(folder="run", data=None, llm=None, prompt=None, **train):
-        settings = {"save_steps": 1, "log_steps": 1, "save_total_limit": 9, "max_steps": 4, "trackers": []} | train
-        made = configure(data=data, llm=llm or DROPOUT, output_dir=str(tmp_path / folder), **settings)
-        return made.model_copy(update={"prompt": made.prompt.model_copy(update=prompt or {})})
-
-    return build_config
+def saving_config(workshop, root, folder="run", data=None, llm=None, prompt=None, **train):
+    """A run of four steps with dropout, in a folder of `root`, that saves and logs each."""
+    settings = {"save_steps": 1, "log_steps": 1, "save_total_limit": 9, "max_steps": 4, "trackers": []} | train
+    made = run_config(workshop, data, llm or DROPOUT, output_dir=str(root / folder), **settings)
+    return made.model_copy(update={"prompt": made.prompt.model_copy(update=prompt or {})})
 
 
 @pytest.fixture
-def whole(config):
-    """The folder of an uninterrupted run."""
-    return Trainer(config("whole")).run().parent
+def config(workshop, tmp_path):
+    """`config(folder, **train)`: see `saving_config`."""
+    return functools.partial(saving_config, workshop, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained_whole(workshop, tmp_path_factory):
+    folder = Trainer(saving_config(workshop, tmp_path_factory.mktemp("trained"), "whole")).run().parent
+    forget_accelerator()
+    return folder
+
+
+@pytest.fixture
+def whole(trained_whole, tmp_path):
+    """The folder of an uninterrupted run, which a test may change."""
+    return shutil.copytree(trained_whole, tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +59,7 @@ def make_case(workshop, tmp_path_factory):
                 "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
             },
             train=settings | {"output_dir": str(root / (folder or name))},
+            generate={"max_new_tokens": 1},  # of the answers in samples.html
         )
         return {"name": name, "config": config.model_dump(mode="json")} | (more or {})
 

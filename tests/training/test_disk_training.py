@@ -9,6 +9,8 @@ from dataset.disk_writer import DiskRecords
 from tests.training.runs import lines, same
 from training.loop import Trainer
 
+pytestmark = pytest.mark.usefixtures("whole_reports")
+
 
 @pytest.fixture
 def disk(workshop, tmp_path):

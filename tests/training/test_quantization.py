@@ -52,7 +52,7 @@ def claim_bf16(monkeypatch):
     [("nf4", False, torch.uint8, 0.25), ("nf4", True, torch.uint8, 0.25), ("int8", False, torch.int8, 0.03)],
 )
 def test_trains_validates_resumes_and_answers(
-    quantization, has_bf16, dtype, bound, claim_bf16, configure, wide_qwen, tmp_path
+    quantization, has_bf16, dtype, bound, claim_bf16, configure, wide_qwen, tmp_path, same_process
 ):
     claim_bf16(has_bf16)
 

@@ -16,6 +16,8 @@ from training import curves, run_log
 from training.curves import draw_curves, smoothed, ticks
 from training.run_log import RunLog, check_trackers, write_whole
 
+pytestmark = pytest.mark.usefixtures("whole_reports")
+
 
 def steps_of(folder):
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -23,6 +23,7 @@ from training.sample_page import Attempt, render_page
 from training.samples import MAX_NEW_TOKENS, SampleSheet, choose_entries, describe_sample
 
 TAG = "<|extra_0|>"
+pytestmark = pytest.mark.usefixtures("whole_reports")
 
 
 def entry(question, *answers, images=(0,), source="tiny", kind=""):

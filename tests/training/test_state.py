@@ -22,6 +22,8 @@ from training.checks import NonFiniteError
 from training.loop import Trainer
 from training.signals import SIGNALS
 
+COMMIT = "training.provenance.code_commit"
+
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_non_finite_step_changes_and_deletes_nothing(config, what, tmp_path):
@@ -255,16 +257,16 @@ def test_files_follow_the_umask(config, tmp_path):
     assert {file.stat().st_mode & 0o777 for file in folder.rglob("*") if file.is_file()} == {0o640}
 
 
-def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+def test_without_git_there_is_no_commit(short_reports, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert provenance.code_commit() is None
+    assert short_reports[COMMIT]() is None
 
 
-def test_the_repository_around_us_is_not_ours(monkeypatch, tmp_path):
+def test_the_repository_around_us_is_not_ours(short_reports, monkeypatch, tmp_path):
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     (tmp_path / "copy").mkdir()
     monkeypatch.setattr(provenance, "REPO_ROOT", tmp_path / "copy")
-    assert provenance.code_commit() is None
+    assert short_reports[COMMIT]() is None
 
 
 def test_dry_run_of_a_folder_that_was_trained_in(config, whole):
