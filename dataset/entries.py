@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from config import IMAGE_TAG
-from errors import UserError
+from errors import UserError, shortened
 from paths import REPO_ROOT, address
 from visual.region import Box, Region, checked_box
+from visual.shard import without_place
 
 TEXT_KEY = "text"  # key in captions.json of the entries without a photo
 UNNAMED_SOURCE = "unnamed"  # source of entries in the report's form, which have no source
@@ -31,6 +32,11 @@ class Photo:
     def picture(self) -> Path | Region:
         """What `visual.photo` reads."""
         return self.path if self.box is None else Region(self.path, self.box)
+
+    def problem(self, error: Exception) -> str:
+        """Return the sentence of an error with this photo, which it names if the sentence does not."""
+        names = (Path(without_place(str(file))).name for file in (self.image_file, self.path))
+        return str(error) if any(name in str(error) for name in names) else f"{shortened(self.key)}: {error}"
 
 
 @dataclass(frozen=True, slots=True)

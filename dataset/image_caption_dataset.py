@@ -185,10 +185,10 @@ class ImageCaptionDataset(Dataset):
         others.remove(index)
         choose = random.Random(f"{self.seed} {int(self.epoch)} replacement {index}")
         drawn = choose.sample(others, min(REPLACEMENTS, len(others)))
-        excess = {other: max(self._length(other) - self._length(index), 0) for other in drawn}
+        excess = {other: max(self.length(other) - self.length(index), 0) for other in drawn}
         yield from sorted(drawn, key=excess.__getitem__)
 
-    def _length(self, index: int) -> int:
+    def length(self, index: int) -> int:
         """Return the tokens of a sample; 0 without an answer: a photo cannot be read, or the question is too long."""
         try:
             return len(self.tokens(index).input_ids)
@@ -196,12 +196,13 @@ class ImageCaptionDataset(Dataset):
             return 0
 
     def _of_photo(self, ID: int, read: Callable[[Photo, int], Any]) -> Any:
+        photo = self.photos[ID]
         try:
-            return read(self.photos[ID], int(self.epoch))
+            return read(photo, int(self.epoch))
         except WebError:
             raise
         except UserError as error:
-            raise BrokenPhotoError(str(error)) from error
+            raise BrokenPhotoError(photo.problem(error)) from error
 
     def tokens(self, index: int) -> Sample:
         """Return sample `index` without its photos.
@@ -253,7 +254,8 @@ class ImageCaptionDataset(Dataset):
         if all(label == IGNORE_INDEX for label in labels):
             raise UserError(
                 f"the question {entry.turns[0].question[:60]!r} of source '{entry.source}' fills 'data.max_length' "
-                f"= {self.max_length} tokens, so no answer is left to learn: raise it"
+                f"= {self.max_length} tokens (or the language model's context, if it is shorter), so no answer is left "
+                "to learn: raise it, or give a photo fewer tokens (projector.kind=pixel_shuffle, smaller visual.tiles)"
             )
         shown = tuple(ID for turn in entry.turns[:turns] for ID in turn.images)
         return Rendered(input_ids, labels, shown)

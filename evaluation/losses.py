@@ -67,7 +67,7 @@ def answer_losses(
         model.processor.chat,
         features,
         lambda photo: model.processor.plan_of_file(photo.picture),
-        max_length=model.LLM.config.max_position_embeddings,
+        max_length=model.language_model.longest_packed,
         max_questions=MOST_REFERENCES,
     )
     losses: dict[tuple[str, str], Loss] = {}

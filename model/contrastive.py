@@ -44,7 +44,8 @@ def contrastive_loss(batch: Batch, embeddings: torch.Tensor, image_token_id: int
         return embeddings.float().sum() * 0.0
     left = functional.normalize(torch.stack(photos), dim=1)  # (P, Dl)
     right = functional.normalize(torch.stack(texts), dim=1)
-    scores = left @ right.T / TEMPERATURE  # (P, P)
+    with torch.autocast(left.device.type, enabled=False):  # 16 bits would round cosines by more than they differ
+        scores = left @ right.T / TEMPERATURE  # (P, P)
     # another sample with the same photos is not a negative example
     other_copy = [[i != j and one == other for j, other in enumerate(own)] for i, one in enumerate(own)]
     scores = scores.masked_fill(torch.tensor(other_copy, device=scores.device), -torch.inf)

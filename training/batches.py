@@ -65,7 +65,7 @@ def checked(sample: Sample | str) -> Sample:
         UserError: the data set returned an error message: an unreadable photo, or a question that is too long.
     """
     if isinstance(sample, str):
-        raise UserError(f"{sample} (python process_image.py with data.check_images=open finds all such photos)")
+        raise UserError(f"{sample} (python process_image.py with data.check_images=open finds files that are damaged)")
     return sample
 
 

@@ -65,7 +65,7 @@ def _note_unreadable(run: Run, sentences: list[str]) -> None:
     if bad > max(1, UNREADABLE_SHARE * samples):
         raise AgreedError(
             f"{bad} photos of {samples} training samples cannot be read, more than {UNREADABLE_SHARE:.1%}; the last: "
-            f"{sentences[-1]}. Run python process_image.py data.check_images=open, which drops them"
+            f"{sentences[-1]}. python process_image.py data.check_images=open drops files that cannot be decoded"
         )
 
 

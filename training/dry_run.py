@@ -14,6 +14,7 @@ def describe_run(run: Run) -> str:
     """Return a text with parameters, token statistics, and memory and time by setting."""
     dataset, chosen, estimate = run.train_set, run.setting, run.estimate
     sampled = random.Random(0).sample(range(len(dataset)), min(len(dataset), SAMPLED))
+    sampled = [index for index in sampled if dataset.length(index)] or sampled  # training replaces the others
     samples = [dataset.tokens(index) for index in sampled]
     lengths = [len(sample.input_ids) for sample in samples]
     supervised = [int((sample.labels != IGNORE_INDEX).sum()) for sample in samples]

@@ -187,10 +187,13 @@ def longest_sample(dataset: ImageCaptionDataset) -> int:
 
     def size(index: int) -> float:
         entries = [dataset.entries[number] for number in dataset.groups[index]]
-        shared = len(entries[0].turns[0].images)
-        photos = tokens_of(entries[0].images) + sum(tokens_of(entry.images[shared:]) for entry in entries[1:])
-        turns = [turn for entry in entries for turn in entry.turns]
-        return photos + sum(len(turn.question) + max(map(len, turn.answers)) for turn in turns) / 3
+        shared = len(entries[0].turns[0].images) if len(entries) > 1 else 0
+        before = tokens_of(entries[0].images[:shared])
+        total = float(before)
+        for entry in entries:  # each is cut by itself
+            text = sum(len(turn.question) + max(map(len, turn.answers)) for turn in entry.turns) / 3
+            total += min(tokens_of(entry.images[shared:]) + text, max(dataset.max_length - before, 0))
+        return total
 
     candidates = heapq.nlargest(32, range(len(dataset)), key=size)
-    return max(candidates, key=lambda index: len(dataset.tokens(index).input_ids))
+    return max(candidates, key=dataset.length)

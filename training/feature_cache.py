@@ -129,10 +129,13 @@ class _Pixels(Dataset):
         return len(self.photos)
 
     def __getitem__(self, index: int) -> torch.Tensor | UserError:
+        photo = self.photos[index]
         try:
-            return self.load(self.photos[index])
-        except UserError as error:
+            return self.load(photo)
+        except WebError as error:
             return error
+        except UserError as error:
+            return UserError(photo.problem(error))
 
 
 def cached_features(
@@ -233,6 +236,7 @@ def encoded_photos(model: MMultiModal, photos: list[Photo], workers: int) -> Ite
     Raises:
         WebError: a store does not answer.
     """
+    model.eval()  # features without dropout
     loader = PixelLoader(model.processor)
     pixels = DataLoader(
         _Pixels(photos, loader),
@@ -263,8 +267,8 @@ def _encoded(model: MMultiModal, photos: list[Photo], config: Config) -> Iterato
 
 
 def _remove_abandoned(file: Path) -> None:
-    """Delete temporary files of this cache that killed runs left on the disk."""
-    for temporary in file.parent.glob(f"{file.name}.*.tmp"):
+    """Delete temporary files that killed runs left in the folder of the caches, also those of other data."""
+    for temporary in file.parent.glob("*.bf16.*.tmp"):
         with contextlib.suppress(OSError):  # another run may delete it at the same time
             if time.time() - temporary.stat().st_mtime > ABANDONED_SECONDS:
                 temporary.unlink()

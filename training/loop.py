@@ -5,6 +5,7 @@ micro-batches divided by their supervised tokens. The result is therefore indepe
 of processes. Weights change only after loss and gradient have been checked to be finite.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -84,6 +85,7 @@ class Trainer(Run):
                 last_of_epoch = start + self.batches_per_step >= len(remaining)
                 epoch = progress.epoch + (progress.samples + sum(map(len, indices))) / epoch_samples
                 figures = optimizer_step(self, batches, indices, last_of_epoch, self.stop)
+                del batches  # before the next ones come: memory, and the files by which processes hand tensors over
                 yield figures | {
                     "epoch": epoch,
                     "questions": sum(len(self.train_set.groups[index]) for batch in indices for index in batch),
@@ -136,7 +138,9 @@ def optimizer_step(
     }
     run.whole_step = False  # while weights and position change, no checkpoint may be saved
     run.optimizer.step()
-    if not run.optimizer.step_was_skipped:  # skipped by the fp16 scaler; torch warns if the schedule steps first
+    # skipped by the fp16 scaler, of which accelerate does not see what a fused optimizer skips by itself; torch warns
+    # if the schedule steps first
+    if not run.optimizer.step_was_skipped and math.isfinite(gradient_norm):
         run.schedule.step()
     run.progress.advance(sum(map(len, indices)), last_of_epoch, device)
     run.whole_step = True

@@ -26,7 +26,7 @@ from training import state
 from training.agreement import on_main
 from training.build import make_accelerator
 from training.dry_run import describe_run
-from training.due import save
+from training.due import save, user_problem
 from training.folder_lock import recover_free
 from training.loop import Trainer
 from training.run_log import check_trackers
@@ -57,7 +57,13 @@ def stages(config: Config, resume: str | None = None, accept_changes: bool = Fal
     first, origin = (0, None) if len(configs) == 1 else _first_stage(configs, folders, resume)
     for number in range(first, len(configs)):
         stage = configs[number] if origin is None else _starting_from(configs[number], origin)
-        trainer = Trainer(stage, resume if number == first else None, accept_changes)
+        try:
+            trainer = Trainer(stage, resume if number == first else None, accept_changes)
+        except RuntimeError as error:  # out of memory, or a process that reads photos was ended
+            problem = user_problem(error, 0, stage.train.tokens_per_batch)
+            if problem is None:
+                raise
+            raise problem from error
         later = folders[number + 1 :]
         _introduce(trainer, stage_title(config, number), later)
         yield trainer

@@ -129,6 +129,17 @@ def test_a_broken_photo_is_replaced_by_the_same_other_sample_of_its_source(chat)
     assert collate([dataset[1]]).replaced == ()
 
 
+def test_a_photo_that_cannot_be_read_is_named(chat):
+    """Also where the sentence is about a box or a size, which many photos may have."""
+    photos = {ID: Photo(ID, f"photos/{ID}.png#0,0,9,9", f"{ID}.png", None) for ID in range(2)}
+
+    def outside(photo, epoch):
+        raise UserError("the box 0,0,9,9 ends outside the photo")
+
+    dataset = ImageCaptionDataset(photos, [one(ID, f"{TAG}\nQ", "a") for ID in range(2)], chat, outside)
+    assert dataset[1] == "photos/1.png#0,0,9,9: the box 0,0,9,9 ends outside the photo"
+
+
 def test_only_broken_photos_are_replaced(chat):
     entries = [one(0, f"{TAG}\nQ", "a"), one(1, f"{TAG}\nQ", "a"), one(None, "Hello", "hi")]
     alone = make(chat, entries[:1], replace_broken=True)

@@ -71,6 +71,15 @@ def test_equals_the_definition(model):
     model.zero_grad()
 
 
+def test_cosines_are_not_rounded_under_autocast(model):
+    batch = make_batch(model, [0, 1, 2], ["red", "blue", "no"])
+    with torch.no_grad():
+        embeddings, _ = model._embed(batch)
+        exact = contrastive_loss(batch, embeddings, model.processor.chat.image_token_id)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert contrastive_loss(batch, embeddings, model.processor.chat.image_token_id) == exact
+
+
 def test_only_samples_with_all_photos_in_common_are_copies(model):
     batch = make_batch(model, [(0, 1), (0, 2), (0, 1), 0], ["red", "blue and green", "yes", "no"])
     embeddings, _ = model._embed(batch)

@@ -216,6 +216,15 @@ def test_a_long_text_is_found_among_many_samples_with_photos(chat):
     assert list(dataset.groups[longest_sample(dataset)]) == [40]
 
 
+def test_texts_that_are_cut_hide_no_longer_sample(chat):
+    entries = [Entry("s", "s", (Turn("Q", ("long " * 3000,)),)) for _ in range(40)]
+    packed = [Entry("s", "s", (Turn(f"{TAG}\n{letter * 700}", ("a",), images=(0,)),)) for letter in "abcdefghijkl"]
+    dataset = make_dataset(chat, [*entries, *packed], {})
+    lengths = [dataset.length(index) for index in range(len(dataset))]
+    assert max(lengths) > dataset.max_length
+    assert lengths[longest_sample(dataset)] == max(lengths)
+
+
 def test_no_sample_is_longer_than_the_context(configure, tmp_path):
     captions = {"0": [{"source": "s", "turns": [{"q": f"{TAG}{'a' * 300}", "a": ["b" * 300]}] + [
         {"q": "c" * 300, "a": ["d" * 300]} for _ in range(3)

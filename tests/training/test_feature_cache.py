@@ -170,12 +170,15 @@ def test_leftovers_of_killed_runs_go_and_those_of_live_ones_stay(run):
     model, photos, config = run
     file = cached_features(model, photos, config).file
     old, new = file.with_name(f"{file.name}.1-a.tmp"), file.with_name(f"{file.name}.2-b.tmp")
-    for temporary in (old, new):
+    other = file.with_name("0123456789abcdef.bf16.1-c.tmp")  # of data that have changed since
+    for temporary in (old, new, other):
         temporary.write_bytes(b"part")
-    os.utime(old, (0, 0))
+    for temporary in (old, other):
+        os.utime(temporary, (0, 0))
     file.unlink()
-    cached_features(model, photos, config)
+    cached_features(model.train(), photos, config)
     assert sorted(file.parent.iterdir()) == [file, new]
+    assert not model.training  # else a dropout in the encoder would be in the features
 
 
 def test_a_broken_photo_is_named(run, tmp_path):

@@ -19,6 +19,7 @@ from tests.training.runs import at_step, lines, names, same
 from training import samples
 from training.loop import Trainer
 from training.signals import SIGNALS, StopSignals, outlast_signals
+from training.stages import stages
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -180,6 +181,15 @@ def test_a_worker_that_the_system_kills_is_a_sentence(config, tmp_path):
     assert re.search(r"error: the system ended a process that reads photos at step \d.*train.workers", result.stderr)
     for saved in list_checkpoints(tmp_path / "run"):
         assert same(saved, whole / saved.name)
+
+
+def test_a_reading_process_that_ends_before_the_first_step_is_a_sentence_too(config, monkeypatch):
+    def build(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr("training.stages.Trainer", build)
+    with pytest.raises(UserError, match="the system ended a process that reads photos"):
+        next(stages(config()))
 
 
 def test_a_defect_in_a_worker_keeps_its_traceback_and_the_program_ends(config, tmp_path):
