@@ -34,6 +34,7 @@ from config_file import put_in
 from errors import UserError, shortened
 from qwen.chat import Message, MessageFormat
 from visual.photo import load_image
+from visual.shard import member_of
 from visual_plan import VisualPlan
 
 # Pillow's formats that servers read, with their media types; MPO is JPEG with more than one view
@@ -275,15 +276,22 @@ def data_url(photo: PhotoSource) -> str:
         UserError: as `load_image`.
     """
     image = load_image(photo)
-    if isinstance(photo, str | Path):
+    if isinstance(photo, str | Path) and member_of(photo) is None:
         with Image.open(photo) as opened:
             kind = MEDIA_TYPES.get(opened.format or "")
-            # not every server turns a photo upright
-            if kind is not None and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            if kind is not None and _is_upright(opened):
                 return _encoded(kind, Path(photo).read_bytes())
     stream = io.BytesIO()
     image.save(stream, "PNG", compress_level=1)
     return _encoded("png", stream.getvalue())
+
+
+def _is_upright(image: Image.Image) -> bool:
+    """Whether a file may go as it is: not every server turns a photo, or reads one whose EXIF block is damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    except Exception:  # struct.error, SyntaxError …, as in `visual.photo`
+        return False
 
 
 def _encoded(kind: str, content: bytes) -> str:

@@ -24,7 +24,16 @@ from evaluation.intervals import Interval
 from evaluation.losses import answer_losses
 from evaluation.metrics import normalise
 from evaluation.predictions import Predictions, Replies
-from evaluation.runner import Answer, Progress, Question, ask, list_questions, make_answer, questions_digest
+from evaluation.runner import (
+    Answer,
+    Progress,
+    Question,
+    ask,
+    list_questions,
+    make_answer,
+    photos_digest,
+    questions_digest,
+)
 from evaluation.scores import Result, all_intervals, judged, measure_of, score_pass, sentence_sources, visual_gain
 from model.checkpoint_folder import weights_digest
 from model.model import MMultiModal
@@ -276,13 +285,18 @@ def describe(
     split: str,
     limit: int | None,
 ) -> dict[str, Any]:
-    """What the answers depend on: weights or server, decoding settings and questions, in values for JSON.
+    """What the answers depend on: weights or server, decoding settings, questions and photos, in values for JSON.
 
     Args:
         checkpoint: of the model; not looked at for a server.
     """
-    questions = questions_digest(list_questions(entries), photos)
-    asked = {"split": split, "limit": limit, "questions": questions}
+    questions = list_questions(entries)
+    asked = {
+        "split": split,
+        "limit": limit,
+        "questions": questions_digest(questions, photos),
+        "photos": photos_digest(questions, photos),
+    }
     if isinstance(model, RemoteAnswerer):
         settings = model.settings.model_dump(mode="json", exclude_unset=True)
         return {"checkpoint": model.name, **asked, "generate": settings, "computed": f"by {model.url}"}

@@ -55,6 +55,8 @@ class Predictions:
             found, replies, end = _read(self.file)
             if found is not None and "prompt" in found:  # keys that are newer than the file had today's defaults
                 found["prompt"] = Prompt().model_dump(mode="json") | found["prompt"]
+            if found is not None and "photos" in self._settings:  # newer too
+                found.setdefault("photos", self._settings["photos"])
             if found == self._settings:
                 self.replies = replies
                 os.truncate(self.file, end)  # the last line may be half written
@@ -103,7 +105,11 @@ class Predictions:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.close()
+        try:
+            self._stream.close()
+        except OSError as failed:  # it tries again to write what did not fit
+            if error is None:
+                raise file_error(failed, self.file) from failed
 
 
 def read_predictions(file: Path) -> tuple[dict[str, Any], dict[str, Replies]]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from answering.remote import RemoteAnswerer, connect
 from config import parse_overrides
 from dataset.records import Photo, json_pieces, write_files
-from errors import UserError, file_error
+from errors import UserError, file_error, shortened
 from evaluation.baselines import NEEDS_WEIGHTS, TRAINED
 from evaluation.compare import Comparison, check_same_questions, compare, find_other
 from evaluation.passes import Evaluation, answer_questions, describe, evaluate
@@ -26,9 +26,11 @@ from evaluation.report_html import render_report
 from evaluation.runner import Answer, Progress
 from evaluation.standard import write_results
 from model.checkpoint import load_checkpoint
-from model.checkpoint_folder import read_config
+from model.checkpoint_folder import PROVENANCE_FILE, read_config
 from model.model import MMultiModal
 from paths import check_folder, check_writable
+
+KEPT = "{} has answers of {}, which are kept: if the server has other weights now, name another --output"
 
 
 def run(args: argparse.Namespace, command: str) -> Iterator[str]:
@@ -68,6 +70,8 @@ def run(args: argparse.Namespace, command: str) -> Iterator[str]:
     found = None
     with Predictions(output, settings) as predictions:
         notes.append(predictions.note)
+        if args.server is not None and predictions.replies:
+            notes.append(KEPT.format(predictions.file, settings["checkpoint"]))
         if asked.has_references:
             chosen = (args.baselines, args.hard, progress_bar)
             found = evaluate(model, asked.photos, asked.entries, asked.train, predictions, *chosen)
@@ -101,6 +105,8 @@ def _check_options(asked: Asked, args: argparse.Namespace) -> None:
         raise UserError(f"{given[0]} needs the right answers, which these questions lack: leave it out")
     if args.gallery is not None:
         check_writable(args.gallery, "--gallery")
+    if args.output is not None and (args.output / PROVENANCE_FILE).exists():  # both have a metrics.json
+        raise UserError(f"--output: {shortened(args.output)} is a checkpoint, name a folder in it")
 
 
 def write_gallery(file: Path, answers: list[Answer], photos: Mapping[int, Photo]) -> str:

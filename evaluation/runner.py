@@ -20,6 +20,7 @@ from dataset.records import Entry, Photo
 from errors import UserError
 from evaluation import metrics
 from qwen.chat import MessageFormat
+from visual.shard import member_of
 
 Progress = Callable[[list[Any]], Iterable[Any]]  # wraps a list, for example `tqdm`
 
@@ -119,6 +120,16 @@ def questions_digest(questions: list[Question], photos: Mapping[int, Photo]) -> 
         keys = [photos[ID].key for ID in question.images]
         asked = question.entry.turns[question.turn].question
         digest.update(orjson.dumps([question.number, question.turn, keys, question.type, asked, question.references]))
+    return digest.hexdigest()[:16]
+
+
+def photos_digest(questions: list[Question], photos: Mapping[int, Photo]) -> str:
+    """Hash of the photos' sizes in bytes. Photos of the same names in another folder, or edited ones, have others."""
+    digest = hashlib.sha256()
+    for ID in sorted({ID for question in questions for ID in question.images}):
+        member = member_of(path := photos[ID].path)
+        in_file = path.stat().st_size if path.is_file() else 0
+        digest.update(orjson.dumps([photos[ID].key, in_file if member is None else member.size]))
     return digest.hexdigest()[:16]
 
 

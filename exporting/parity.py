@@ -189,6 +189,11 @@ def _computed(reference: Reference, folder: Path, program: str, python: str) -> 
     )
     if done.returncode == CANNOT_WRITE:
         raise OSError(None, f"the comparison could not write its figures ({done.stderr.strip().splitlines()[-1]})")
+    if done.returncode == -9:  # SIGKILL, which says nothing about the folder
+        raise UserError(
+            "the comparing process was killed, which the system does when memory runs out: close other programs, or "
+            "take --dtype bfloat16 (nothing is kept)"
+        )
     return done
 
 

@@ -22,7 +22,7 @@ from page.checkpoints import Engines
 from page.examples import examples_panel
 from page.kept_panel import KeptPanel
 from page.looking import LookingPanel, PartPanel
-from page.sessions import forget_closed, keep_component_numbers, name_uploads_apart
+from page.sessions import forget_closed, forget_removed, keep_component_numbers, name_uploads_apart
 from page.settings import checkpoint_choice, settings_panel
 from page.texts import TEXTS, label, translations
 from page.uploads import SessionFiles
@@ -86,6 +86,7 @@ def build_page(
         def on_unload(request: gr.Request) -> None:
             shared.end(request.session_hash or "")
             forget_closed(page.state_holder)
+            forget_removed(page.temp_file_sets)
 
         page.unload(on_unload)
     return page
@@ -97,7 +98,8 @@ def launch(page: gr.Blocks, gui: Gui) -> None:
         os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "localhost", gui.host]))
     keep_component_numbers()
     name_uploads_apart()
-    page.queue(default_concurrency_limit=4).launch(
+    # calls that bypass the queue could take all threads, and those of the line wait for one to go on
+    page.queue(default_concurrency_limit=4, api_open=False).launch(
         server_name=in_url(gui.host),
         server_port=gui.port,
         root_path=gui.root_path,

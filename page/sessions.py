@@ -6,6 +6,7 @@ What it keeps of a session stays after the tab is closed, for up to 10,000 sessi
 """
 
 import datetime
+import os
 import secrets
 from typing import Any
 
@@ -45,6 +46,12 @@ def name_uploads_apart() -> None:
         upload.sha.update(secrets.token_bytes(16))
 
     GradioUploadFile.__init__ = make_apart
+
+
+def forget_removed(known: list[set[str]]) -> None:
+    """Forget files that are gone; Gradio would keep the names of those that sessions removed, and look for them."""
+    for files in known:
+        files.difference_update([file for file in list(files) if not os.path.lexists(file)])
 
 
 def forget_closed(holder: StateHolder) -> None:

@@ -45,6 +45,7 @@ class SessionFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._held: dict[str, set[str]] = {}  # session → paths
+        self._own: set[str] = set()
         self._lock = threading.Lock()
 
     def hold(self, session: str, *paths: str) -> None:
@@ -52,13 +53,17 @@ class SessionFiles:
         with self._lock:
             self._held.setdefault(session, set()).update(paths)
 
+    def keep(self, path: str) -> None:
+        """Let no session remove a file, because the page itself needs it; a client may hold any file it can name."""
+        self._own.add(path)
+
     def release(self, session: str, keep: Iterable[str] = ()) -> None:
         """Let go of all files of a session but those to `keep`."""
         with self._lock:
             kept = self._held.pop(session, set())
             if staying := kept.intersection(keep):
                 self._held[session] = staying
-            for path in kept.difference(*self._held.values()):
+            for path in kept.difference(self._own, *self._held.values()):
                 if is_file_in(path, self.folder):
                     with contextlib.suppress(OSError):  # the folder of another file of this content is not empty
                         Path(path).unlink()
@@ -129,7 +134,12 @@ def store(folder: Path, content: bytes, name: str) -> str:
     place.mkdir(mode=0o700, exist_ok=True)
     file = place / name
     if not file.exists():
-        file.write_bytes(content)
+        new = place / secrets.token_hex(8)  # so that a full disk leaves no half of a photo under its name
+        try:
+            new.write_bytes(content)
+            new.replace(file)
+        finally:
+            new.unlink(missing_ok=True)
     os.utime(file)
     return str(file)
 

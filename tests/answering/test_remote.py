@@ -1,17 +1,15 @@
 """A server in place of a model: what it is sent, what comes back, and one sentence for each way in which it fails."""
 
-import base64
-import io
 import json
 import threading
 
 import pytest
-from PIL import ExifTags, Image
+from PIL import Image
 
 import predict
 from answering import connection
 from answering.connection import ServerGoneError
-from answering.remote import AT_ONCE, RemoteAnswerer, data_url, server_config
+from answering.remote import AT_ONCE, RemoteAnswerer, server_config
 from answering.request import Reply, Request
 from config import Generate, changed
 from errors import UserError
@@ -96,31 +94,6 @@ def test_a_closed_stream_ends_the_work_of_the_server():
         assert engine.closing.wait(60)
         engine.permits.release(2)
         assert engine.closed.wait(60)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_files_of_the_web_are_sent_as_they_are(tmp_path, kind):
-    file = tmp_path / "photo"
-    RED.save(file, kind)
-    head, _, content = data_url(file).partition(",")
-    sent = base64.b64decode(content)
-    if kind in ("BMP", "TIFF"):
-        assert head == "data:image/png;base64"
-        assert Image.open(io.BytesIO(sent)).convert("RGB").tobytes() == RED.tobytes()
-    else:
-        assert (head, sent) == (f"data:image/{kind.lower()};base64", file.read_bytes())
-
-
-def test_a_photo_is_sent_upright(tmp_path):
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    RED.save(tmp_path / "turned.jpg", exif=exif)
-    head, _, content = data_url(tmp_path / "turned.jpg").partition(",")
-    assert head == "data:image/png;base64"
-    assert Image.open(io.BytesIO(base64.b64decode(content))).size == (3, 4)
-    (tmp_path / "text.jpg").write_text("text")
-    with pytest.raises(UserError, match="text.jpg: not an image"):
-        data_url(tmp_path / "text.jpg")
 
 
 def ask_stream(answerer):

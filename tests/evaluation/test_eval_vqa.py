@@ -86,7 +86,8 @@ def test_other_settings_begin_anew(score, capsys):
     assert "looks at the photo" in lines[0]
     assert "made with other settings (generate) and is now predictions.old-1.jsonl" in lines[1]
     score(*few, "--limit", "1", "generate.max_new_tokens=2")
-    assert "made with other settings (limit, questions) and is now predictions.old-2.jsonl" in capsys.readouterr().out
+    note = "made with other settings (limit, questions, photos) and is now predictions.old-2.jsonl"
+    assert note in capsys.readouterr().out
 
 
 def test_two_evaluations_side_by_side(score, tmp_path, capsys):
@@ -139,6 +140,7 @@ def test_mistakes_are_said_before_the_model_is_loaded(score, tiny_checkpoint, tm
         "nothing to evaluate.*val_fraction": ["data.val_fraction=0"],
         "--limit must be at least 1 photo, found -3": ["--limit", "-3"],
         "--output: .*file is not a folder": ["--output", tmp_path / "file"],
+        "--output: .* is a checkpoint, name a folder in it": ["--output", tiny_checkpoint],
         "the folder of --gallery does not exist": ["--gallery", tmp_path / "no" / "g.png"],
         "--gallery: .* must end in one of": ["--gallery", tmp_path / "g.doc"],
         "--baselines: unknown name 'blnd': valid are blind, text": ["--baselines", "text", "blnd"],

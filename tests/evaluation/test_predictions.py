@@ -1,5 +1,6 @@
 """The file of answers: an interrupted evaluation goes on, and answers under other settings are never mixed in."""
 
+import io
 import json
 
 import pytest
@@ -132,3 +133,35 @@ def test_a_file_without_an_evaluation_is_said(tmp_path):
     (tmp_path / "other.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="has no answers of an evaluation"):
         read_predictions(tmp_path / "other.jsonl")
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_sentence_too(run, entries, tmp_path):
+    """`close` writes again what did not fit."""
+
+    class Full(io.BytesIO):
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            self.flush()
+
+    answer = make_answer(list_questions(entries)[0], (), "red")
+
+    def evaluate(work):
+        with Predictions(tmp_path, {"questions": "q"}) as predictions:
+            predictions._stream.close()
+            predictions._stream = Full()
+            work(predictions)
+
+    for work in (lambda _: None, lambda predictions: predictions.add("trained", answer, [])):
+        with pytest.raises(UserError, match=r"predictions\.jsonl: No space left on device"):
+            evaluate(work)
+
+
+def test_a_file_without_the_newest_setting_goes_on(tmp_path):
+    with Predictions(tmp_path, {"questions": "q"}):
+        pass
+    with Predictions(tmp_path, {"questions": "q", "photos": "p"}) as predictions:
+        assert predictions.note == ""
+    with Predictions(tmp_path, {"questions": "q", "photos": "p"}) as predictions:
+        assert predictions.note == ""

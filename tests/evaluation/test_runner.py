@@ -5,7 +5,15 @@ import itertools
 import pytest
 
 from dataset.records import Entry, Turn
-from evaluation.runner import ask, list_questions, questions_digest, sample_photos, turn_request, without_photos
+from evaluation.runner import (
+    ask,
+    list_questions,
+    photos_digest,
+    questions_digest,
+    sample_photos,
+    turn_request,
+    without_photos,
+)
 from tests.evaluation.colours import COLOURS, ColourModel
 
 
@@ -86,6 +94,16 @@ def test_the_digest_sees_all_that_is_asked(photos, entries):
     others = [colour(question="<|extra_0|>Colour?"), colour(answer="Red"), colour(image=1), colour(kind="hue")]
     digests = {digest([other, *entries[1:]]) for other in others} | {digest(entries), digest(entries[1:])}
     assert len(digests) == 6
+
+
+def test_other_photos_of_the_same_names_have_another_digest(photos, entries):
+    questions = list_questions(entries)
+    before = photos_digest(questions, photos)
+    assert photos_digest(questions, photos) == before
+    photos[0].path.write_bytes(photos[0].path.read_bytes() + b"x")
+    changed = photos_digest(questions, photos)
+    photos[0].path.unlink()
+    assert len({before, changed, photos_digest(questions, photos)}) == 3
 
 
 def many(photos, texts=0):

@@ -4,7 +4,6 @@ import base64
 import gc
 import io
 import json
-import os
 import re
 import shutil
 import socket
@@ -29,7 +28,7 @@ from page.checkpoints import UNTRAINED, Engines
 from page.kept import COPY_PX, opened, to_keep
 from page.line import WaitingLine
 from page.texts import TEXTS, language_of, say
-from page.uploads import SessionFiles, store
+from page.uploads import store
 from paths import REPO_ROOT
 from tests.page.driver import SpokenEngine
 
@@ -291,29 +290,6 @@ def test_a_root_path_that_is_none(path):
 def test_sentences_of_both_languages():
     assert say("en", "waiting", ahead=2) == "Waiting: 2 before you in the queue"
     assert say("zh", "waiting", ahead=2) == "排队中：前面还有 2 个"
-
-
-def test_a_file_goes_when_the_last_session_lets_go_of_it(tmp_path):
-    files = SessionFiles(tmp_path)
-    one, other = store(tmp_path, b"one", "a.png"), store(tmp_path, b"other", "a.png")
-    files.hold("first", one, other)
-    files.hold("second", one)
-    files.release("first")
-    assert (os.path.exists(one), os.path.exists(other)) == (True, False)
-    files.release("second", keep=[one])
-    assert os.path.exists(one)
-    files.release("second")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_nothing_outside_the_folder_is_let_go(tmp_path):
-    (tmp_path / "uploads").mkdir()
-    (tmp_path / "mine.png").touch()
-    files = SessionFiles(tmp_path / "uploads")
-    files.hold("first", str(tmp_path / "mine.png"), str(tmp_path / "uploads"), "a\0b")
-    files.release("first")
-    assert (tmp_path / "mine.png").exists()
-    assert (tmp_path / "uploads").is_dir()
 
 
 def test_hosts_of_both_kinds():

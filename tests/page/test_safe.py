@@ -3,7 +3,9 @@
 import datetime
 import gc
 import json
+import os
 import time
+from pathlib import Path
 
 import gradio as gr
 import gradio_client
@@ -13,7 +15,8 @@ from gradio.state_holder import StateHolder
 from PIL import Image
 
 from page.checkpoints import Engines
-from page.sessions import forget_closed
+from page.sessions import forget_closed, forget_removed
+from page.uploads import SessionFiles, store
 from tests.page.driver import SpokenEngine, proxied, served
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # Gradio uses what pandas 3 calls old
@@ -190,3 +193,64 @@ def test_closed_sessions_are_forgotten_after_a_time():
             holder.time_last_used[name] -= datetime.timedelta(hours=2)
     forget_closed(holder)
     assert list(holder.session_data) == list(holder.time_last_used) == ["open", "closed", "open long ago"]
+
+
+def test_the_names_of_removed_files_are_forgotten(tmp_path):
+    here = tmp_path / "here"
+    here.touch()
+    known = [{str(here), str(tmp_path / "gone")}, set()]
+    forget_removed(known)
+    assert known == [{str(here)}, set()]
+
+
+def test_no_call_passes_by_the_queue(address):
+    """Forty of them would take all threads, of which the question that is being answered needs one."""
+    body = {"data": [[], "?", None, 0, 0, ""], "session_hash": "x"}
+    response = httpx2.post(f"{address}/gradio_api/run/answer", json=body, timeout=60)
+    assert response.status_code == 404, response.text
+
+
+def test_a_file_goes_when_the_last_session_lets_go_of_it(tmp_path):
+    files = SessionFiles(tmp_path)
+    one, other = store(tmp_path, b"one", "a.png"), store(tmp_path, b"other", "a.png")
+    files.hold("first", one, other)
+    files.hold("second", one)
+    files.release("first")
+    assert (os.path.exists(one), os.path.exists(other)) == (True, False)
+    files.release("second", keep=[one])
+    assert os.path.exists(one)
+    files.release("second")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_session_removes_a_file_of_the_page(tmp_path):
+    files, icon = SessionFiles(tmp_path), store(tmp_path, b"icon", "icon.png")
+    files.keep(icon)
+    files.hold("any", icon)
+    files.release("any")
+    assert os.path.exists(icon)
+
+
+def test_a_full_disk_leaves_no_half_of_a_photo(tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def full(path, content):
+        write(path, content[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        store(tmp_path, b"photo", "a.png")
+    monkeypatch.undo()
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == []
+    assert Path(store(tmp_path, b"photo", "a.png")).read_bytes() == b"photo"
+
+
+def test_nothing_outside_the_folder_is_let_go(tmp_path):
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "mine.png").touch()
+    files = SessionFiles(tmp_path / "uploads")
+    files.hold("first", str(tmp_path / "mine.png"), str(tmp_path / "uploads"), "a\0b")
+    files.release("first")
+    assert (tmp_path / "mine.png").exists()
+    assert (tmp_path / "uploads").is_dir()

@@ -145,6 +145,10 @@ def test_an_evaluation_gives_the_same_scores_by_a_server(address, tiny_checkpoin
     assert given[0] == given[1]
     with pytest.raises(UserError, match="--baselines untrained needs the weights, which the server has"):
         eval_vqa.main([*remote, "--output", str(tmp_path / "x"), "--baselines", "untrained"])
+    assert "which are kept: if the server has other weights now" not in capsys.readouterr().out
+    again = [*remote, *data, "--split", "all", "--limit", "2", "--output", str(tmp_path / "remote"), "--baselines"]
+    eval_vqa.main(again)
+    assert "which are kept: if the server has other weights now" in capsys.readouterr().out
     with pytest.raises(UserError, match="--server needs --output DIR"):
         eval_vqa.main(remote)
 
