@@ -2,8 +2,8 @@
 
     python -m demo.make_data --output data/demo --photos 2000 --seed 0
 
-gives two sources for training, each with its own photos, one that only the evaluation uses, and one of boxes that only
-benchmarks/looking.py uses (docs/looking.md says why):
+gives two sources for training, each with its own photos, one that only the evaluation uses, and one of boxes, which
+nothing here reads (docs/looking.md says how to train on it):
 
     llava/annotations.json          llava/photos/*.jpg          LLaVA style, questions in both languages on each photo
     ai_challenger/annotations.json  ai_challenger/photos/*.jpg  AI Challenger style, five Chinese captions of each

@@ -16,7 +16,7 @@ from model.model import MMultiModal
 from visual.SigLIP_VIT import SigLIPViT
 
 # Largest relative error that the folded layer norm may add. It is in the order of float16's own rounding.
-LARGEST_ERROR = 1e-3
+LARGEST_ERROR = 5e-4
 # Exponents of the scale that are tried. Below 7 the error is too large for any model; above 12, c · LN(x) approaches
 # the largest float16, and int8 programs round the weights of the other layers away.
 EXPONENTS = range(7, 13)
@@ -70,11 +70,11 @@ def _scale(model: MMultiModal, pixels: torch.Tensor) -> tuple[int, float]:
     ratio = float(states.float().norm() / encoder.post_layernorm(states).float().norm())
     for exponent in EXPONENTS:
         errors[exponent] = ratio * 4.0**-exponent
-        if errors[exponent] <= LARGEST_ERROR / 2:
+        if errors[exponent] <= LARGEST_ERROR:
             return exponent, errors[exponent]
     raise UserError(
         "SigLIP's last layer norm, written as an encoder layer, would change the features by "
-        f"{min(errors.values()):.1e} (at most {LARGEST_ERROR / 2:.0e}): use --format vipllava"
+        f"{min(errors.values()):.1e} (at most {LARGEST_ERROR:.0e}): use --format vipllava"
     )
 
 

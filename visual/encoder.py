@@ -1,4 +1,4 @@
-"""Load the frozen image encoder from a checkpoint folder. Called by `model/model.py`."""
+"""Load the image encoder from a checkpoint folder. Called by `model/model.py`."""
 
 import json
 from pathlib import Path
