@@ -89,8 +89,13 @@ def vllm_server(folder: Path, reference: Path, port: str) -> dict[str, Any]:
 
 
 def llama_cpp_python(folder: Path, reference: Path) -> dict[str, Any]:
-    """Answer with the two files by the chat template in them, greedily."""
-    library, asked = importlib.import_module("llama_cpp"), dialogues_with_pictures(reference)
+    """Answer by the chat template in the files, greedily; llama.cpp itself would resize photos in another way."""
+    library, image = importlib.import_module("llama_cpp"), importlib.import_module("PIL.Image")
+    pixels = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    size = (pixels["size"]["width"], pixels["size"]["height"])
+    for file in reference.glob("*.png"):
+        image.open(file).convert("RGB").resize(size, pixels["resample"]).save(file)
+    asked = dialogues_with_pictures(reference)
     handler = importlib.import_module("llama_cpp.llama_chat_format").MTMDChatHandler(str(folder / "mmproj.gguf"))
     longest = json.loads((reference / "cases.json").read_text(encoding="utf-8"))[0]["max_new_tokens"]
     model = library.Llama(str(next(folder.glob("model-*.gguf"))), chat_handler=handler, n_ctx=2048, verbose=False)

@@ -82,10 +82,7 @@ def run(args: argparse.Namespace, command: str) -> Iterator[str]:
         yield looks_line(found)
     yield from filter(None, notes)
     if args.results is not None:
-        in_order = sorted(answers, key=lambda answer: (answer.entry, answer.turn))
-        rows = [(asked.entries[answer.entry].id, answer.question, answer.answer) for answer in in_order]
-        write_results(asked.name, args.results, rows)
-        yield f"{len(answers)} answers for a leaderboard or scorer: {args.results}"
+        yield write_answers(args.results, answers, asked)
     if found is not None:
         compared = None
         if other is not None:
@@ -107,6 +104,13 @@ def _check_options(asked: Asked, args: argparse.Namespace) -> None:
         check_writable(args.gallery, "--gallery")
     if args.output is not None and (args.output / PROVENANCE_FILE).exists():  # both have a metrics.json
         raise UserError(f"--output: {shortened(args.output)} is a checkpoint, name a folder in it")
+
+
+def write_answers(file: Path, answers: list[Answer], asked: Asked) -> str:
+    in_order = sorted(answers, key=lambda answer: (answer.entry, answer.turn))
+    rows = [(asked.entries[answer.entry].id, answer.question, answer.answer) for answer in in_order]
+    write_results(asked.name, file, rows)
+    return f"{len(answers)} answers for a leaderboard or scorer: {file}"
 
 
 def write_gallery(file: Path, answers: list[Answer], photos: Mapping[int, Photo]) -> str:
