@@ -1,9 +1,7 @@
 """An exported folder is a stock model with the same features, logits and answers; what is not the same is said."""
 
-import errno
 import json
 import re
-import subprocess
 
 from cli import run_script
 
@@ -16,7 +14,6 @@ from safetensors.torch import load_file, save_file
 import export as script
 from answering.answer import Answerer
 from errors import UserError
-from exporting import stock_check, write
 from exporting.write import check_export, write_export
 from model.checkpoint import save_checkpoint
 from model.model import MMultiModal
@@ -190,44 +187,6 @@ def test_the_command_says_what_vllm_does_with_beams(tiny_checkpoint, tmp_path, s
         output = tmp_path / name
         script.main([*options, "--output", str(output), f"generate.num_beams={beams}", "generate.max_new_tokens=2"])
         assert ("--override-generation-config" in capsys.readouterr().out) == (beams > 1)
-
-
-def full(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def short(*_):
-    raise OSError("9 requested and 4 written")  # as numpy tells it
-
-
-FULL = {
-    "the weights": (write.TARGETS["llava"], "write", short),
-    "the figures of the comparison": (stock_check, "save_file", full),
-    "the report": (write.orjson, "dumps", full),
-    "the model card": (write, "write_card", full),
-}
-
-
-@pytest.mark.parametrize("where", FULL)
-def test_a_full_disk_leaves_nothing_and_blames_no_folder(tiny_checkpoint, tmp_path, same_process, monkeypatch, where):
-    place, name, failing = FULL[where]
-    compared = subprocess.run  # of `same_process`
-
-    def run(command, **options):
-        try:
-            return compared(command, **options)
-        except SystemExit as end:
-            return subprocess.CompletedProcess(command, end.code, "", "No space left on device\n")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    if name == "write":
-        monkeypatch.setitem(write.TARGETS, "llava", place._replace(write=failing))
-    else:
-        monkeypatch.setattr(place, name, failing)
-    options = ["--checkpoint", str(tiny_checkpoint), f"model_root={tiny_checkpoint.parent.parent.parent}"]
-    with pytest.raises(UserError, match=r"out: .*(No space left on device|is the disk full\?)"):
-        script.main([*options, "--output", str(tmp_path / "out"), "generate.max_new_tokens=2"])
-    assert list(tmp_path.iterdir()) == []
 
 
 BROKEN = {
