@@ -11,7 +11,6 @@ from config import Config
 from errors import UserError
 from model.checkpoint_folder import damage, list_checkpoints
 from paths import REPO_ROOT
-from tests.conftest import forget_accelerator
 from tests.telling import free_port
 from tests.training.launches import ACCELERATE, launch, same_weights
 from tests.training.runs import lines, losses, weights
@@ -39,7 +38,7 @@ FOUR = {
 
 @pytest.fixture(scope="module", params=[2, *(pytest.param(number, marks=pytest.mark.nightly) for number in (3, 4))])
 def together(request, make_case, workshop, tmp_path_factory):
-    """All cases that end in every process, by one launch of each number of processes, and what they equal."""
+    """All cases that end in every process, by one launch of each number of processes, and of one process."""
     processes = request.param
     prefix = f"{processes} "
     captions = json.loads((workshop / "captions.json").read_text())
@@ -69,10 +68,8 @@ def together(request, make_case, workshop, tmp_path_factory):
         make_case(prefix + "in the way", folder=prefix + "signal"),
     ]
     results, stderr = launch(several, processes, tmp_path_factory.mktemp("several") / "out")
-    for case in one:  # here, because starting another process takes seconds
-        results[case["name"]] = [{"folder": str(Trainer(Config.model_validate(case["config"])).run())}]
-        forget_accelerator()
-    results = {name.removeprefix(prefix): result for name, result in results.items()}
+    single, _ = launch(one, 1, tmp_path_factory.mktemp("one") / "out")
+    results = {name.removeprefix(prefix): result for name, result in (results | single).items()}
     assert all(result is not None for found in results.values() for result in found), (results, stderr[-3000:])
     return processes, results
 
