@@ -15,7 +15,7 @@ from typing import Any
 
 from cli import read_key
 
-from PIL import ExifTags, Image
+from PIL import Image
 from pydantic import BaseModel, Field
 
 from answering.connection import ServerConnection, ServerGoneError
@@ -33,7 +33,7 @@ from config import Data, Generate, Gui, Prompt, Section, validated
 from config_file import put_in
 from errors import UserError, shortened
 from qwen.chat import Message, MessageFormat
-from visual.photo import load_image
+from visual.photo import load_image, orientation_of
 from visual.shard import member_of
 from visual_plan import VisualPlan
 
@@ -279,19 +279,12 @@ def data_url(photo: PhotoSource) -> str:
     if isinstance(photo, str | Path) and member_of(photo) is None:
         with Image.open(photo) as opened:
             kind = MEDIA_TYPES.get(opened.format or "")
-            if kind is not None and _is_upright(opened):
+            # not every server turns a photo upright, or reads one whose EXIF block is damaged
+            if kind is not None and orientation_of(opened) == 1:
                 return _encoded(kind, Path(photo).read_bytes())
     stream = io.BytesIO()
     image.save(stream, "PNG", compress_level=1)
     return _encoded("png", stream.getvalue())
-
-
-def _is_upright(image: Image.Image) -> bool:
-    """Whether a file may go as it is: not every server turns a photo, or reads one whose EXIF block is damaged."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    except Exception:  # struct.error, SyntaxError …, as in `visual.photo`
-        return False
 
 
 def _encoded(kind: str, content: bytes) -> str:

@@ -10,6 +10,7 @@ import base64
 import importlib
 import importlib.metadata
 import json
+import shutil
 import sys
 import urllib.request
 from pathlib import Path
@@ -93,9 +94,12 @@ def llama_cpp_python(folder: Path, reference: Path) -> dict[str, Any]:
     library, image = importlib.import_module("llama_cpp"), importlib.import_module("PIL.Image")
     pixels = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     size = (pixels["size"]["width"], pixels["size"]["height"])
+    resized = reference / "resized"
+    resized.mkdir()
+    shutil.copy(reference / "cases.json", resized)
     for file in reference.glob("*.png"):
-        image.open(file).convert("RGB").resize(size, pixels["resample"]).save(file)
-    asked = dialogues_with_pictures(reference)
+        image.open(file).convert("RGB").resize(size, pixels["resample"]).save(resized / file.name)
+    asked = dialogues_with_pictures(resized)
     handler = importlib.import_module("llama_cpp.llama_chat_format").MTMDChatHandler(str(folder / "mmproj.gguf"))
     longest = json.loads((reference / "cases.json").read_text(encoding="utf-8"))[0]["max_new_tokens"]
     model = library.Llama(str(next(folder.glob("model-*.gguf"))), chat_handler=handler, n_ctx=2048, verbose=False)

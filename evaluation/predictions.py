@@ -53,10 +53,11 @@ class Predictions:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             found, replies, end = _read(self.file)
-            if found is not None and "prompt" in found:  # keys that are newer than the file had today's defaults
-                found["prompt"] = Prompt().model_dump(mode="json") | found["prompt"]
-            if found is not None and "photos" in self._settings:  # newer too
-                found.setdefault("photos", self._settings["photos"])
+            if found is not None:  # keys that are newer than the file had today's values
+                if "prompt" in found:
+                    found["prompt"] = Prompt().model_dump(mode="json") | found["prompt"]
+                if "photos" in self._settings:
+                    found.setdefault("photos", self._settings["photos"])
             if found == self._settings:
                 self.replies = replies
                 os.truncate(self.file, end)  # the last line may be half written

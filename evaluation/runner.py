@@ -125,12 +125,12 @@ def questions_digest(questions: list[Question], photos: Mapping[int, Photo]) -> 
 
 def photos_digest(questions: list[Question], photos: Mapping[int, Photo]) -> str:
     """Hash of the photos' sizes in bytes. Photos of the same names in another folder, or edited ones, have others."""
-    digest = hashlib.sha256()
-    for ID in sorted({ID for question in questions for ID in question.images}):
+    sizes = {}
+    for ID in {ID for question in questions for ID in question.images}:
         member = member_of(path := photos[ID].path)
         in_file = path.stat().st_size if path.is_file() else 0
-        digest.update(orjson.dumps([photos[ID].key, in_file if member is None else member.size]))
-    return digest.hexdigest()[:16]
+        sizes[photos[ID].key] = in_file if member is None else member.size
+    return hashlib.sha256(orjson.dumps(sizes, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 def ask(

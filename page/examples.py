@@ -43,7 +43,7 @@ def examples_panel(question: gr.MultimodalTextbox, samples: dict[str, bytes], sh
         with gr.Row(elem_id="samples"):
             for name, content in samples.items():
                 icon = store(shared.folder, content, f"icon-{name}")
-                shared.files.keep(icon)
+                shared.files.hold(None, icon)  # else a client that asks about it could remove it
                 button = gr.Button(label("sample"), icon=icon, size="sm", min_width=60)
                 # Gradio keeps only values: an icon would go an hour after the start, as an old upload
                 button.keep_in_cache.add(button.icon["path"])

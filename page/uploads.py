@@ -44,18 +44,13 @@ class SessionFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._held: dict[str, set[str]] = {}  # session → paths
-        self._own: set[str] = set()
+        self._held: dict[str | None, set[str]] = {}  # session → paths
         self._lock = threading.Lock()
 
-    def hold(self, session: str, *paths: str) -> None:
-        """Note that a session uses these files, which stay until it ends."""
+    def hold(self, session: str | None, *paths: str) -> None:
+        """Note that a session uses these files, which stay until it ends; None: the page itself, which outlives all."""
         with self._lock:
             self._held.setdefault(session, set()).update(paths)
-
-    def keep(self, path: str) -> None:
-        """Let no session remove a file, because the page itself needs it; a client may hold any file it can name."""
-        self._own.add(path)
 
     def release(self, session: str, keep: Iterable[str] = ()) -> None:
         """Let go of all files of a session but those to `keep`."""
@@ -63,7 +58,7 @@ class SessionFiles:
             kept = self._held.pop(session, set())
             if staying := kept.intersection(keep):
                 self._held[session] = staying
-            for path in kept.difference(self._own, *self._held.values()):
+            for path in kept.difference(*self._held.values()):
                 if is_file_in(path, self.folder):
                     with contextlib.suppress(OSError):  # the folder of another file of this content is not empty
                         Path(path).unlink()

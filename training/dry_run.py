@@ -1,8 +1,10 @@
 """Estimated memory and time of a run: the text of `train.py --dry-run`. Called by `stages.py`."""
 
+import contextlib
 import random
 from statistics import mean
 
+from dataset.image_caption_dataset import BrokenPhotoError
 from qwen.chat import IGNORE_INDEX
 from training.build import Run
 from training.estimate import Setting
@@ -14,19 +16,22 @@ def describe_run(run: Run) -> str:
     """Return a text with parameters, token statistics, and memory and time by setting."""
     dataset, chosen, estimate = run.train_set, run.setting, run.estimate
     sampled = random.Random(0).sample(range(len(dataset)), min(len(dataset), SAMPLED))
-    sampled = [index for index in sampled if dataset.length(index)] or sampled  # training replaces the others
-    samples = [dataset.tokens(index) for index in sampled]
-    lengths = [len(sample.input_ids) for sample in samples]
-    supervised = [int((sample.labels != IGNORE_INDEX).sum()) for sample in samples]
-    questions = [len(dataset.groups[index]) for index in sampled]
+    samples = {}
+    for index in sampled:
+        with contextlib.suppress(BrokenPhotoError):  # training replaces the sample
+            samples[index] = dataset.tokens(index)
+    samples = samples or {sampled[0]: dataset.tokens(sampled[0])}  # raises the error of the first
+    lengths = [len(sample.input_ids) for sample in samples.values()]
+    supervised = [int((sample.labels != IGNORE_INDEX).sum()) for sample in samples.values()]
+    questions = [len(dataset.groups[index]) for index in samples]
     separate = [
-        sum(len(dataset.render_entry(number).input_ids) for number in dataset.groups[index]) for index in sampled
+        sum(len(dataset.render_entry(number).input_ids) for number in dataset.groups[index]) for index in samples
     ]
     text = [
         run.model.parameter_summary(),
         f"samples: {len(dataset):,} for training with {len(dataset.entries):,} questions, {len(run.val_set):,} for "
         f"validation; {run.total_steps:,} steps, {run.steps_per_epoch:,} an epoch",
-        f"tokens per sample: mean {mean(lengths):.0f} (of {len(sampled)} samples), longest {estimate.longest}; "
+        f"tokens per sample: mean {mean(lengths):.0f} (of {len(samples)} samples), longest {estimate.longest}; "
         f"supervised {sum(supervised) / sum(lengths):.1%}",
         f"questions per sample: {mean(questions):.1f}; packing leaves {sum(lengths) / sum(separate):.0%} of the tokens",
         "",

@@ -89,7 +89,7 @@ def photo_size(file: str | Path | Region) -> tuple[int, int]:
     with _opened(content, name, MAX_PIXELS) as image:
         _check_size(image, name, MAX_PIXELS)
         width, height = image.size
-        return (height, width) if _may_be_turned(image) and _orientation(image) in SIDEWAYS else (width, height)
+        return (height, width) if _may_be_turned(image) and orientation_of(image) in SIDEWAYS else (width, height)
 
 
 def _may_be_turned(image: ImageFile.ImageFile) -> bool:
@@ -170,7 +170,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> tuple[Image.Image
     assert not isinstance(largest, tuple), "an image of mode I has one band"
     if image.mode in ("F", "LAB") or largest > 65535:
         raise UserError(f"{name}: pixels of kind {image.mode} have no plain RGB form, save it with 8 or 16 bit")
-    return _to_rgb(image), _orientation(image)
+    return _to_rgb(image), orientation_of(image)
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
@@ -186,10 +186,11 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
             )
 
 
-def _orientation(image: Image.Image) -> int | None:
+def orientation_of(image: Image.Image) -> int | None:
+    """Return the EXIF orientation of an opened file, 1 without one; None: the block is damaged."""
     # not ImageOps.exif_transpose: it also rewrites the EXIF block, which fails for any damaged tag
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # struct.error, SyntaxError …: a damaged block does not make the pixels unusable
         return None
     return orientation if isinstance(orientation, int) else None  # a wrong type of the tag gives text, bytes …

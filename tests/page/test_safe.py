@@ -225,7 +225,7 @@ def test_a_file_goes_when_the_last_session_lets_go_of_it(tmp_path):
 
 def test_no_session_removes_a_file_of_the_page(tmp_path):
     files, icon = SessionFiles(tmp_path), store(tmp_path, b"icon", "icon.png")
-    files.keep(icon)
+    files.hold(None, icon)
     files.hold("any", icon)
     files.release("any")
     assert os.path.exists(icon)

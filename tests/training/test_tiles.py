@@ -166,3 +166,15 @@ def test_the_estimate_measures_the_largest_photo(configure, shapes, tmp_path):
     assert run.estimate.longest == max(lengths)
     assert len(run.estimate.sample.photos[3]) == 5
     assert f"longest {max(lengths)}; " in describe_run(run)
+
+
+def test_a_dry_run_leaves_out_a_photo_whose_size_cannot_be_read(configure, shapes, tmp_path):
+    """Training replaces the sample."""
+    image_map = json.loads((shapes / "image_map.json").read_text())
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    image_map["photos/3.png"]["path"] = str(tmp_path / "cut.png")
+    (tmp_path / "image_map.json").write_text(json.dumps(image_map))
+    run = Trainer(configure(data={"image_map": str(tmp_path / "image_map.json")}), dry_run=True)
+    unread = [index for index in range(len(run.train_set)) if run.train_set.length(index) == 0]
+    assert unread
+    assert f"(of {len(run.train_set) - len(unread)} samples)" in describe_run(run)
